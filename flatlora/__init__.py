@@ -1,0 +1,19 @@
+"""Drop-in optimizers for LoRA fine-tuning that generalises."""
+
+from .ggpo import GGPOOptimizer
+from .layers import LoRALayer, lora_layers
+from .perturbation import remove_perturbation
+from .sharpness import NoiseRise, noise_rise, weight_noise
+from .wrapper import OptimizerWrapper
+
+__all__ = [
+    "GGPOOptimizer",
+    "LoRALayer",
+    "NoiseRise",
+    "OptimizerWrapper",
+    "lora_layers",
+    "noise_rise",
+    "remove_perturbation",
+    "weight_noise",
+]
+__version__ = "0.1.0"

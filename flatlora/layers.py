@@ -1,0 +1,407 @@
+"""Finding adapted linear layers in any model, and one view of them all.
+
+A layer's effective weight is ``W' = diag(a)·W0 + Σ_k s_k·diag(c_k)·B_k·A_k`` over its active adapters: `a` and `c` are
+one for LoRA, and hold DoRA's row factors ``μ / ‖W0 + s·B·A‖`` where an adapter has a magnitude.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Adapter", "BaseWeight", "LoRALayer", "lora_layers"]
+
+logger = logging.getLogger("flatlora")
+
+_BLOCK = 1 << 18  # elements of a base weight that are upcast at a time
+_REPACKS = "support_avx512bf16_for_cpu"
+_WRAPPER_PARTS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# What a LoRA layer of other libraries calls the layer it adapts, in the order they are looked for.
+_BASE_NAMES = ("base_layer", "linear", "base", "original", "original_layer", "org_module")
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The dtype for small sums and r×r algebra: float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor behind a sharded one (FSDP2, tensor parallel); any other tensor as it is."""
+    full = getattr(tensor, "full_tensor", None)
+    return full() if full is not None else tensor
+
+
+class BaseWeight:
+    """A frozen linear layer's weight ``W0`` of shape (m, n) = (out_features, in_features), however it is stored.
+
+    `kind` is ``"float"``, ``"4bit"`` or ``"8bit"`` (bitsandbytes), or ``"opaque"`` for a base that can only be applied.
+    """
+
+    def __init__(self, module: nn.Module, shape: tuple[int, int], transposed: bool):
+        self.module: Any = module
+        self.shape = shape
+        self.transposed = transposed
+
+    @property
+    def kind(self) -> str:
+        weight = getattr(self.module, "weight", None)
+        if type(weight).__name__ == "Params4bit":
+            return "4bit"
+        if not isinstance(weight, Tensor):
+            return "opaque"
+        if weight.dtype == torch.int8 and hasattr(self.module, "state"):
+            return "8bit"
+        plain = weight.is_floating_point() and weight.dim() == 2
+        # Quantisers that pose as a float tensor of the right shape (torchao) are tensor subclasses of their own.
+        known = type(weight).__module__.startswith(("torch.", "bitsandbytes.")) or type(weight) is Tensor
+        return "float" if plain and known else "opaque"
+
+    @property
+    def trainable(self) -> bool:
+        weight = getattr(self.module, "weight", None)
+        return isinstance(weight, Tensor) and weight.requires_grad
+
+    def float_weight(self) -> Tensor:
+        """The stored float weight as (m, n), a view for transposed storage; only for `kind` ``"float"``."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.t() if self.transposed else weight
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """A dequantised (m, n) copy in `dtype`; only for `kind` ``"4bit"`` and ``"8bit"``."""
+        weight: Any = self.module.weight
+        if self.kind == "4bit":
+            from bitsandbytes.functional import dequantize_4bit
+
+            return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        scale = self._int8_scale()
+        return weight.data.to(dtype).mul_(scale.to(dtype).unsqueeze(1))
+
+    def _int8_scale(self) -> Tensor:
+        # bitsandbytes moves the row scales from the weight to the layer's state on the first forward.
+        state = self.module.state
+        scale = state.SCB if getattr(state, "SCB", None) is not None else self.module.weight.SCB
+        return scale.float() / 127
+
+    def _row_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Consecutive blocks of rows in `dtype`, none larger than a fixed number of elements."""
+        m, n = self.shape
+        rows = max(1, _BLOCK // n)
+        if self.kind == "float":
+            weight = whole(self.float_weight().detach())
+            for i in range(0, m, rows):
+                yield weight[i : i + rows].to(dtype)
+        elif self.kind == "8bit":
+            codes, scale = self.module.weight.data, self._int8_scale()
+            for i in range(0, m, rows):
+                yield codes[i : i + rows].to(dtype) * scale[i : i + rows, None].to(dtype)
+        else:
+            weight = self.dense(torch.float32)
+            for i in range(0, m, rows):
+                yield weight[i : i + rows].to(dtype)
+
+    def row_sq(self) -> Tensor:
+        """``‖W0_i‖²``, shape (m,)."""
+        dtype = wide(self.device)
+        if self.kind != "opaque":
+            return torch.cat([block.square().sum(1) for block in self._row_blocks(dtype)])
+        n = self.shape[1]  # the columns of W0 are what the layer makes of the unit vectors
+        total = torch.zeros(self.shape[0], dtype=dtype, device=self.device)
+        for i in range(0, n, 128):
+            units = torch.zeros(min(128, n - i), n, device=self.device)
+            units[:, i:].fill_diagonal_(1.0)
+            total += self.apply_rows(units).to(dtype).square().sum(1)
+        return total
+
+    def apply_rows(self, x: Tensor) -> Tensor:
+        """``W0·xᵀ`` of shape (m, r) for the rows of x (r, n), without the bias and without an (m, n) temporary."""
+        if self.kind == "float":
+            weight = whole(self.float_weight().detach())
+            if weight.dtype == x.dtype:
+                return weight @ x.t()
+        if self.kind in ("float", "8bit"):
+            return torch.cat([block @ x.t() for block in self._row_blocks(x.dtype)])
+        if self.kind == "4bit":
+            from bitsandbytes import matmul_4bit
+
+            # Not module(x): that would round x to the layer's compute dtype.
+            return matmul_4bit(x, self.module.weight.data, quant_state=self.module.weight.quant_state).t()
+        # The layer is affine and nothing more is known of it: its answer to zero is the bias.
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        dtype = next((t.dtype for t in tensors if t.is_floating_point()), x.dtype)
+        y = self.module(torch.cat([x, x.new_zeros(1, x.shape[1])]).to(dtype))
+        return (y[:-1] - y[-1:]).t().to(x.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return next(p.device for p in self.module.parameters())
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One active low-rank adapter of a layer: it adds ``scaling · B·A`` to the weight.
+
+    `A` is (r, n), `B` is (m, r); `transposed` says that the parameters behind them are stored the other way around.
+    `magnitude` is DoRA's (m,) vector or None. `dropout` acts on the adapter's input.
+    """
+
+    name: str
+    A: Tensor
+    B: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+    dropout: nn.Module | None = None
+    A_param: nn.Parameter | None = None
+    B_param: nn.Parameter | None = None
+
+    def grads(self) -> tuple[Tensor, Tensor] | None:
+        """(∂L/∂A, ∂L/∂B) in the shapes of A and B, or None while either is missing."""
+        assert self.A_param is not None and self.B_param is not None
+        if self.A_param.grad is None or self.B_param.grad is None:
+            return None
+        grad_a, grad_b = whole(self.A_param.grad), whole(self.B_param.grad)
+        return (
+            grad_a if grad_a.shape == self.A.shape else grad_a.t(),
+            grad_b if grad_b.shape == self.B.shape else grad_b.t(),
+        )
+
+
+class LoRALayer:
+    """A linear layer with low-rank adapters. Holds the module and looks every tensor up when asked.
+
+    Attributes:
+        name: the module's name in the model, without the parts that DDP, FSDP or `torch.compile` add.
+        module: the adapter layer itself.
+        base: its frozen weight.
+        shape: (m, n) = (out_features, in_features).
+        names: the adapters that this view was asked for; `adapters()` yields all active ones.
+    """
+
+    def __init__(self, name: str, module: nn.Module, base: BaseWeight, names: frozenset[str]):
+        self.name = name
+        self.module: Any = module
+        self.base = base
+        self.names = names
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base.shape
+
+    @property
+    def is_peft(self) -> bool:
+        return _is_peft(self.module)
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Names of the adapters that are folded into the base weight at present."""
+        if self.is_peft:
+            return tuple(self.module.merged_adapters)
+        return ("default",) if getattr(self.module, "merged", False) else ()
+
+    @property
+    def active(self) -> bool:
+        """Whether one of the adapters asked for takes part in the layer's output at present."""
+        if not self.is_peft:
+            return True
+        if self.module.disable_adapters:
+            return False
+        return any(name in self.names for name in (*self.module.active_adapters, *self.merged))
+
+    def all_adapters(self) -> list[Adapter]:
+        """Every adapter asked for, active or not."""
+        return [adapter for name in sorted(self.names) if (adapter := self._adapter(name)) is not None]
+
+    def adapters(self) -> list[Adapter]:
+        """The adapters that the layer adds to its base weight at present; none while they are merged or disabled."""
+        if not self.is_peft:
+            found = [] if self.merged else [self._adapter("default")]
+        elif self.module.disable_adapters or self.merged:
+            found = []
+        else:
+            found = [self._adapter(name) for name in self.module.active_adapters]
+        return [adapter for adapter in found if adapter is not None]
+
+    def _adapter(self, name: str) -> Adapter | None:
+        module: Any = self.module
+        if not self.is_peft:
+            return _plain_adapter(module, self.shape)
+        if name not in module.lora_A:
+            return None
+        magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
+        A, B = module.lora_A[name].weight, module.lora_B[name].weight
+        return Adapter(name, A, B, module.scaling[name], magnitude, module.lora_dropout[name], A, B)
+
+    def __repr__(self) -> str:
+        m, n = self.shape
+        return f"LoRALayer({self.name!r}, {n} -> {m}, {self.base.kind} base, adapters {sorted(self.names)})"
+
+
+def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) -> list[LoRALayer]:
+    """Finds every adapted linear layer of a model.
+
+    Understood are PEFT's LoRA, rsLoRA and DoRA layers over `nn.Linear`, `Conv1D` and bitsandbytes' `Linear4bit` and
+    `Linear8bitLt`, and any other module that holds `lora_A` and `lora_B` (2-D parameters or `nn.Linear` modules)
+    beside a linear base: its own `weight`, or a child named `base_layer`, `linear`, `base` or `original`. Such a
+    module must say its scaling, as `scaling` or as `alpha` (`lora_alpha`) and `r` (`rank`).
+
+    Adapters of other kinds (embeddings, convolutions, experts, token-dependent variants) are not linear layers with
+    one weight update; they are left out and named once in a log line.
+
+    Args:
+        model: any module, also one wrapped by DDP, FSDP or `torch.compile`.
+        adapter: name or names of the adapters to look at; None for all.
+
+    Raises:
+        ValueError: no adapted linear layer, an adapter name the model does not have, a module without a scaling.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    wanted = None if adapter is None else {adapter} if isinstance(adapter, str) else set(adapter)
+    found: list[LoRALayer] = []
+    skipped: list[str] = []
+    known: set[str] = set()
+    for raw_name, module in model.named_modules():
+        name = ".".join(part for part in raw_name.split(".") if part not in _WRAPPER_PARTS)
+        if _is_peft(module):
+            available = {*module.lora_A, *module.lora_embedding_A}
+            base = _peft_base(module)
+        elif _is_plain(module):
+            available, base = {"default"}, _plain_base(module)
+        else:
+            continue
+        known |= available
+        names = available if wanted is None else available & wanted
+        if not names:
+            continue
+        if base is None:
+            skipped.append(name)
+            continue
+        if getattr(getattr(base.module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"layer {name!r}: bitsandbytes has repacked its 4-bit weight for CPU inference, in a forward in eval "
+                "mode, and it can't be trained any more; load the model again, and build the optimizer before the "
+                "first evaluation"
+            )
+        layer = LoRALayer(name, module, base, frozenset(names))
+        layer.all_adapters()  # fails here, not in the first step, where a plain layer's form is not understood
+        found.append(layer)
+    if wanted is not None and not wanted <= known:
+        raise ValueError(f"unknown adapter {sorted(wanted - known)}; the model has {sorted(known) or 'no adapters'}")
+    if not found:
+        others = f" (adapters that are not linear layers: {_some(skipped)})" if skipped else ""
+        raise ValueError(
+            f"{type(model).__name__} has no adapted linear layer{others}; add adapters first, for example with "
+            "peft.get_peft_model(model, LoraConfig(target_modules='all-linear'))"
+        )
+    if skipped:
+        logger.info("left unperturbed, not a plain linear adapter: %s", _some(skipped))
+    return found
+
+
+def keep_training_layout(model: nn.Module) -> list[nn.Module]:
+    """Keeps bitsandbytes from repacking the 4-bit weights of `model` on the CPU; returns the modules it holds so.
+
+    On a CPU with AVX512-BF16, the first forward in eval mode repacks a `Linear4bit` for inference and never undoes it:
+    from then on the layer passes no gradient and its weight dequantises to something else. A model that is evaluated
+    in between would train on silently broken.
+    """
+    held = [module for module in model.modules() if getattr(module, _REPACKS, False)]
+    for module in held:
+        setattr(module, _REPACKS, False)
+    return held
+
+
+def release_layout(held: list[nn.Module]) -> None:
+    """Undoes `keep_training_layout`."""
+    while held:
+        setattr(held.pop(), _REPACKS, True)
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# --- PEFT ---------------------------------------------------------------------------------------------------------
+
+
+def _is_peft(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and isinstance(getattr(module, "lora_A", None), nn.ModuleDict)
+
+
+def _peft_base(module: Any) -> BaseWeight | None:
+    """The base weight of a PEFT layer whose active form is LoRA or DoRA on a linear layer, else None."""
+    base = module.get_base_layer()
+    names = list(module.lora_A)
+    variants = [module.lora_variant[name] for name in names if name in getattr(module, "lora_variant", {})]
+    if not names or any(type(variant).__name__ != "DoraLinearVariant" for variant in variants):
+        return None
+    if not all(type(module.lora_A[name]).__name__ == "Linear" for name in names):
+        return None  # convolutions
+    m, n = module.lora_B[names[0]].weight.shape[0], module.lora_A[names[0]].weight.shape[1]
+    if type(base).__name__ in ("MultiheadAttention", "NonDynamicallyQuantizableLinear") or not callable(base):
+        return None
+    weight = getattr(base, "weight", None)
+    if isinstance(weight, Tensor) and weight.dim() != 2:
+        return None
+    return BaseWeight(base, (m, n), transposed=bool(getattr(module, "fan_in_fan_out", False)))
+
+
+# --- modules of other libraries -----------------------------------------------------------------------------------
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return all(isinstance(getattr(module, name, None), nn.Parameter | nn.Linear) for name in ("lora_A", "lora_B"))
+
+
+def _factor(value: Any) -> Any:
+    return value.weight if isinstance(value, nn.Linear) else value
+
+
+def _plain_base(module: Any) -> BaseWeight | None:
+    children = [getattr(module, name, None) for name in _BASE_NAMES]
+    base = next((child for child in children if isinstance(child, nn.Module)), module)
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    in_features, out_features = getattr(base, "in_features", None), getattr(base, "out_features", None)
+    if in_features is None or out_features is None:
+        if weight.dim() != 2 or type(weight).__name__ == "Params4bit":
+            return None
+        transposed = type(base).__name__ == "Conv1D"
+        out_features, in_features = reversed(weight.shape) if transposed else weight.shape
+    else:
+        transposed = weight.is_floating_point() and tuple(weight.shape) != (out_features, in_features)
+    if isinstance(base, nn.modules.conv._ConvNd | nn.Embedding):
+        return None
+    return BaseWeight(base, (out_features, in_features), transposed)
+
+
+def _plain_adapter(module: Any, shape: tuple[int, int]) -> Adapter:
+    m, n = shape
+    A_param, B_param = _factor(module.lora_A), _factor(module.lora_B)
+    A = A_param if A_param.shape[-1] == n else A_param.t()
+    B = B_param if B_param.shape[0] == m else B_param.t()
+    if A.dim() != 2 or B.dim() != 2 or A.shape[1] != n or B.shape[0] != m or A.shape[0] != B.shape[1]:
+        raise ValueError(
+            f"{type(module).__name__}: lora_A {tuple(A_param.shape)} and lora_B {tuple(B_param.shape)} do not make an "
+            f"update of the base weight's shape {shape}; expected (r, {n}) and ({m}, r)"
+        )
+    return Adapter("default", A, B, _plain_scaling(module, A.shape[0]), None, None, A_param, B_param)
+
+
+def _plain_scaling(module: Any, rank: int) -> float:
+    scaling = getattr(module, "scaling", None)
+    if isinstance(scaling, int | float):
+        return float(scaling)
+    alpha = getattr(module, "lora_alpha", getattr(module, "alpha", None))
+    if isinstance(alpha, int | float):
+        return alpha / rank
+    raise ValueError(
+        f"{type(module).__name__} holds lora_A and lora_B but does not say how they are scaled; give it a float "
+        "attribute `scaling` (or `alpha`, for alpha / r)"
+    )

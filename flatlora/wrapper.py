@@ -1,0 +1,174 @@
+"""An optimizer that is its base optimizer to everyone who looks, and a place for a method to stand around `step()`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+__all__ = ["OptimizerWrapper"]
+
+STATE_KEY = "flatlora"
+
+
+class OptimizerWrapper(Optimizer):
+    """Wraps a built optimizer; schedulers, Accelerate, `GradScaler`, hooks and checkpoints see the base through it.
+
+    `param_groups`, `state` and `defaults` are the base optimizer's own objects, looked up at every access, so
+    whatever replaces them (`load_state_dict`, FSDP, Accelerate) is seen at once by both. Attributes the wrapper does
+    not have are the base's; `isinstance` accepts the base's class as well as the wrapper's; `repr` is the base's.
+
+    A method derives from it and overrides `before_step`, `after_step`, `method_state` and `load_method_state`.
+
+    Args:
+        optimizer: any built `torch.optim.Optimizer`, also another wrapper.
+
+    Raises:
+        TypeError: `optimizer` is not a `torch.optim.Optimizer` instance.
+    """
+
+    # A fused base would have GradScaler hand over scaled gradients; methods here read gradients, so the scaler
+    # must unscale them first, as it does for every optimizer that does not claim this.
+    _step_supports_amp_scaling = False
+
+    base_optimizer: Optimizer
+
+    def __init__(self, optimizer: Optimizer):
+        # Optimizer.__init__ is left out on purpose: it would make a second set of groups, state and hooks.
+        if not isinstance(optimizer, Optimizer):
+            hint = (
+                f"build it first: {optimizer.__name__}(params, lr=...)" if isinstance(optimizer, type) else "build one"
+            )
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer instance, got {optimizer!r}; {hint}")
+        self.__dict__["base_optimizer"] = optimizer
+
+    # --- what a method adds ---------------------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        """Called in `step()` once gradients are there and before any parameter moves."""
+
+    def after_step(self) -> None:
+        """Called in `step()` after the base optimizer moved the parameters."""
+
+    def method_state(self) -> dict[str, Any]:
+        """The method's own part of the checkpoint: plain Python numbers, strings, dicts and tensors."""
+        return {}
+
+    def check_method_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if `state` does not belong to this model. Must not change anything."""
+
+    def load_method_state(self, state: dict[str, Any] | None) -> None:
+        """Takes over what `method_state` gave; None if the checkpoint was written by the base optimizer alone."""
+
+    # --- the base optimizer, as others use it ---------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the base optimizer, with the method around it.
+
+        With a `closure`, the method looks at the gradients after each evaluation of it.
+        """
+        if closure is None:
+            self.before_step()
+            loss = self.base_optimizer.step()
+        else:
+
+            def observed() -> Any:
+                with torch.enable_grad():
+                    loss = closure()
+                self.before_step()
+                return loss
+
+            loss = self.base_optimizer.step(observed)
+        self.after_step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.base_optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's `state_dict()` plus the method's part, as ``["flatlora"][class name]``."""
+        state = self.base_optimizer.state_dict()
+        own = self.method_state()
+        if own:
+            state[STATE_KEY] = {**state.get(STATE_KEY, {}), type(self).__name__: own}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the base optimizer and the method.
+
+        A checkpoint of the bare base optimizer is accepted: the method then starts afresh and says so in the log.
+
+        Raises:
+            ValueError: the state is of another model or method; nothing has been changed then.
+        """
+        methods = dict(state_dict.get(STATE_KEY, {}))
+        own = methods.pop(type(self).__name__, None)
+        base_state = {key: value for key, value in state_dict.items() if key != STATE_KEY}
+        if methods:
+            if not issubclass(type(self.base_optimizer), OptimizerWrapper):
+                raise ValueError(
+                    f"the state_dict was written by {', '.join(methods)}, this optimizer is {type(self).__name__} over "
+                    f"{type(self.base_optimizer).__name__}; build the same optimizer as the checkpoint's before loading"
+                )
+            base_state[STATE_KEY] = methods
+        if own is not None:
+            self.check_method_state(own)
+        self.base_optimizer.load_state_dict(base_state)
+        self.load_method_state(own)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base_optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = value
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # isinstance(wrapper, AdamW) holds for code that branches on the optimizer's kind; type() tells the truth.
+        return self.base_optimizer.__class__
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "base_optimizer":  # not set yet: while unpickling
+            raise AttributeError(name)
+        return getattr(self.base_optimizer, name)
+
+    def __repr__(self) -> str:
+        return repr(self.base_optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # `step` is in the instance when a scheduler or Accelerate patched it; torch's optimizers drop that as well.
+        return {key: value for key, value in self.__dict__.items() if key not in ("step", "_opt_called")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Spelled out because the default one insists that `__class__` and type() agree.
+        return _new, (type(self),), self.__getstate__()
+
+
+def _new(cls: type[OptimizerWrapper]) -> OptimizerWrapper:
+    return cls.__new__(cls)
