@@ -1,5 +1,6 @@
 """Drop-in optimizers for LoRA fine-tuning that generalises."""
 
+from .bilora import BiLoRAOptimizer, attach_auxiliary, detach_auxiliary
 from .ggpo import GGPOOptimizer
 from .layers import LoRALayer, lora_layers
 from .perturbation import remove_perturbation
@@ -7,10 +8,13 @@ from .sharpness import NoiseRise, noise_rise, weight_noise
 from .wrapper import OptimizerWrapper
 
 __all__ = [
+    "BiLoRAOptimizer",
     "GGPOOptimizer",
     "LoRALayer",
     "NoiseRise",
     "OptimizerWrapper",
+    "attach_auxiliary",
+    "detach_auxiliary",
     "lora_layers",
     "noise_rise",
     "remove_perturbation",

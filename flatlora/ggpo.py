@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .layers import LoRALayer, keep_training_layout, lora_layers, release_layout, whole, wide
+from .layers import LoRALayer, keep_training_layout, lora_layers, release_layout, shared_seed, whole, wide
 from .perturbation import Draw, Perturbation, stacked
 from .wrapper import OptimizerWrapper
 
@@ -84,7 +84,7 @@ class GGPOOptimizer(OptimizerWrapper):
                     f"layer {layer.name!r} is already perturbed by a GGPOOptimizer; call remove() on that optimizer, "
                     "or flatlora.remove_perturbation(model) if it is gone, and then build this one"
                 )
-        seed = _shared_seed() if seed is None else int(seed)
+        seed = shared_seed() if seed is None else int(seed)
         self._noise = RowNoise(layers, sigma, beta, noise, noise_rank, seed)
         self._held = keep_training_layout(model)
         self._perturbations = [Perturbation(layer, self._noise) for layer in layers]
@@ -371,11 +371,3 @@ def _trained(layers: list[LoRALayer], optimizer: Optimizer) -> list[LoRALayer]:
             "[p for p in model.parameters() if p.requires_grad] of this model, after the adapters were added"
         )
     return found
-
-
-def _shared_seed() -> int:
-    """Torch's initial seed, read without touching the stream; rank 0's on every rank."""
-    seed = [torch.initial_seed()]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(seed)
-    return seed[0]

@@ -25,6 +25,11 @@ _WRAPPER_PARTS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wr
 _BASE_NAMES = ("base_layer", "linear", "base", "original", "original_layer", "org_module")
 
 
+def plain_name(name: str) -> str:
+    """A module's name without the parts that DDP, FSDP, checkpointing or `torch.compile` put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
 def wide(device: torch.device) -> torch.dtype:
     """The dtype for small sums and r×r algebra: float64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -34,6 +39,14 @@ def whole(tensor: Tensor) -> Tensor:
     """The full tensor behind a sharded one (FSDP2, tensor parallel); any other tensor as it is."""
     full = getattr(tensor, "full_tensor", None)
     return full() if full is not None else tensor
+
+
+def shared_seed() -> int:
+    """Torch's initial seed, read without touching the stream; rank 0's on every rank."""
+    seed = [torch.initial_seed()]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(seed)
+    return seed[0]
 
 
 class BaseWeight:
@@ -266,7 +279,7 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
     skipped: list[str] = []
     known: set[str] = set()
     for raw_name, module in model.named_modules():
-        name = ".".join(part for part in raw_name.split(".") if part not in _WRAPPER_PARTS)
+        name = plain_name(raw_name)
         if _is_peft(module):
             available = {*module.lora_A, *module.lora_embedding_A}
             base = _peft_base(module)

@@ -40,8 +40,11 @@ class Draw:
 class Source(Protocol):
     """What decides a layer's perturbation at each forward."""
 
-    def draw(self, layer: LoRALayer) -> Draw | None:
-        """The ε for this forward of `layer`, or None to leave it alone. The same for a whole optimizer step."""
+    def draw(self, layer: LoRALayer) -> Draw | Adapter | None:
+        """The ε for this forward of `layer`, drawn or as an adapter that gets gradients; None to leave it alone.
+
+        The same for a whole optimizer step.
+        """
 
 
 def _generator(draw: Draw) -> torch.Generator:
@@ -200,49 +203,55 @@ class Perturbation:
 
     @torch.compiler.disable  # generators and seeds are Python's; compiled models break the graph here
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        draw = self.source.draw(self.layer)
-        if draw is None:
+        extra = self.source.draw(self.layer)
+        if extra is None:
             return self.original(x, *args, **kwargs)
         adapters = self.layer.adapters()
         if self._own_forward is None and not args and not kwargs and _fusable(self.layer, adapters):
-            return self._fused(x, draw, adapters)
+            return self._fused(x, extra, adapters)
         out = self.original(x, *args, **kwargs)
-        dtype = _compute_dtype(x, out.dtype)
-        if draw.kind == "gaussian":
-            return out + _NoisyLinear.apply(x, None, None, self.layer, draw, True, dtype).to(out.dtype)
-        return _AddLowRank.apply(out, x, False, dtype, draw_low_rank(draw, self.layer.shape[1], dtype), ())
+        if isinstance(extra, Draw) and extra.kind == "gaussian":
+            dtype = _compute_dtype(x, out.dtype)
+            return out + _NoisyLinear.apply(x, None, None, self.layer, extra, True, dtype).to(out.dtype)
+        return self._add_low_rank(out, x, [], extra, in_place=False)
 
-    def _fused(self, x: Tensor, draw: Draw, adapters: list[Adapter]) -> Tensor:
+    def _fused(self, x: Tensor, extra: Draw | Adapter, adapters: list[Adapter]) -> Tensor:
         base = self.layer.base
-        noise = None
-        dtype = _compute_dtype(x, adapters[0].A.dtype)
-        if draw.kind == "gaussian":
+        if isinstance(extra, Draw) and extra.kind == "gaussian":
             weight = base.float_weight() if base.kind == "float" else None
-            base_dtype = _compute_dtype(
-                x, weight.dtype if weight is not None else getattr(base.module, "compute_dtype", None) or x.dtype
-            )
+            dtype = weight.dtype if weight is not None else getattr(base.module, "compute_dtype", None) or x.dtype
             bias = getattr(base.module, "bias", None)
-            out = _NoisyLinear.apply(x, weight, bias, self.layer, draw, False, base_dtype)
+            out = _NoisyLinear.apply(x, weight, bias, self.layer, extra, False, _compute_dtype(x, dtype))
             if weight is None:
                 out = out.to(x.dtype)  # as bitsandbytes' layers return it
+            in_place = True
         else:
             out = base.module(x)
-            noise = draw_low_rank(draw, self.layer.shape[1], dtype)
-        # bitsandbytes may hand out a view, which must not be written to.
-        in_place = draw.kind == "gaussian" or base.kind == "float"
-        if all(isinstance(adapter.dropout, nn.Identity) for adapter in adapters):
-            factors = [factor for adapter in adapters for factor in (adapter.A, adapter.B)]
-            return _AddLowRank.apply(out, x, in_place, dtype, noise, tuple(a.scaling for a in adapters), *factors)
-        if noise is not None:
-            out = _AddLowRank.apply(out, x, in_place, dtype, noise, ())
-        # Dropout draws from the global stream: cast before it as PEFT does, so that it draws the same.
-        if base.kind == "float" or not torch.is_autocast_enabled(x.device.type):
-            x = x.to(adapters[0].A.dtype)
-        for adapter in adapters:
-            assert adapter.dropout is not None
-            dropped = adapter.dropout(x)
-            out = _AddLowRank.apply(out, dropped, in_place, dtype, None, (adapter.scaling,), adapter.A, adapter.B)
+            in_place = base.kind == "float"  # bitsandbytes may hand out a view, which must not be written to
+        plain = [adapter for adapter in adapters if isinstance(adapter.dropout, nn.Identity)]
+        out = self._add_low_rank(out, x, plain, extra, in_place)
+        if len(plain) < len(adapters):
+            # Dropout draws from the global stream: cast before it as PEFT does, so that it draws the same.
+            if base.kind == "float" or not torch.is_autocast_enabled(x.device.type):
+                x = x.to(adapters[0].A.dtype)
+            for adapter in adapters:
+                if adapter.dropout is not None and not isinstance(adapter.dropout, nn.Identity):
+                    out = self._add_low_rank(out, adapter.dropout(x), [adapter], None, in_place)
         return out
+
+    def _add_low_rank(
+        self, out: Tensor, x: Tensor, adapters: list[Adapter], extra: Draw | Adapter | None, in_place: bool
+    ) -> Tensor:
+        noise = None
+        if isinstance(extra, Adapter):
+            adapters = [*adapters, extra]
+        dtype = _compute_dtype(x, adapters[0].A.dtype if adapters else out.dtype)
+        if isinstance(extra, Draw) and extra.kind == "low_rank":
+            noise = draw_low_rank(extra, self.layer.shape[1], dtype)
+        if not adapters and noise is None:
+            return out
+        factors = [factor for adapter in adapters for factor in (adapter.A, adapter.B)]
+        return _AddLowRank.apply(out, x, in_place, dtype, noise, tuple(a.scaling for a in adapters), *factors)
 
 
 def _compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
