@@ -29,8 +29,9 @@ __all__ = ["BiLoRAOptimizer", "attach_auxiliary", "detach_auxiliary"]
 
 logger = logging.getLogger("flatlora")
 
-# The submodule's name in an adapted layer. PEFT takes for its own what has "lora_" or an adapter's name in its key.
-NAME = "ascent_branch"
+# The auxiliaries' name in the model they are attached to. They are registered there and not in their layers, because
+# PEFT saves whatever lies in its layers, and in earlier versions whatever has "lora_" in its key.
+NAME = "ascent_branches"
 
 
 class Auxiliary(nn.Module):
@@ -38,6 +39,7 @@ class Auxiliary(nn.Module):
 
     def __init__(self, layer: LoRALayer, r: int, alpha: float, generator: torch.Generator):
         super().__init__()
+        self.layer_name = layer.name
         m, n = layer.shape
         like = layer.all_adapters()[0].A
         a = torch.empty(r, n)
@@ -61,11 +63,11 @@ def attach_auxiliary(
     adapter: str | Iterable[str] | None = None,
     seed: int | None = None,
 ) -> list[nn.Parameter]:
-    """Puts an auxiliary low-rank module beside the adapters of every adapted layer and returns its parameters.
+    """Puts an auxiliary low-rank module beside the adapters of every adapted layer and returns their parameters.
 
     In train mode a layer then computes ``x·(W0 + s1·B1·A1 + s2·B2·A2)ᵀ``, both adapters through one pair of matmuls; in
-    eval mode, in what PEFT saves and in merged weights it is as if the auxiliary were not there. Its parameters are
-    registered in the layers, so DDP, FSDP, `.to()` and `model.state_dict()` see them.
+    eval mode, in what PEFT saves and in merged weights it is as if the auxiliary were not there. The parameters are
+    registered in `model`, so DDP and FSDP (wrap it after this call), `.to()` and `model.state_dict()` see them.
 
     Args:
         model: a model with adapters, as `lora_layers` reads it.
@@ -87,8 +89,10 @@ def attach_auxiliary(
     if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha must be a finite number > 0, got {alpha!r}")
     layers = lora_layers(model, adapter)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("attach the auxiliary before DistributedDataParallel wraps the model, or it is never reduced")
     for layer in layers:
-        if hasattr(layer.module, NAME):
+        if any(isinstance(other.source, Auxiliary) for other in stacked(layer.module)):
             raise ValueError(
                 f"layer {layer.name!r} has an auxiliary already; call detach_auxiliary(model) before attaching another"
             )
@@ -101,22 +105,20 @@ def attach_auxiliary(
     auxiliaries = [Auxiliary(layer, r, alpha, generator) for layer in layers]
     auxiliaries[0].held = keep_training_layout(model)
     for layer, auxiliary in zip(layers, auxiliaries, strict=True):
-        layer.module.add_module(NAME, auxiliary)
         Perturbation(layer, auxiliary).attach()
+    model.add_module(NAME, nn.ModuleList(auxiliaries))
     return [p for auxiliary in auxiliaries for p in (auxiliary.A, auxiliary.B)]
 
 
 def detach_auxiliary(model: nn.Module) -> None:
     """Removes every trace of `attach_auxiliary` from the model. Idempotent."""
     for module in list(model.modules()):
-        auxiliary = module._modules.get(NAME)
-        if not isinstance(auxiliary, Auxiliary):
-            continue
         for perturbation in list(stacked(module)):
-            if perturbation.source is auxiliary:
+            if isinstance(perturbation.source, Auxiliary):
                 perturbation.remove()
-        release_layout(auxiliary.held)
-        delattr(module, NAME)
+                release_layout(perturbation.source.held)
+        if NAME in module._modules:
+            delattr(module, NAME)
 
 
 class BiLoRAOptimizer(OptimizerWrapper):
@@ -307,11 +309,8 @@ class BiLoRAOptimizer(OptimizerWrapper):
 
 def _attached(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
     """(A, B, scaling) of every auxiliary on the model, by its layer's name."""
-    found: dict[str, tuple[Tensor, Tensor, float]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Auxiliary):
-            found[plain_name(name).removesuffix("." + NAME)] = (module.A, module.B, module.scaling)
-    return found
+    auxiliaries = [module for module in model.modules() if isinstance(module, Auxiliary)]
+    return {auxiliary.layer_name: (auxiliary.A, auxiliary.B, auxiliary.scaling) for auxiliary in auxiliaries}
 
 
 def _named_triples(
