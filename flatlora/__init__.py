@@ -4,7 +4,7 @@ from .bilora import BiLoRAOptimizer, attach_auxiliary, detach_auxiliary
 from .ggpo import GGPOOptimizer
 from .layers import LoRALayer, lora_layers
 from .perturbation import remove_perturbation
-from .sharpness import NoiseRise, noise_rise, weight_noise
+from .sharpness import NoiseRise, noise_rise, weight_noise, worst_case_rise
 from .wrapper import OptimizerWrapper
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "noise_rise",
     "remove_perturbation",
     "weight_noise",
+    "worst_case_rise",
 ]
 __version__ = "0.1.0"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .ggpo import RowNoise
-from .layers import keep_training_layout, lora_layers, release_layout
+from .layers import Adapter, LoRALayer, keep_training_layout, lora_layers, release_layout
 from .perturbation import Perturbation
 
-__all__ = ["NoiseRise", "noise_rise", "weight_noise"]
+__all__ = ["NoiseRise", "noise_rise", "weight_noise", "worst_case_rise"]
 
 
 @contextmanager
@@ -87,22 +87,94 @@ def noise_rise(
     batches = list(batches)
     if draws < 1 or not batches:
         raise ValueError(f"need at least one draw and one batch, got draws={draws} and {len(batches)} batches")
-
-    def mean_loss() -> float:
-        return sum(float(loss_fn(model, batch)) for batch in batches) / len(batches)
-
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with weight_noise(model, 0.0, adapter=adapter):
-            clean = mean_loss()
-        rises = []
-        with weight_noise(model, sigma, seed=seed, adapter=adapter) as noise:
-            for noise.step in range(draws):
-                rises.append(mean_loss() - clean)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    rises = []
+    with evaluating(model), weight_noise(model, sigma, seed=seed, adapter=adapter) as noise:
+        noise.sigma = 0.0
+        clean = _mean_loss(model, loss_fn, batches)
+        noise.sigma = sigma
+        for noise.step in range(draws):
+            rises.append(_mean_loss(model, loss_fn, batches) - clean)
     spread = torch.tensor(rises, dtype=torch.float64)
     error = float(spread.std()) / draws**0.5 if draws > 1 else float("nan")
     return NoiseRise(clean, float(spread.mean()), error)
+
+
+@torch.no_grad()
+def worst_case_rise(
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    batches: Iterable[Any],
+    *,
+    rho: float = 0.05,
+    adapter: str | Iterable[str] | None = None,
+) -> float:
+    """How much the mean loss over `batches` rises after one step of length ρ up its gradient in the full weights.
+
+    The step is ``ρ·G/‖G‖_F`` with G the gradient of the mean loss by all adapted layers' weights together: the ascent
+    step of sharpness-aware minimisation (arXiv:2010.01412, Eq. 2), taken where LoRA can't. Needs one (m, n) gradient
+    per layer and an (n, n) identity: a tool for measuring, not for training. The model is measured in eval mode and
+    left as it was found.
+
+    Args:
+        model, loss_fn, batches, adapter: as in `noise_rise`.
+        rho: ρ, the Frobenius norm of the step over all adapted layers.
+
+    Raises:
+        ValueError: no batches, no adapted layer.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("need at least one batch, got none")
+    layers = lora_layers(model, adapter)
+    step = _FullStep(layers)
+    perturbations = [Perturbation(layer, step) for layer in layers]
+    held = keep_training_layout(model)
+    for perturbation in perturbations:
+        perturbation.attach()
+    try:
+        with evaluating(model):
+            clean = 0.0
+            for batch in batches:
+                with torch.enable_grad():
+                    loss = loss_fn(model, batch) / len(batches)
+                clean += float(loss)
+                for total, grad in zip(step.grads, torch.autograd.grad(loss, step.weights), strict=True):
+                    total += grad
+            norm = torch.stack([grad.double().square().sum() for grad in step.grads]).sum().sqrt()
+            for weight, grad in zip(step.weights, step.grads, strict=True):
+                weight.copy_(grad * (rho / norm))
+            return _mean_loss(model, loss_fn, batches) - clean
+    finally:
+        for perturbation in perturbations:
+            perturbation.remove()
+        release_layout(held)
+
+
+class _FullStep:
+    """ε as an adapter of full rank, ``B·I``: zero at first, so that the gradient of B is the layer's whole G."""
+
+    def __init__(self, layers: list[LoRALayer]):
+        likes = [layer.all_adapters()[0].A for layer in layers]
+        self.weights = [like.new_zeros(layer.shape).requires_grad_() for layer, like in zip(layers, likes, strict=True)]
+        self.grads = [torch.zeros_like(weight) for weight in self.weights]
+        self._of = {layer.name: weight for layer, weight in zip(layers, self.weights, strict=True)}
+
+    def draw(self, layer: LoRALayer) -> Adapter:
+        weight = self._of[layer.name]
+        return Adapter("", torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight, 1.0)
+
+
+def _mean_loss(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batches: list[Any]) -> float:
+    return sum(float(loss_fn(model, batch)) for batch in batches) / len(batches)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode within the context; every module's own mode is given back after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
