@@ -29,6 +29,7 @@ warnings.filterwarnings("ignore")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 LORA = "PEFT LoRA"
+METHODS = ["GGPO gaussian", "GGPO low_rank", "Bi-LoRA", "PEFT two adapters", "two-pass SAM"]
 
 
 def smollm2(layers: int) -> LlamaForCausalLM:
@@ -70,28 +71,50 @@ def build(name: str, args: argparse.Namespace) -> Callable[[torch.Tensor], None]
         quantise(model, args.base)
     elif args.base == "bf16":
         model.to(torch.bfloat16)
-    peft_model = get_peft_model(model, LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules="all-linear"))
+    config = LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules="all-linear")
+    peft_model = get_peft_model(model, config)
+    if name == "PEFT two adapters":
+        peft_model.add_adapter("second", LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+        peft_model.base_model.set_adapter(["default", "second"])
     if args.checkpointing:
         peft_model.enable_input_require_grads()
         model.gradient_checkpointing_enable()
     peft_model.train()
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-        [p for p in peft_model.parameters() if p.requires_grad], lr=1e-4
-    )
-    passes = 1
+    params = [p for p in peft_model.parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer
+    if name == "two-pass SAM":
+        optimizer = two_pass_sam(params)
+    elif name == "Bi-LoRA":
+        optimizer = flatlora.BiLoRAOptimizer.for_model(peft_model, torch.optim.AdamW, lr=1e-4)
+    else:
+        optimizer = torch.optim.AdamW(params, lr=1e-4)
     if name.startswith("GGPO"):
         noise = name.split()[1]
         optimizer = flatlora.GGPOOptimizer(optimizer, peft_model, noise=noise, noise_rank=args.noise_rank)
-    elif name == "two passes":
-        passes = 2
 
     def step(ids: torch.Tensor) -> None:
-        for _ in range(passes):
-            peft_model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
+        def closure() -> torch.Tensor:
+            loss = peft_model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            return loss
+
+        closure()
+        if name == "two-pass SAM":
+            optimizer.step(closure)
+        else:
+            optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def two_pass_sam(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """SAM over AdamW from the package pytorch-optimizer."""
+    try:
+        from pytorch_optimizer import SAM
+    except ImportError as error:
+        raise SystemExit("'two-pass SAM' needs: pip install pytorch-optimizer (or name other --methods)") from error
+    return SAM(params, torch.optim.AdamW, rho=0.05, lr=1e-4)
 
 
 def peak_memory(name: str, args: argparse.Namespace, queue: multiprocessing.Queue) -> None:
@@ -111,7 +134,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--base", choices=["fp32", "bf16", "nf4", "int8"], default="fp32")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--methods", nargs="*", default=["GGPO gaussian", "GGPO low_rank", "two passes"])
+    parser.add_argument("--methods", nargs="*", default=METHODS, metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--no-memory", action="store_true")
     args = parser.parse_args()
 
@@ -146,7 +169,7 @@ def main() -> None:
     for name in names:
         median = statistics.median(times[name])
         paired = statistics.median(t / b for t, b in zip(times[name], times[LORA], strict=True))
-        line = f"{name:16s} {median:7.3f} s   {median / base:5.3f} x   (paired {paired:5.3f} x)"
+        line = f"{name:18s} {median:7.3f} s   {median / base:5.3f} x   (paired {paired:5.3f} x)"
         if memory:
             line += f"   peak {memory[name]:6.0f} MB   {memory[name] / memory[LORA]:5.3f} x"
         print(line)
