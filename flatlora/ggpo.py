@@ -85,11 +85,25 @@ class GGPOOptimizer(OptimizerWrapper):
                     "or flatlora.remove_perturbation(model) if it is gone, and then build this one"
                 )
         seed = shared_seed() if seed is None else int(seed)
-        self._noise = RowNoise(layers, sigma, beta, noise, noise_rank, seed)
+        self._model, self._adapter = model, adapter
+        self._noise = RowNoise([], sigma, beta, noise, noise_rank, seed)
+        self._perturbations: list[Perturbation] = []
         self._held = keep_training_layout(model)
-        self._perturbations = [Perturbation(layer, self._noise) for layer in layers]
-        for perturbation in self._perturbations:
-            perturbation.attach()
+        self._attach(layers)
+
+    def _attach(self, layers: list[LoRALayer]) -> None:
+        for layer in layers:
+            if layer.name in self._noise.rows:
+                self._noise.rows[layer.name].layer.names = layer.names
+            else:
+                self._noise.rows[layer.name] = _Rows(layer)
+                self._perturbations.append(Perturbation(layer, self._noise))
+                self._perturbations[-1].attach()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the base optimizer's; adapters whose parameters come in are perturbed from then on."""
+        super().add_param_group(param_group)
+        self._attach(_trained(lora_layers(self._model, self._adapter), self.base_optimizer))
 
     # --- the method: a step looks at the gradients, moves the parameters, and goes on to the next ε ---------------
 
@@ -172,6 +186,7 @@ class GGPOOptimizer(OptimizerWrapper):
                 )
 
     def load_method_state(self, state: dict[str, Any] | None) -> None:
+        # σ and β are the checkpoint's from here on, as the learning rate is; the form of the noise is this optimizer's.
         noise = self._noise
         if state is None:
             logger.warning("the checkpoint has no GGPO part: the noise starts afresh, without a gradient term")
@@ -216,18 +231,20 @@ class _Rows:
         a = torch.cat([whole(adapter.A) for adapter in adapters])
         crossed = layer.base.apply_rows(a).to(dtype)  # W0·Aᵀ
         a = a.to(dtype)
-        parts, factors, ranks = [], {}, [adapter.A.shape[0] for adapter in adapters]
+        ranks = [adapter.A.shape[0] for adapter in adapters]
+        parts: dict[str, Tensor] = {}
+        factors = {adapter.name: torch.ones_like(base_sq) for adapter in adapters}
         base_factor = torch.ones_like(base_sq)
         for adapter, a_k, crossed_k in zip(adapters, a.split(ranks), crossed.split(ranks, 1), strict=True):
-            b_k = whole(adapter.B).to(dtype) * adapter.scaling
+            b_k = parts[adapter.name] = whole(adapter.B).to(dtype) * adapter.scaling
             if adapter.magnitude is not None:
+                # PEFT scales what the layer has computed so far, adapters before this one included.
                 norm_sq = base_sq + _row_dot(b_k, 2 * crossed_k + b_k @ (a_k @ a_k.t()))
-                factor = whole(adapter.magnitude).to(dtype) * norm_sq.rsqrt()
-                factors[adapter.name] = factor
-                base_factor += factor - 1
-                b_k = b_k * factor.unsqueeze(1)
-            parts.append(b_k)
-        b = torch.cat(parts, 1)
+                scale = whole(adapter.magnitude).to(dtype) * norm_sq.rsqrt()
+                base_factor = base_factor * scale
+                for name in parts:
+                    factors[name] = factors[name] * scale
+        b = torch.cat([part * factors[name].unsqueeze(1) for name, part in parts.items()], 1)
         cross = 2 * base_factor.unsqueeze(1) * crossed
         return base_factor.square() * base_sq + _row_dot(b, cross + b @ (a @ a.t())), factors
 
@@ -303,11 +320,14 @@ class RowNoise:
     def std(self, rows: _Rows) -> Tensor:
         """Standard deviations (m,) of a layer's rows, computed when first asked for in a step."""
         adapters = rows.layer.adapters()
-        versions = [(a.name, a.scaling, a.A._version, a.B._version) for a in adapters]
+        tensors = [(a.A, a.B) if a.magnitude is None else (a.A, a.B, a.magnitude) for a in adapters]
+        versions = [(a.name, a.scaling, *(t._version for t in ts)) for a, ts in zip(adapters, tensors, strict=True)]
         key = (self.step, self.sigma, self.beta, rows.layer.merged, versions)
         if rows.cached is None or rows.cached[0] != key:
             # Out of inference mode, or the first forward of a step under it would leave tensors unfit for autograd.
-            with torch.inference_mode(False), torch.no_grad():
+            # Nor under autocast, which would round the products.
+            device = rows.layer.base.device
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
                 row_sq = rows.weight_sq()[0]
                 if rows.grad_sq is not None:
                     row_sq = row_sq + self.beta * rows.grad_sq
@@ -342,9 +362,10 @@ def _inverse(gram: Tensor, eps: float) -> Tensor:
     """(X·Xᵀ)⁺ for a Gram matrix that may be singular, as B's is before the first step.
 
     A pseudo-inverse would need eigenvalues, which stall a GPU. A ridge of `eps` times the trace, `eps` the precision of
-    the gradients, damps only directions in which the gradients hold nothing but rounding.
+    the gradients, damps only directions in which the gradients hold nothing but rounding. It must stay above the
+    rounding of the Gram matrix itself.
     """
-    ridge = gram.diagonal().sum() * eps + torch.finfo(gram.dtype).tiny
+    ridge = gram.diagonal().sum() * max(eps, 1024 * torch.finfo(gram.dtype).eps) + torch.finfo(gram.dtype).tiny
     eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     factor, _ = torch.linalg.cholesky_ex(gram + ridge * eye)
     return torch.cholesky_solve(eye, factor)

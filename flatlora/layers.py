@@ -6,6 +6,7 @@ one for LoRA, and hold DoRA's row factors ``μ / ‖W0 + s·B·A‖`` where an a
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ logger = logging.getLogger("flatlora")
 
 _BLOCK = 1 << 18  # elements of a base weight that are upcast at a time
 _REPACKS = "support_avx512bf16_for_cpu"
+_PLAIN_BASES = {"Conv1D", "Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt"}
 _WRAPPER_PARTS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # What a LoRA layer of other libraries calls the layer it adapts, in the order they are looked for.
 _BASE_NAMES = ("base_layer", "linear", "base", "original", "original_layer", "org_module")
@@ -73,6 +75,14 @@ class BaseWeight:
         # Quantisers that pose as a float tensor of the right shape (torchao) are tensor subclasses of their own.
         known = type(weight).__module__.startswith(("torch.", "bitsandbytes.")) or type(weight) is Tensor
         return "float" if plain and known else "opaque"
+
+    @property
+    def plain(self) -> bool:
+        """Whether the module computes ``x·W0ᵀ + bias`` and nothing else, as far as its class tells."""
+        cls = type(self.module)
+        if cls.forward is nn.Linear.forward:
+            return True
+        return cls.__name__ in _PLAIN_BASES and cls.__module__.startswith(("bitsandbytes.", "transformers."))
 
     @property
     def trainable(self) -> bool:
@@ -312,8 +322,13 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
             "peft.get_peft_model(model, LoraConfig(target_modules='all-linear'))"
         )
     if skipped:
-        logger.info("left unperturbed, not a plain linear adapter: %s", _some(skipped))
+        _tell_once(f"left alone, as their adapters are not linear layers: {_some(skipped)}")
     return found
+
+
+@functools.cache
+def _tell_once(message: str) -> None:
+    logger.warning(message)
 
 
 def keep_training_layout(model: nn.Module) -> list[nn.Module]:

@@ -181,16 +181,19 @@ class Perturbation:
     def __init__(self, layer: LoRALayer, source: Source):
         self.layer = layer
         self.source = source
+        self.attached = False
         self._own_forward: Any = None  # an instance's forward that was there before, such as another library's patch
 
     def attach(self) -> None:
+        self.attached = True
         self._own_forward = self.layer.module.__dict__.get("forward")
         self.layer.module.forward = self.forward
 
     def remove(self) -> None:
+        self.attached = False
         module = self.layer.module
         if getattr(module.__dict__.get("forward"), "__self__", None) is not self:
-            return
+            return  # someone patched the layer on top: stay in line, as the layer's own forward
         if self._own_forward is None:
             del module.forward
         else:
@@ -202,14 +205,15 @@ class Perturbation:
         return type(self.layer.module).forward(self.layer.module, *args, **kwargs)
 
     @torch.compiler.disable  # generators and seeds are Python's; compiled models break the graph here
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        extra = self.source.draw(self.layer)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        extra = self.source.draw(self.layer) if self.attached else None
         if extra is None:
-            return self.original(x, *args, **kwargs)
+            return self.original(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
         adapters = self.layer.adapters()
-        if self._own_forward is None and not args and not kwargs and _fusable(self.layer, adapters):
+        if self._own_forward is None and len(args) + len(kwargs) == 1 and _fusable(self.layer, adapters):
             return self._fused(x, extra, adapters)
-        out = self.original(x, *args, **kwargs)
+        out = self.original(*args, **kwargs)
         if isinstance(extra, Draw) and extra.kind == "gaussian":
             dtype = _compute_dtype(x, out.dtype)
             return out + _NoisyLinear.apply(x, None, None, self.layer, extra, True, dtype).to(out.dtype)
@@ -224,10 +228,9 @@ class Perturbation:
             out = _NoisyLinear.apply(x, weight, bias, self.layer, extra, False, _compute_dtype(x, dtype))
             if weight is None:
                 out = out.to(x.dtype)  # as bitsandbytes' layers return it
-            in_place = True
         else:
             out = base.module(x)
-            in_place = base.kind == "float"  # bitsandbytes may hand out a view, which must not be written to
+        in_place = not out._is_view()  # as of Conv1D and bitsandbytes; autograd forbids writing to those
         plain = [adapter for adapter in adapters if isinstance(adapter.dropout, nn.Identity)]
         out = self._add_low_rank(out, x, plain, extra, in_place)
         if len(plain) < len(adapters):
@@ -282,14 +285,15 @@ def _fusable(layer: LoRALayer, adapters: list[Adapter]) -> bool:
     module: Any = layer.module
     if not layer.is_peft or not adapters or type(module).forward not in _peft_linear_forwards():
         return False
-    if layer.base.kind == "opaque" or layer.base.trainable or _hooked(layer.base.module):
+    base = layer.base
+    if base.kind == "opaque" or base.trainable or not base.plain or _hooked(base.module):
         return False
     for adapter in adapters:
         name = adapter.name
         if name in module.lora_variant or module.lora_bias[name] or adapter.A.dtype != adapters[0].A.dtype:
             return False
-        parts = (module.lora_A[name], module.lora_B[name])
-        if any(type(part) is not nn.Linear or _hooked(part) for part in parts):
+        factors = (module.lora_A[name], module.lora_B[name])
+        if any(type(part) is not nn.Linear or _hooked(part) for part in factors) or _hooked(module.lora_dropout[name]):
             return False
     return True
 
