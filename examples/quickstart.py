@@ -1,4 +1,4 @@
-"""LoRA fine-tuning of a pretrained encoder on a few examples, with AdamW and with GGPO over 8-bit AdamW.
+"""LoRA fine-tuning of a pretrained encoder on a few examples, with AdamW and with a flat optimizer over 8-bit AdamW.
 
     pip install "flatlora[examples]"
     python examples/quickstart.py  # news headlines, five topics
@@ -15,7 +15,6 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,32 +30,18 @@ from common import (
     load_data,
     load_tokenizer,
     make_batches,
+    make_optimizer,
     mean_loss,
+    method_arguments,
     non_negative,
     positive,
     quiet,
-    trainable,
 )
 from torch import nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from flatlora import GGPOOptimizer, noise_rise
-
-
-def adamw(model: nn.Module, args: argparse.Namespace) -> Optimizer:
-    return torch.optim.AdamW(trainable(model), lr=args.lr)
-
-
-def adamw_8bit(model: nn.Module, args: argparse.Namespace) -> Optimizer:
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(trainable(model), lr=args.lr)
-
-
-def ggpo(model: nn.Module, args: argparse.Namespace) -> Optimizer:
-    noise = "low_rank" if args.method == "ggpo-low-rank" else "gaussian"
-    return GGPOOptimizer(adamw_8bit(model, args), model, sigma=args.sigma, noise=noise)
+from flatlora import noise_rise
 
 
 def fine_tune(model: nn.Module, optimizer: Optimizer, epochs: list[list[dict[str, Any]]], bar: tqdm) -> list[float]:
@@ -85,7 +70,8 @@ class Result:
 def run(
     seed: int,
     draw: tuple[list[Example], list[Example]],
-    make_optimizer: Callable[..., Optimizer],
+    method: str,
+    optimizer_cls: type[Optimizer],
     data: Data,
     args: argparse.Namespace,
     bar: tqdm,
@@ -98,7 +84,7 @@ def run(
 
     torch.manual_seed(seed)
     model = build_model(args.folder, tokenizer, data.labels, args.r)
-    optimizer = make_optimizer(model, args)
+    optimizer = make_optimizer(method, optimizer_cls, model, args)
     times = fine_tune(model, optimizer, epochs, bar)
 
     scored = encode(rest if args.validate else data.held_out, tokenizer, data.labels)
@@ -115,8 +101,7 @@ def cell(values: list[float], form: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data_arguments(parser, examples=50)
-    parser.add_argument("--method", choices=["ggpo", "ggpo-low-rank"], default="ggpo")
-    parser.add_argument("--sigma", type=non_negative, default=0.03, help="noise while training (default: %(default)s)")
+    method_arguments(parser)
     parser.add_argument(
         "--noise", type=non_negative, default=0.3, help="noise while measuring flatness (default: %(default)s)"
     )
@@ -133,15 +118,21 @@ def main() -> None:
 
     args.folder = encoder_folder(args.model)
     data = load_data(args.train_file, args.test_file)
-    methods = {"AdamW": adamw, "AdamW8bit": adamw_8bit, f"{args.method}(AdamW8bit)": ggpo}
+    from bitsandbytes.optim import AdamW8bit
+
+    rows = {
+        "AdamW": ("none", torch.optim.AdamW),
+        "AdamW8bit": ("none", AdamW8bit),
+        f"{args.method}(AdamW8bit)": (args.method, AdamW8bit),
+    }
     draws = [data.draw(args.examples, seed) for seed in range(args.seeds)]
-    results: dict[str, list[Result]] = {name: [] for name in methods}
+    results: dict[str, list[Result]] = {name: [] for name in rows}
     steps = args.epochs * -(-args.examples // args.batch_size)
-    with tqdm(total=steps * args.seeds * len(methods), unit="step") as bar:
+    with tqdm(total=steps * args.seeds * len(rows), unit="step") as bar:
         for seed in range(args.seeds):
-            for name, make_optimizer in methods.items():
+            for name, (method, optimizer_cls) in rows.items():
                 bar.set_description(f"seed {seed}, {name}")
-                results[name].append(run(seed, draws[seed], make_optimizer, data, args, bar))
+                results[name].append(run(seed, draws[seed], method, optimizer_cls, data, args, bar))
 
     scored = "unused training" if args.validate else "held-out"
     count = len(data.pool) - args.examples if args.validate else len(data.held_out)

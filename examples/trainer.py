@@ -1,4 +1,4 @@
-"""GGPO in the Hugging Face Trainer: accumulation, clipping, cosine schedule, evaluation, checkpoints and resuming.
+"""A flat optimizer in the Hugging Face Trainer: accumulation, clipping, schedule, evaluation, checkpoints, resuming.
 
     pip install "flatlora[examples]"
     python examples/trainer.py  # news headlines, five topics
@@ -24,15 +24,14 @@ from common import (
     encoder_folder,
     load_data,
     load_tokenizer,
+    make_optimizer,
+    method_arguments,
     non_negative,
     positive,
     quiet,
-    trainable,
 )
 from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-
-from flatlora import GGPOOptimizer
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -44,10 +43,9 @@ def main() -> None:
     data_arguments(parser, examples=100)
     parser.add_argument("--output", type=Path, default=Path("runs/trainer"), help="checkpoints (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
-    parser.add_argument("--method", choices=["ggpo", "ggpo-low-rank"], default="ggpo")
-    parser.add_argument("--sigma", type=non_negative, default=0.03, help="noise while training (default: %(default)s)")
+    method_arguments(parser)
     parser.add_argument("--epochs", type=positive, default=15, help="default: %(default)s")
-    parser.add_argument("--lr", type=non_negative, default=1e-3, help="default: %(default)s")
+    parser.add_argument("--lr", type=non_negative, default=5e-4, help="default: %(default)s")
     parser.add_argument("--r", type=positive, default=16, help="rank of the adapters (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     args = parser.parse_args()
@@ -66,9 +64,7 @@ def main() -> None:
 
     set_seed(args.seed)
     model = build_model(folder, tokenizer, data.labels, args.r)
-    optimizer = torch.optim.AdamW(trainable(model), lr=args.lr)
-    noise = "low_rank" if args.method == "ggpo-low-rank" else "gaussian"
-    optimizer = GGPOOptimizer(optimizer, model, sigma=args.sigma, noise=noise)
+    optimizer = make_optimizer(args.method, torch.optim.AdamW, model, args)
 
     trainer = Trainer(
         model,
