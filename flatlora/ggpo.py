@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,12 +107,20 @@ class GGPOOptimizer(OptimizerWrapper):
 
     # --- the method: a step looks at the gradients, moves the parameters, and goes on to the next ε ---------------
 
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """As the base optimizer's. All evaluations of a `closure` see one ε, wherever they move the parameters."""
+        self._noise.held = closure is not None
+        try:
+            return super().step(closure)
+        finally:
+            self._noise.held = False
+
     def before_step(self) -> None:
         if self._noise.sigma > 0 and self._noise.beta > 0:
             self._noise.observe_gradients()
 
     def after_step(self) -> None:
-        self._noise.step += 1
+        self._noise.next_step()
 
     def row_std(self) -> dict[str, Tensor]:
         """The standard deviation of each row's noise at present, per element: ``{layer name: (m,) tensor}``."""
@@ -166,7 +174,9 @@ class GGPOOptimizer(OptimizerWrapper):
             name: {"shape": list(rows.layer.shape), "ranks": rows.ranks(), "grad_sq": rows.grad_sq}
             for name, rows in noise.rows.items()
         }
-        return {"seed": noise.seed, "step": noise.step, "sigma": noise.sigma, "beta": noise.beta, "layers": layers}
+        form = [noise.kind, noise.rank]
+        numbers = {"seed": noise.seed, "step": noise.step, "sigma": noise.sigma, "beta": noise.beta}
+        return {**numbers, "form": form, "layers": layers}
 
     def check_method_state(self, state: dict[str, Any]) -> None:
         theirs, ours = state["layers"], self.method_state()["layers"]
@@ -192,6 +202,13 @@ class GGPOOptimizer(OptimizerWrapper):
             logger.warning("the checkpoint has no GGPO part: the noise starts afresh, without a gradient term")
             noise.step = 0
         else:
+            if state["form"] != [noise.kind, noise.rank]:
+                logger.warning(
+                    "resumed with %s noise of rank %d; the checkpoint had %s of %d",
+                    noise.kind,
+                    noise.rank,
+                    *state["form"],
+                )
             noise.seed, noise.step = state["seed"], state["step"]
             noise.sigma, noise.beta = state["sigma"], state["beta"]
         for name, rows in noise.rows.items():
@@ -304,6 +321,8 @@ class RowNoise:
         self.everywhere = everywhere
         self.step = 0
         self.on = True
+        self.held = False  # while a step is evaluated more than once
+        self._observed: dict[str, Tensor] = {}
         self._warned = False
 
     def draw(self, layer: LoRALayer) -> Draw | None:
@@ -323,7 +342,8 @@ class RowNoise:
         tensors = [(a.A, a.B) if a.magnitude is None else (a.A, a.B, a.magnitude) for a in adapters]
         versions = [(a.name, a.scaling, *(t._version for t in ts)) for a, ts in zip(adapters, tensors, strict=True)]
         key = (self.step, self.sigma, self.beta, rows.layer.merged, versions)
-        if rows.cached is None or rows.cached[0] != key:
+        held = self.held and rows.cached is not None and rows.cached[0][0] == self.step
+        if rows.cached is None or (rows.cached[0] != key and not held):
             # Out of inference mode, or the first forward of a step under it would leave tensors unfit for autograd.
             # Nor under autocast, which would round the products.
             device = rows.layer.base.device
@@ -337,21 +357,27 @@ class RowNoise:
 
     @torch.no_grad()
     def observe_gradients(self) -> None:
-        """Replaces the gradient norms by those of the gradients at hand, unless any of them is not finite."""
+        """Notes the norms of the gradients at hand for the next step's noise."""
         found = {name: new for name, rows in self.rows.items() if (new := rows.projected_grad_sq()) is not None}
-        if not found:
-            if not self._warned:
-                logger.warning("step() found no adapter gradients: the noise goes on without a gradient term")
+        if not found and not self._warned:
+            logger.warning("step() found no adapter gradients: the noise goes on without a gradient term")
             self._warned = True
+        self._observed = found
+
+    @torch.no_grad()
+    def next_step(self) -> None:
+        """Goes on to the next ε, scaled by the gradients noted last unless any of them is not finite."""
+        self.step += 1
+        if not self._observed:
             return
         # Decided on the device: asking the host whether all is finite would stall it at every step.
-        sums = [new.sum() for new in found.values()]
+        sums = [new.sum() for new in self._observed.values()]
         finite = torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all()
-        for name, new in found.items():
+        for name, new in self._observed.items():
             old = self.rows[name].grad_sq
             keep = torch.zeros_like(new) if old is None else old
             self.rows[name].grad_sq = torch.where(finite.to(new.device), new, keep)
-            self.rows[name].cached = None
+        self._observed = {}
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:

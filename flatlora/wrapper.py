@@ -91,12 +91,24 @@ class OptimizerWrapper(Optimizer):
         self.base_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's `state_dict()` plus the method's part, as ``["flatlora"][class name]``."""
+        """The base optimizer's `state_dict()` plus the method's part, as ``["flatlora"][class name]``.
+
+        `torch.distributed.checkpoint` keeps the base's part alone; save ``state_dict()["flatlora"]`` beside it.
+        """
         state = self.base_optimizer.state_dict()
         own = self.method_state()
         if own:
-            state[STATE_KEY] = {**state.get(STATE_KEY, {}), type(self).__name__: own}
+            state[STATE_KEY] = {**state.get(STATE_KEY, {}), self._state_name(): own}
         return state
+
+    def _state_name(self) -> str:
+        """The class's name, with a number where the same method is wrapped again, as over a second model."""
+        same = 0
+        base: Any = self.base_optimizer
+        while issubclass(type(base), OptimizerWrapper):
+            same += type(base) is type(self)
+            base = base.base_optimizer
+        return type(self).__name__ + (f".{same}" if same else "")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the base optimizer and the method.
@@ -107,7 +119,7 @@ class OptimizerWrapper(Optimizer):
             ValueError: the state is of another model or method; nothing has been changed then.
         """
         methods = dict(state_dict.get(STATE_KEY, {}))
-        own = methods.pop(type(self).__name__, None)
+        own = methods.pop(self._state_name(), None)
         base_state = {key: value for key, value in state_dict.items() if key != STATE_KEY}
         if methods:
             if not issubclass(type(self.base_optimizer), OptimizerWrapper):

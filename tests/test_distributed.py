@@ -1,0 +1,174 @@
+"""Two processes: DDP and FSDP2 train as one process does on the whole batch, under the same noise on every rank."""
+
+from __future__ import annotations
+
+import traceback
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from ecosystem import adamw, adapters, difference, frozen, ggpo, lora_mlp, outputs
+from torch.nn.parallel import DistributedDataParallel
+
+RANKS = 2
+STEPS = 5
+CASES = ["ddp", "ddp low_rank", "ddp built before", "ddp no seed", "ddp accumulating"]
+SHARDED = ["fsdp", "fsdp low_rank", "fsdp parameters replaced"]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
+]
+
+
+def batch(i):
+    """A batch for all ranks together."""
+    return torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(i))
+
+
+def ggpo_of(model, case, **kwargs):
+    noise = "low_rank" if "low_rank" in case else "gaussian"
+    return ggpo(model, adamw(model, weight_decay=0.1), **{"sigma": 0.1, "beta": 1.0, "noise": noise, **kwargs})
+
+
+def run(model, optimizer, rank=None, accumulate=False):
+    """Trains on this rank's share of every batch, or on all of it."""
+    for i in range(STEPS):
+        x, y = batch(i) if rank is None else batch(i).chunk(RANKS, 1)[rank]
+        if accumulate:
+            with model.no_sync():
+                ((model(x[:2]) - y[:2]).square().mean() / 2).backward()
+            ((model(x[2:]) - y[2:]).square().mean() / 2).backward()
+        else:
+            (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def report(model, optimizer):
+    return {"adapters": adapters(model), "outputs": outputs(model), "row_std": optimizer.row_std()}
+
+
+def ddp(case, rank):
+    model = lora_mlp()
+    torch.manual_seed(100 + rank)  # every rank's own, as loaders and dropout want it
+    if case == "ddp built before":
+        optimizer = ggpo_of(model, case)
+        parallel = DistributedDataParallel(model)
+    else:
+        parallel = DistributedDataParallel(model)
+        optimizer = ggpo_of(parallel, case, **({"seed": None} if case == "ddp no seed" else {}))
+    run(parallel, optimizer, rank, accumulate=case == "ddp accumulating")
+    return report(model, optimizer)
+
+
+def fsdp(case, rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    model = lora_mlp()
+    early = case == "fsdp parameters replaced"
+    optimizer = ggpo_of(model, case) if early else None
+    names = {id(p): name for name, p in model.named_parameters()}
+    for name, module in list(model.named_modules()):
+        if name.endswith((".0", ".2")):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if not early:
+        optimizer = ggpo_of(model, case)
+    else:  # as Accelerate does it
+        sharded = dict(model.named_parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [sharded[names[id(p)]] for p in group["params"]]
+    first = optimizer.row_std()
+    run(model, optimizer, rank)
+    row_std = optimizer.row_std()
+    held = [type(p).__name__ for group in optimizer.param_groups for p in group["params"]]
+    whole = {name: p.full_tensor().clone() for name, p in adapters(model).items()}
+    base = {name: p.full_tensor().clone() for name, p in frozen(model).items()}
+    x = batch(99)[0]
+    noisy = model(x).detach().clone()
+    model.eval()
+    return {
+        "first": first,
+        "adapters": whole,
+        "row_std": row_std,
+        "base": base,
+        "noisy": noisy,
+        "clean": model(x).detach().clone(),
+        "held": held,
+    }
+
+
+def worker(rank, folder):
+    dist.init_process_group(
+        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+    )
+    try:
+        found = {}
+        for case in [*CASES, *SHARDED]:
+            try:
+                found[case] = (ddp if case.startswith("ddp") else fsdp)(case, rank)
+            except Exception:  # of one case; the others are still told of
+                found[case] = {"error": traceback.format_exc()}
+        torch.save(found, f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each rank reports of each case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def same_on_both(ranks, case):
+    first, second = (found[case] for found in ranks)
+    assert "error" not in first, first["error"]
+    assert difference(first, second) is None  # weights, noise and all, to the bit
+    return first
+
+
+def alone(case, **kwargs):
+    model = lora_mlp()
+    optimizer = ggpo_of(model, case, **kwargs)
+    first = optimizer.row_std()
+    run(model, optimizer)
+    return model, optimizer, first
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ddp_is_one_process_on_the_whole_batch(ranks, case):
+    found = same_on_both(ranks, case)
+    # Without a seed it is the initial seed of rank 0.
+    model, optimizer, _ = alone(case, **({"seed": 100} if case == "ddp no seed" else {}))
+    assert difference(adapters(lora_mlp()), adapters(model)) is not None
+    torch.testing.assert_close(found, report(model, optimizer), rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_seed_it_is_not_that_of_another_rank(ranks):
+    model, _, _ = alone("ddp no seed", seed=101)
+    found = ranks[1]["ddp no seed"]["outputs"]
+    assert any((found[name] - value).abs().max() > 1e-3 for name, value in outputs(model).items())
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_fsdp2_is_one_process_on_the_whole_batch(ranks, case):
+    found = same_on_both(ranks, case)
+    assert set(found["held"]) == {"DTensor"}
+    model, optimizer, std = alone(case)
+    torch.testing.assert_close(found["first"], std)
+    torch.testing.assert_close(found["adapters"], adapters(model), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["row_std"], optimizer.row_std(), rtol=1e-4, atol=1e-5)
+    assert difference(found["base"], frozen(lora_mlp())) is None
+    x = batch(99)[0]
+    noisy = model(x).detach()
+    clean = model.eval()(x).detach()
+    torch.testing.assert_close(found["noisy"], noisy, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found["clean"], clean, rtol=1e-4, atol=1e-4)
+    assert (noisy - clean).abs().max() > 1e-2

@@ -1,0 +1,493 @@
+"""Outputs, gradients and memory of perturbed layers, against autograd on a dense ``W' + ε`` in float64."""
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import (
+    IntLinear,
+    ModuleLoRA,
+    Net,
+    ParameterLoRA,
+    dense,
+    noise_of,
+    one_layer,
+    peft,
+    quantised,
+    quantised_mlp,
+    tiny_gpt2,
+    tiny_llama,
+    tokens,
+    trainable,
+)
+from torch import nn
+
+from flatlora import GGPOOptimizer, remove_perturbation
+from flatlora.perturbation import Draw, draw_gaussian, draw_low_rank
+
+KINDS = ["gaussian", "low_rank"]
+TWO = {"first": {"r": 2, "lora_alpha": 5}, "second": {"r": 3}}
+
+
+def ggpo(model, noise="gaussian", sigma=0.5, lr=0.0, **options):
+    """Loud noise, so that nothing passes because ε is small."""
+    return GGPOOptimizer(torch.optim.SGD(trainable(model), lr=lr), model, sigma=sigma, noise=noise, seed=3, **options)
+
+
+def layer_of(model):
+    return next(module for module in model.modules() if isinstance(module, Net)).fc
+
+
+def grads_of(output, x, params):
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    return torch.autograd.grad((output * weights.to(output.dtype)).sum(), [x, *params])
+
+
+def assert_equal(found, expected, tolerance=1e-10):
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+# --- draws --------------------------------------------------------------------------------------------------------
+
+
+def test_draws_are_functions_of_their_seed():
+    std = torch.rand(6).double()
+    one = draw_gaussian(Draw("gaussian", std, 5), 4, None, torch.float64)
+    assert torch.equal(one, draw_gaussian(Draw("gaussian", std, 5), 4, None, torch.float64))
+    assert not torch.equal(one, draw_gaussian(Draw("gaussian", std, 6), 4, None, torch.float64))
+    low, other = (draw_low_rank(Draw("low_rank", std, seed, 3), 4, torch.float64) for seed in (5, 6))
+    assert_equal(low, draw_low_rank(Draw("low_rank", std, 5, 3), 4, torch.float64), 0)
+    assert low[0].shape == (6, 3) and low[1].shape == (3, 4) and not torch.equal(low[1], other[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_and_its_noise_are_rounded_once(dtype):
+    weight, draw = torch.randn(50, 40, dtype=torch.float64), Draw("gaussian", torch.rand(50), 1)
+    weight = weight.to(dtype)
+    noise = draw_gaussian(draw, 40, None, torch.float32).double()
+    both = draw_gaussian(draw, 40, weight, dtype)
+    assert both.dtype == dtype
+    exact = weight.double() + noise
+    # Half an ulp, and the float32 addition before it.
+    assert ((both.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps * 0.51 + 1e-6).all()
+
+
+def test_rows_without_noise_keep_their_weight():
+    std = torch.tensor([0.0, 0.1], dtype=torch.float64)
+    weight = torch.randn(2, 300, dtype=torch.float64)
+    both = draw_gaussian(Draw("gaussian", std, 1), 300, weight, torch.float64)
+    assert torch.equal(both[0], weight[0]) and not torch.equal(both[1], weight[1])
+
+
+# --- outputs and gradients equal the dense reference --------------------------------------------------------------
+
+
+def opaque_peft():
+    model = peft(Net(IntLinear(10, 7)), ["fc"], None)
+    return model.double()
+
+
+def trainable_base():
+    model = one_layer()
+    layer_of(model).base_layer.weight.requires_grad_(True)
+    return model
+
+
+CASES = {
+    "lora": one_layer,
+    "no bias": lambda: one_layer(bias=False),
+    "rslora": lambda: one_layer(use_rslora=True),
+    "trainable bias": lambda: one_layer(**{"bias": True}, adapters={"default": {"bias": "all"}}),
+    "lora_bias": lambda: one_layer(lora_bias=True),
+    "conv1d": lambda: one_layer(conv1d=True),
+    "dora": lambda: one_layer(use_dora=True),
+    "dora conv1d": lambda: one_layer(use_dora=True, conv1d=True),
+    "two adapters": lambda: one_layer(adapters=TWO),
+    "two adapters conv1d": lambda: one_layer(adapters=TWO, conv1d=True),
+    "opaque base": opaque_peft,
+    "trainable base": trainable_base,
+    "hand-made": lambda: Net(ParameterLoRA(10, 7).double()),
+    "hand-made transposed": lambda: Net(ParameterLoRA(10, 7, transposed=True).double()),
+    "hand-made modules": lambda: Net(ModuleLoRA(10, 7).double()),
+}
+
+
+@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_gradients_are_those_at_the_perturbed_weight(case, noise):
+    model = CASES[case]()
+    optimizer = ggpo(model, noise)
+    x = torch.randn(3, 5, 7, dtype=torch.float64, requires_grad=True)
+    weight, bias = dense(layer_of(model))
+    noise_matrix = noise_of(optimizer)
+    assert noise_matrix.norm() > 0.2 * weight.norm()
+    expected = F.linear(x, weight + noise_matrix) + bias
+    output = model(x)
+    assert_equal([output], [expected])
+    assert_equal(grads_of(output, x, trainable(model)), grads_of(expected, x, trainable(model)))
+
+
+@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (4, 7), (2, 3, 7), (2, 1, 3, 7), (0, 7)], ids=str)
+@pytest.mark.parametrize("case", ["lora", "two adapters", "conv1d", "hand-made"])
+def test_inputs_of_every_rank(case, shape, noise):
+    model = CASES[case]()
+    optimizer = ggpo(model, noise)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight, bias = dense(layer_of(model))
+    expected = F.linear(x, weight + noise_of(optimizer)) + bias
+    output = model(x)
+    assert output.shape == (*shape[:-1], 10)
+    assert_equal([output], [expected])
+    assert_equal(grads_of(output, x, trainable(model)), grads_of(expected, x, trainable(model)))
+
+
+@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("case", ["lora", "no bias"])
+def test_strided_and_expanded_inputs(case, noise):
+    model = CASES[case]()
+    optimizer = ggpo(model, noise)
+    for view in (lambda t: t.transpose(0, 1), lambda t: t[:, :1].expand(-1, 4, -1), lambda t: t[::2, 1:]):
+        x = torch.randn(4, 5, 7, dtype=torch.float64, requires_grad=True)
+        weight, bias = dense(layer_of(model))
+        expected = F.linear(view(x), weight + noise_of(optimizer)) + bias
+        output = model(view(x))
+        assert_equal([output], [expected])
+        assert_equal(grads_of(output, x, trainable(model)), grads_of(expected, x, trainable(model)))
+
+
+@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("adapters", [None, TWO], ids=["one", "two"])
+def test_dropout_draws_from_the_global_stream_as_without_noise(adapters, noise):
+    model = one_layer(adapters=adapters, lora_dropout=0.4)
+    optimizer = ggpo(model, noise)
+    layer, x = layer_of(model), torch.randn(6, 7, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(11)
+    expected = layer.base_layer(x) + x @ noise_of(optimizer).t()
+    for name in layer.active_adapters:
+        dropped = F.dropout(x, 0.4)
+        update = layer.lora_B[name].weight @ layer.lora_A[name].weight
+        expected = expected + layer.scaling[name] * dropped @ update.t()
+    after = torch.get_rng_state()
+    torch.manual_seed(11)
+    output = model(x)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert_equal([output], [expected])
+    assert_equal(grads_of(output, x, trainable(model)), grads_of(expected, x, trainable(model)))
+
+
+@pytest.mark.parametrize("noise", KINDS)
+def test_inputs_without_gradients(noise):
+    model = one_layer(adapters=TWO)
+    optimizer = ggpo(model, noise)
+    x = torch.randn(4, 7, dtype=torch.float64)
+    weight, bias = dense(layer_of(model))
+    expected = F.linear(x, weight + noise_of(optimizer)) + bias
+    found = torch.autograd.grad(model(x).sum(), trainable(model))
+    assert_equal(found, torch.autograd.grad(expected.sum(), trainable(model)))
+    with torch.no_grad():
+        assert_equal([model(x)], [expected])
+    with torch.inference_mode():
+        assert_equal([model(x)], [expected])
+
+
+@pytest.mark.parametrize("noise", KINDS)
+def test_a_first_forward_under_inference_mode_spoils_nothing(noise):
+    model = one_layer()
+    optimizer = ggpo(model, noise)
+    x = torch.randn(4, 7, dtype=torch.float64)
+    with torch.inference_mode():
+        output = model(x)
+    model(x).sum().backward()
+    optimizer.step()
+    assert layer_of(model).lora_A["default"].weight.grad is not None and output.isfinite().all()
+
+
+@pytest.mark.parametrize("noise", KINDS)
+def test_perturbation_follows_the_weights_as_they_train(noise):
+    model = one_layer()
+    optimizer = ggpo(model, noise, lr=0.05, beta=1.0)
+    x = torch.randn(8, 7, dtype=torch.float64)
+    before = noise_of(optimizer)
+    for _ in range(3):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(noise_of(optimizer), before)
+    weight, bias = dense(layer_of(model))
+    assert_equal([model(x)], [F.linear(x, weight + noise_of(optimizer)) + bias])
+
+
+# --- somebody listens in, or the base has a mind of its own -------------------------------------------------------
+
+
+PARTS = {
+    "base_layer": lambda layer: layer.base_layer,
+    "lora_A": lambda layer: layer.lora_A["default"],
+    "lora_B": lambda layer: layer.lora_B["default"],
+    "lora_dropout": lambda layer: layer.lora_dropout["default"],
+}
+
+
+@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_on_parts_of_a_layer_fire(part, kind, noise):
+    if kind.startswith("full") and part == "base_layer":
+        pytest.skip("nothing in a frozen base has a gradient")
+    model = one_layer()
+    optimizer = ggpo(model, noise)
+    x = torch.randn(4, 7, dtype=torch.float64)
+    noise_matrix = noise_of(optimizer)  # a base that can only be applied would be called here
+    calls = []
+    module = PARTS[part](layer_of(model))
+    register = getattr(module, f"register_{kind}_hook")
+    register(lambda *args: calls.append(part))
+    if part == "lora_dropout" and kind.startswith("full"):
+        x.requires_grad_()
+    weight, bias = dense(layer_of(model))
+    output = model(x)
+    output.sum().backward()
+    assert calls == [part]
+    assert_equal([output], [F.linear(x, weight + noise_matrix) + bias])
+
+
+@pytest.mark.parametrize("noise", KINDS)
+def test_a_hook_that_replaces_the_output_is_obeyed(noise):
+    model = one_layer()
+    optimizer = ggpo(model, noise)
+    layer, x = layer_of(model), torch.randn(4, 7, dtype=torch.float64)
+    layer.lora_B["default"].register_forward_hook(lambda module, args, output: output * 3)
+    expected = layer.base_layer(x) + 3 * layer.scaling["default"] * layer.lora_B["default"].weight.matmul(
+        layer.lora_A["default"].weight
+    ).matmul(x.t()).t() + x @ noise_of(optimizer).t()  # fmt: skip
+    assert_equal([model(x)], [expected])
+
+
+@pytest.mark.parametrize("noise", KINDS)
+def test_a_base_with_its_own_forward_keeps_it(noise):
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            return super().forward(2 * x)
+
+    model = peft(Net(Doubling(7, 10)), ["fc"])
+    x = torch.randn(4, 7, dtype=torch.float64)
+    model.eval()
+    clean = model(x)
+    model.train()
+    optimizer = ggpo(model, noise)
+    assert_equal([model(x)], [clean + x @ noise_of(optimizer).t()])
+
+
+@pytest.mark.parametrize("noise", KINDS)
+def test_inputs_may_be_given_by_name(noise):
+    class Named(ParameterLoRA):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states)
+
+    model = Net(Named(10, 7).double())
+    optimizer = ggpo(model, noise)
+    x = torch.randn(4, 7, dtype=torch.float64)
+    expected = F.linear(x, model.fc.dense()[0] + noise_of(optimizer)) + model.fc.linear.bias
+    assert_equal([model.fc(hidden_states=x)], [expected])
+
+
+def test_a_forward_patched_before_is_called_and_restored():
+    model = one_layer()
+    layer = layer_of(model)
+    own, calls = layer.forward, []
+
+    def patched(x):
+        calls.append(x.shape)
+        return own(x)
+
+    layer.forward = patched
+    optimizer = ggpo(model)
+    x = torch.randn(4, 7, dtype=torch.float64)
+    weight, bias = dense(layer)
+    assert_equal([model(x)], [F.linear(x, weight + noise_of(optimizer)) + bias])
+    assert len(calls) == 1
+    optimizer.remove()
+    assert layer.forward is patched
+
+
+# --- taking it off ------------------------------------------------------------------------------------------------
+
+
+def test_remove_restores_the_layer_and_may_be_called_twice():
+    model = one_layer()
+    x = torch.randn(4, 7, dtype=torch.float64)
+    clean = model(x)
+    optimizer = ggpo(model)
+    assert "forward" in layer_of(model).__dict__ and not torch.equal(model(x), clean)
+    optimizer.remove()
+    optimizer.remove()
+    assert "forward" not in layer_of(model).__dict__ and torch.equal(model(x), clean)
+    model(x).sum().backward()
+    optimizer.step()
+    ggpo(model)
+
+
+def test_remove_perturbation_needs_no_optimizer():
+    model = one_layer()
+    x = torch.randn(4, 7, dtype=torch.float64)
+    clean = model(x)
+    ggpo(model)
+    remove_perturbation(model)
+    remove_perturbation(model)
+    assert torch.equal(model(x), clean) and "forward" not in layer_of(model).__dict__
+
+
+def test_remove_switches_off_under_a_patch_put_on_later():
+    model = one_layer()
+    x = torch.randn(4, 7, dtype=torch.float64)
+    clean = model(x)
+    optimizer = ggpo(model)
+    layer = layer_of(model)
+    perturbed = layer.forward
+    layer.forward = lambda x: perturbed(x)
+    optimizer.remove()
+    assert_equal([model(x)], [clean])
+
+
+# --- the fused path computes what PEFT computes -------------------------------------------------------------------
+
+
+def run(model, ids):
+    torch.manual_seed(2)
+    output = model(input_ids=ids).logits
+    output.float().square().mean().backward()
+    grads = [p.grad.float() for p in trainable(model)]
+    model.zero_grad()
+    return [output.detach().float(), *grads]
+
+
+@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "tolerance"),
+    [
+        (torch.float32, False, 2e-5),
+        (torch.bfloat16, False, 1e-1),
+        (torch.float32, True, 1e-1),
+        ("bf16 base", False, 1e-1),
+        ("bf16 base", True, 1e-1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("build", "config"),
+    [(tiny_llama, {}), (tiny_llama, {"lora_dropout": 0.2}), (tiny_llama, {"adapters": TWO}), (tiny_gpt2, {})],
+    ids=["llama", "llama dropout", "llama two adapters", "gpt2"],
+)
+def test_without_noise_the_fused_path_equals_peft(build, config, dtype, autocast, tolerance, noise, monkeypatch):
+    if dtype == "bf16 base":
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = build(None, **config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {p.dtype for p in trainable(model)} == {torch.float32}
+    else:
+        model = build(dtype, **config)
+    ids = tokens()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = run(model, ids)
+        optimizer = ggpo(model, noise)
+        calls = []
+        monkeypatch.setattr(optimizer._noise, "std", lambda rows: calls.append(1) or torch.zeros(rows.layer.shape[0]))
+        found = run(model, ids)
+    assert calls
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("nf4", 1e-5), ("fp4", 1e-5), ("int8", 3e-2)])
+@pytest.mark.parametrize("noise", KINDS)
+def test_without_noise_quantised_layers_equal_peft(kind, tolerance, noise, monkeypatch):
+    model = quantised_mlp(kind)
+    x = torch.randn(3, 5, 64, requires_grad=True)
+
+    def outcome():
+        output = model(x)
+        return [output, *grads_of(output, x, trainable(model))]
+
+    expected = outcome()
+    optimizer = ggpo(model, noise)
+    monkeypatch.setattr(optimizer._noise, "std", lambda rows: torch.zeros(rows.layer.shape[0]))
+    for one, other in zip(outcome(), expected, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()  # int8 also rounds its input, where it computes itself
+
+
+@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_layers_compute_at_the_perturbed_weight(kind, noise):
+    model = quantised_mlp(kind)
+    optimizer = ggpo(model, noise)
+    layer = model.base_model.model.up
+    name = next(name for name in optimizer._noise.rows if name.endswith("up"))
+    x = torch.randn(5, 64, requires_grad=True)
+    params = [p for p in layer.parameters() if p.requires_grad]
+    expected = F.linear(x.double(), dense(layer)[0] + noise_of(optimizer, name, torch.float32).double())
+    output = layer(x)
+    tolerance = 1e-5 if kind == "nf4" or noise == "gaussian" else 3e-2
+    for one, other in zip(
+        [output, *grads_of(output, x, params)], [expected, *grads_of(expected, x, params)], strict=True
+    ):
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+# --- compilation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_gives_the_eager_result(backend, noise):
+    model = one_layer()
+    ggpo(model, noise)
+    x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    output = model(x)
+    expected = [output, *grads_of(output, x, trainable(model))]
+    torch._dynamo.reset()
+    output = torch.compile(model, backend=backend)(x)
+    assert_equal([output, *grads_of(output, x, trainable(model))], expected, 1e-12)
+
+
+# --- memory: nothing of m·n elements lives on, except the weight --------------------------------------------------
+
+
+def live_tensors():
+    gc.collect()
+    return {id(t): t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)}
+
+
+@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("kind", ["float", "conv1d", "bfloat16", "nf4", "int8"])
+def test_the_graph_keeps_nothing_of_the_weights_size(kind, noise):
+    m, n = 256, 192
+    if kind in ("nf4", "int8"):
+        fc = quantised(nn.Linear(n, m, bias=False), kind)
+        model = Net(fc)
+        model.is_loaded_in_8bit, model.is_loaded_in_4bit = kind == "int8", kind == "nf4"
+        model = peft(model, ["fc"], None)
+    else:
+        model = one_layer(m, n, conv1d=kind == "conv1d", dtype=torch.bfloat16 if kind == "bfloat16" else torch.float32)
+    base = layer_of(model).base_layer
+    ggpo(model, noise)
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    model(torch.randn(5, n, dtype=dtype))  # caches, bitsandbytes' state
+    x = torch.randn(5, n, dtype=dtype, requires_grad=True)
+    weights = {base.weight.untyped_storage().data_ptr()}
+    before, saved = live_tensors(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        output = model(x)
+    new = [t for key, t in live_tensors().items() if key not in before]
+    assert any(t is output for t in new) and saved
+    large = [
+        (t.dtype, tuple(t.shape))
+        for t in [*saved, *new]
+        if t.untyped_storage().nbytes() >= m * n // 2 and t.untyped_storage().data_ptr() not in weights
+    ]
+    assert large == []

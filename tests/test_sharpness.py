@@ -1,0 +1,119 @@
+"""noise_rise and weight_noise against closed forms; what they measure is left as it was."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import Net, ParameterLoRA, dense, expected_std, lm_loss, one_layer, tiny_llama, tokens, trainable
+
+from flatlora import GGPOOptimizer, noise_rise, weight_noise
+
+
+def quadratic(m=10, n=7):
+    """A layer, and a batch whose targets it meets up to a constant residual."""
+    model = one_layer(m, n)
+    x = torch.randn(20, n, dtype=torch.float64)
+    with torch.no_grad():
+        target = F.linear(x, dense(model.base_model.model.fc)[0]) + dense(model.base_model.model.fc)[1] + 0.3
+    return model, (x, target)
+
+
+def loss_fn(model, batch):
+    x, target = batch
+    return 0.5 * (model(x) - target).square().sum()
+
+
+def test_rise_of_a_quadratic_loss_is_half_the_trace():
+    model, batch = quadratic()
+    std = expected_std(dense(model.base_model.model.fc)[0], 0.1)
+    expected = 0.5 * float(std.square().sum() * batch[0].square().sum())
+    found = noise_rise(model, loss_fn, [batch], sigma=0.1, draws=400)
+    assert found.loss == pytest.approx(0.5 * 0.3**2 * 200)
+    assert 0 < found.error < 0.1 * expected
+    assert abs(found.rise - expected) < 4 * found.error
+    # The residual's linear term has a variance of its own: Σ_i d_i²·‖xᵀr_i‖².
+    linear = float((std.square() * (0.3 * batch[0].sum(0)).square().sum()).sum())
+    assert found.error > 0.8 * (linear / 400) ** 0.5
+
+
+def test_error_is_the_standard_error_of_the_mean_over_draws():
+    model, batch = quadratic()
+    rises = [noise_rise(model, loss_fn, [batch], draws=k).rise * k for k in range(1, 7)]
+    single = torch.tensor([b - a for a, b in zip([0.0, *rises], rises, strict=False)])
+    found = noise_rise(model, loss_fn, [batch], draws=6)
+    assert found.rise == pytest.approx(float(single.mean()), rel=1e-4)
+    assert found.error == pytest.approx(float(single.std()) / 6**0.5, rel=1e-3)
+    assert torch.tensor(noise_rise(model, loss_fn, [batch], draws=1).error).isnan()
+
+
+def test_equal_seeds_give_equal_rises_and_batches_count_equally():
+    model, batch = quadratic()
+    one = noise_rise(model, loss_fn, [batch], seed=4)
+    assert one == noise_rise(model, loss_fn, iter([batch, batch]), seed=4)
+    assert one != noise_rise(model, loss_fn, [batch], seed=5)
+
+
+def test_nothing_rises_without_noise():
+    model, batch = quadratic()
+    assert noise_rise(model, loss_fn, [batch], sigma=0.0).rise == 0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_weights_and_random_stream_are_left_alone(fails):
+    model = tiny_llama(lora_dropout=0.3)
+    model.base_model.model.model.layers[0].mlp.eval()
+    modes = [module.training for module in model.modules()]
+    weights = [p.detach().clone() for p in model.parameters()]
+    ids, stream = tokens(), torch.get_rng_state()
+    calls = []
+
+    def loss_or_crash(model, ids):
+        calls.append(any(module.training for module in model.modules()))
+        if fails and len(calls) == 3:
+            raise KeyError("crash")
+        return lm_loss(model, ids)
+
+    if fails:
+        with pytest.raises(KeyError, match="crash"):
+            noise_rise(model, loss_or_crash, [ids])
+    else:
+        assert noise_rise(model, loss_or_crash, [ids]).error > 0
+    assert not any(calls)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_an_optimizer_on_the_model_neither_disturbs_nor_is_disturbed():
+    model, batch = quadratic()
+    expected = noise_rise(model, loss_fn, [batch])
+    optimizer = GGPOOptimizer(torch.optim.SGD(trainable(model), lr=0.1), model, sigma=0.5, seed=1)
+    output = model(batch[0])
+    found = noise_rise(model, loss_fn, [batch])
+    assert (found.loss, found.rise, found.error) == pytest.approx((expected.loss, expected.rise, expected.error))
+    assert torch.equal(model(batch[0]), output)
+    optimizer.remove()
+    assert "forward" not in model.base_model.model.fc.__dict__
+
+
+def test_weight_noise_holds_until_its_step_is_changed():
+    model = Net(ParameterLoRA(10, 7).double()).eval()
+    x = torch.randn(3, 7, dtype=torch.float64)
+    clean = model(x)
+    with weight_noise(model, 0.1) as noise:
+        first = model(x)
+        assert torch.equal(model(x), first) and not torch.equal(first, clean)
+        noise.step += 1
+        assert not torch.equal(model(x), first)
+    assert torch.equal(model(x), clean)
+
+
+@pytest.mark.parametrize("options", [{"draws": 0}, {"draws": -1}, {"batches": []}, {"adapter": "other"}], ids=str)
+def test_wrong_calls(options):
+    model, batch = quadratic()
+    with pytest.raises(ValueError):
+        noise_rise(model, loss_fn, **{"batches": [batch], **options})
+    with pytest.raises(ValueError, match="no adapted linear layer"):
+        noise_rise(torch.nn.Linear(2, 2), loss_fn, [batch])
+    assert "forward" not in model.base_model.model.fc.__dict__ and model.training

@@ -1,0 +1,700 @@
+"""The wrapper is its base optimizer to everyone who looks: same steps, same objects, same hooks, same checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import logging
+import pickle
+import warnings
+
+import pytest
+import torch
+from ecosystem import (
+    adamw,
+    adapters,
+    base_state,
+    build,
+    difference,
+    epsilon,
+    ggpo,
+    lora_mlp,
+    loss_of,
+    optimizers_of,
+    outputs,
+    train,
+    trained,
+)
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+import flatlora.perturbation
+from flatlora import GGPOOptimizer, OptimizerWrapper, remove_perturbation
+
+torch_optimizer = pytest.importorskip("torch_optimizer")
+
+WRAPPERS = {
+    "wrapper": lambda base, model: OptimizerWrapper(base),
+    "ggpo": lambda base, model: GGPOOptimizer(base, model, seed=7),
+    "wrapper over ggpo": lambda base, model: OptimizerWrapper(GGPOOptimizer(base, model, seed=7)),
+    "ggpo over wrapper": lambda base, model: GGPOOptimizer(OptimizerWrapper(base), model, seed=7),
+}
+
+
+@pytest.fixture(params=WRAPPERS)
+def wrap(request):
+    """Builds a wrapper of one kind over a base optimizer."""
+    return WRAPPERS[request.param]
+
+
+class Plain(OptimizerWrapper):
+    """A method that counts its calls and keeps one number."""
+
+    calls = 0
+
+    def before_step(self):
+        self.calls += 1
+
+    def method_state(self):
+        return {"calls": self.calls}
+
+    def load_method_state(self, state):
+        self.calls = 0 if state is None else state["calls"]
+
+
+# --- sigma = 0: bit-identical to the bare base optimizer -----------------------------------------------------------
+
+# torch_optimizer's classes that do not take a plain step().
+TAKES_MORE = {"Adahessian": "needs backward(create_graph=True)", "Lookahead": "wraps an optimizer: tested below"}
+VARIANTS = [
+    (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    (torch.optim.AdamW, {"amsgrad": True, "foreach": True}),
+    (torch.optim.AdamW, {"fused": True}),
+    (torch.optim.AdamW, {"maximize": True, "lr": torch.tensor(1e-2)}),
+    (torch.optim.LBFGS, {"line_search_fn": "strong_wolfe"}),
+    (torch.optim.RMSprop, {"centered": True, "momentum": 0.9}),
+]
+BASES = [
+    *((cls, {}) for cls in optimizers_of(torch.optim)),
+    *VARIANTS,
+    *((cls, {}) for cls in optimizers_of(torch_optimizer) if cls.__name__ not in TAKES_MORE),
+]
+
+
+def run(cls, kwargs, wrapped, steps=12):
+    model = lora_mlp(dropout=0.1)
+    if kwargs:
+        kwargs = {key: value.clone() if torch.is_tensor(value) else value for key, value in kwargs.items()}
+    base = build(cls, trained(model), **kwargs)
+    optimizer = GGPOOptimizer(base, model, sigma=0.0) if wrapped else base
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="torch_optimizer|pytorch_ranger")
+        warnings.filterwarnings("ignore", message="This overload of")
+        train(model, optimizer, range(steps), scheduler, sparse=cls is torch.optim.SparseAdam)
+    return adapters(model), base_state(optimizer), torch.random.get_rng_state()
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs"), BASES, ids=lambda v: f"{v.__module__.split('.')[0]}.{v.__name__}" if isinstance(v, type) else ""
+)
+def test_without_noise_it_is_the_base_optimizer(cls, kwargs):
+    start = adapters(lora_mlp(dropout=0.1))
+    bare, wrapped = run(cls, kwargs, False), run(cls, kwargs, True)
+    assert difference(start, bare[0]) is not None
+    assert difference(bare, wrapped) is None
+
+
+def test_all_of_torch_optim_is_covered():
+    assert {"AdamW", "SGD", "LBFGS", "Muon", "Adafactor", "SparseAdam"} <= {cls.__name__ for cls, _ in BASES}
+    assert sum(cls.__module__.startswith("torch_optimizer") for cls, _ in BASES) > 20
+
+
+def test_without_noise_over_an_optimizer_that_wraps_another():
+    results = []
+    for wrapped in (False, True):
+        model = lora_mlp()
+        base = torch_optimizer.Lookahead(adamw(model), k=2)
+        optimizer = GGPOOptimizer(base, model, sigma=0.0) if wrapped else base
+        train(model, optimizer, range(7))
+        results.append(adapters(model))  # its state_dict() fails by itself
+    assert difference(*results) is None
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
+def test_with_noise_the_base_optimizer_does_what_it_does_with_the_same_gradients(cls):
+    model = lora_mlp()
+    optimizer = GGPOOptimizer(build(cls, trained(model)), model, sigma=0.3, seed=1)
+    twin = lora_mlp()
+    bare = build(cls, trained(twin))
+    for i in range(10):
+        optimizer.zero_grad()
+        loss_of(model, i).backward()
+        for own, other in zip(trained(model), trained(twin), strict=True):
+            other.grad = own.grad.clone()
+        clean = torch.autograd.grad(loss_of(twin, i), trained(twin))
+        assert difference([p.grad for p in trained(model)], list(clean)) is not None  # there was noise
+        optimizer.step()
+        bare.step()
+    assert difference(adapters(model), adapters(twin)) is None
+    assert difference(base_state(optimizer), bare.state_dict()) is None
+
+
+# --- identity ------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_an_instance_of_its_base_and_of_its_wrapper(wrap):
+    model = lora_mlp()
+    base = adamw(model)
+    optimizer = wrap(base, model)
+    assert isinstance(optimizer, torch.optim.AdamW) and isinstance(optimizer, Optimizer)
+    assert isinstance(optimizer, OptimizerWrapper) and isinstance(optimizer, type(optimizer))
+    assert not isinstance(optimizer, torch.optim.SGD)
+    assert repr(optimizer) == repr(base) and "AdamW" in repr(optimizer)
+
+
+def test_groups_state_and_defaults_are_the_bases_own_objects_also_after_loading(wrap):
+    model = lora_mlp()
+    base = adamw(model)
+    optimizer = wrap(base, model)
+    train(model, optimizer, range(2))
+
+    def shared():
+        same = optimizer.param_groups is base.param_groups and optimizer.state is base.state
+        return same and optimizer.defaults is base.defaults
+
+    assert shared() and len(base.state) == 4
+    old_groups, old_state = base.param_groups, base.state
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert base.state is not old_state and base.param_groups is not old_groups  # torch replaces them
+    assert shared()
+    base.load_state_dict(base_state(optimizer))
+    assert shared()
+    optimizer.param_groups = list(base.param_groups)
+    optimizer.state = dict(base.state)
+    optimizer.defaults = dict(base.defaults)
+    assert shared()
+
+
+def test_attributes_it_does_not_have_are_the_bases(wrap):
+    model = lora_mlp()
+    base = adamw(model)
+    base.favourite = 42
+    optimizer = wrap(base, model)
+    assert optimizer.favourite == 42
+    assert not hasattr(optimizer, "no_such_thing")
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = optimizer.no_such_thing
+
+
+@pytest.mark.parametrize("wrong", [torch.optim.AdamW, None, lambda: None, "AdamW"])
+def test_something_that_is_no_built_optimizer_is_refused(wrong):
+    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer instance, got"):
+        OptimizerWrapper(wrong)
+    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer instance, got"):
+        GGPOOptimizer(wrong, lora_mlp())
+
+
+def test_add_param_group_reaches_the_base(wrap):
+    model = lora_mlp()
+    first, *rest = trained(model)
+    base = torch.optim.SGD([{"params": [first], "lr": 0.1}])
+    optimizer = wrap(base, model)
+    optimizer.add_param_group({"params": rest, "lr": 0.2})
+    assert [group["lr"] for group in base.param_groups] == [0.1, 0.2]
+    before = [p.detach().clone() for p in rest]
+    train(model, optimizer, range(1))
+    assert all(not torch.equal(p, q) for p, q in zip(rest, before, strict=True))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(wrap, set_to_none):
+    model = lora_mlp()
+    optimizer = wrap(adamw(model), model)
+    loss_of(model, 0).backward()
+    assert all(p.grad.abs().sum() > 0 for p in trained(model))
+    optimizer.zero_grad(set_to_none=set_to_none)
+    for param in trained(model):
+        assert param.grad is None if set_to_none else torch.equal(param.grad, torch.zeros_like(param))
+
+
+def test_a_closure_is_called_with_gradients_on_and_its_loss_returned(wrap):
+    losses = {}
+    for closed in (False, True):
+        model = lora_mlp()
+        optimizer = wrap(adamw(model), model)
+        calls = []
+
+        def closure(model=model, optimizer=optimizer, calls=calls):
+            calls.append(torch.is_grad_enabled())
+            optimizer.zero_grad()
+            loss = loss_of(model, len(calls))
+            loss.backward()
+            return loss
+
+        with torch.no_grad():
+            if closed:
+                values = [optimizer.step(closure).item() for _ in range(4)]
+            else:
+                values = []
+                for _ in range(4):
+                    with torch.enable_grad():
+                        values.append(closure().item())
+                    assert optimizer.step() is None
+        assert calls == [True] * 4
+        losses[closed] = values, adapters(model)
+    assert difference(losses[False], losses[True]) is None
+
+
+def test_the_method_sees_every_evaluation_of_a_closure():
+    model = lora_mlp()
+    optimizer = Plain(torch.optim.LBFGS(trained(model), max_iter=3))
+    evaluations = []
+
+    def closure():
+        evaluations.append(1)
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.calls == len(evaluations) > 1
+
+
+def test_all_evaluations_of_a_closure_see_one_noise(monkeypatch):
+    model = lora_mlp()
+    optimizer = ggpo(model, torch.optim.LBFGS(trained(model), max_iter=4), sigma=0.1, beta=10.0)
+    seen = []
+    draw = flatlora.perturbation.draw_gaussian
+
+    def recorded(what, *args):
+        seen.append((what.seed, what.std.clone()))
+        return draw(what, *args)
+
+    monkeypatch.setattr(flatlora.perturbation, "draw_gaussian", recorded)
+    evaluations = []
+
+    def closure():
+        evaluations.append(1)
+        optimizer.zero_grad()
+        loss = loss_of(model, 1)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert len(evaluations) > 1
+    found = {seed: [std for other, std in seen if other == seed] for seed, _ in seen}
+    assert len(found) == 2  # layers
+    for stds in found.values():
+        assert difference(stds, [stds[0]] * len(stds)) is None
+
+
+# --- hooks ---------------------------------------------------------------------------------------------------------
+
+
+def test_hooks_fire_once_per_step(wrap):
+    model = lora_mlp()
+    base = adamw(model)
+    optimizer = wrap(base, model)
+    seen = []
+    handles = [
+        optimizer.register_step_pre_hook(lambda opt, args, kwargs: seen.append(("pre", opt))),
+        optimizer.register_step_post_hook(lambda opt, args, kwargs: seen.append(("post", opt))),
+        register_optimizer_step_pre_hook(lambda opt, args, kwargs: seen.append(("global pre", opt))),
+        register_optimizer_step_post_hook(lambda opt, args, kwargs: seen.append(("global post", opt))),
+    ]
+    try:
+        train(model, optimizer, range(1))
+        assert [name for name, _ in seen] == ["global pre", "pre", "post", "global post"]
+        assert all(opt.param_groups is base.param_groups for _, opt in seen)
+        train(model, optimizer, range(2))
+        assert len(seen) == 12
+    finally:
+        for handle in handles:
+            handle.remove()
+    train(model, optimizer, range(1))
+    assert len(seen) == 12
+
+
+def test_state_dict_hooks_fire_once(wrap):
+    model = lora_mlp()
+    optimizer = wrap(adamw(model), model)
+    seen = []
+    optimizer.register_state_dict_pre_hook(lambda opt: seen.append("pre"))
+    optimizer.register_state_dict_post_hook(lambda opt, state: seen.append("post"))
+    optimizer.register_load_state_dict_pre_hook(lambda opt, state: seen.append("load pre"))
+    optimizer.register_load_state_dict_post_hook(lambda opt: seen.append("load post"))
+    state = optimizer.state_dict()
+    assert seen == ["pre", "post"]
+    optimizer.load_state_dict(state)
+    assert seen == ["pre", "post", "load pre", "load post"]
+
+
+# --- learning rate schedulers --------------------------------------------------------------------------------------
+
+
+def _two(optimizer):
+    return [lr_scheduler.ConstantLR(optimizer, 0.5, 3), lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda i: 1 / (1 + i)),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda i: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 5]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(o, _two(o), milestones=[3]),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 6),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 8),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(_two(o)),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 1e-3, 1e-1, step_size_up=3, cycle_momentum=True),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
+}
+
+
+def test_all_of_torchs_schedulers_are_covered():
+    classes = {
+        name
+        for name in lr_scheduler.__all__
+        if inspect.isclass(getattr(lr_scheduler, name)) and name not in ("LRScheduler",)
+    }
+    assert classes == set(SCHEDULERS)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers(wrap, name):
+    def rates(wrapped):
+        model = lora_mlp()
+        base = adamw(model)
+        optimizer = wrap(base, model) if wrapped else base
+        scheduler = SCHEDULERS[name](optimizer)
+        found = []
+        for i in range(8):
+            train(model, optimizer, range(i, i + 1))
+            scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+            found.append([(group["lr"], group["betas"]) for group in base.param_groups])
+        return found
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "call optimizer.step() before lr_scheduler.step()" among them
+        bare, wrapped = rates(False), rates(True)
+    assert bare == wrapped and len({str(rate) for rate in bare}) > 1
+
+
+def test_a_scheduler_on_the_base_serves_the_wrapper(wrap):
+    model = lora_mlp()
+    base = adamw(model)
+    scheduler = lr_scheduler.StepLR(base, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = wrap(base, model)
+        train(model, optimizer, range(2), scheduler)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-4)
+
+
+def test_a_scheduler_that_runs_ahead_is_still_warned_of(wrap):
+    model = lora_mlp()
+    scheduler = lr_scheduler.StepLR(wrap(adamw(model), model), 1)
+    with pytest.warns(UserWarning, match=r"before `optimizer.step\(\)`"):
+        scheduler.step()
+
+
+# --- GradScaler ----------------------------------------------------------------------------------------------------
+
+
+def scaled_run(model, optimizer, scaler, factors):
+    """One step for each factor of the loss; returns whether each moved the parameters."""
+    moved = []
+    for i, factor in enumerate(factors):
+        before = adapters(model)
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, i) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        moved.append(difference(before, adapters(model)) is not None)
+    return moved
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler_skips_infinite_gradients_and_the_method_sees_unscaled_ones(fused):
+    model = lora_mlp()
+    optimizer = ggpo(model, adamw(model, fused=fused), sigma=0.3, beta=10.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    noise, std = outputs(model), optimizer.row_std()
+    assert scaled_run(model, optimizer, scaler, [float("inf")]) == [False]
+    assert scaler.get_scale() == 2.0**9
+    assert difference(noise, outputs(model)) is None and difference(std, optimizer.row_std()) is None
+    assert scaled_run(model, optimizer, scaler, [1.0, 1.0, 1.0]) == [True] * 3
+    assert difference(noise, outputs(model)) is not None
+
+    plain = lora_mlp()
+    reference = ggpo(plain, adamw(plain, fused=fused), sigma=0.3, beta=10.0)
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    assert scaled_run(plain, reference, off, [1.0, 1.0, 1.0]) == [True] * 3
+    # Scales are powers of two, so that unscaling is exact.
+    assert difference(adapters(plain), adapters(model)) is None
+    assert difference(reference.row_std(), optimizer.row_std()) is None
+
+
+def test_grad_scaler_unscale_then_clip(wrap):
+    results = []
+    for enabled in (False, True):
+        model = lora_mlp()
+        optimizer = wrap(adamw(model), model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=enabled)
+        for i in range(3):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, i)).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(trained(model), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append((adapters(model), base_state(optimizer)))
+    assert difference(*results) is None
+
+
+# --- copies --------------------------------------------------------------------------------------------------------
+
+
+def copied(how, value):
+    return copy.deepcopy(value) if how == "deepcopy" else pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_of_model_and_optimizer_is_linked_and_goes_on_alike(wrap, how):
+    model = lora_mlp()
+    optimizer = wrap(adamw(model), model)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)  # patches step on the instance
+    train(model, optimizer, range(3), scheduler)
+    model2, optimizer2 = copied(how, (model, optimizer))
+    assert type(optimizer2) is type(optimizer) and optimizer2.base_optimizer is not optimizer.base_optimizer
+    held = {id(p) for group in optimizer2.param_groups for p in group["params"]}
+    assert held == {id(p) for p in trained(model2)} and held.isdisjoint(id(p) for p in trained(model))
+    before = adapters(model), outputs(model), base_state(optimizer)
+    train(model2, optimizer2, range(3, 6))
+    assert difference(before, (adapters(model), outputs(model), base_state(optimizer))) is None
+    train(model, optimizer, range(3, 6))
+    assert difference(adapters(model), adapters(model2)) is None
+    assert difference(base_state(optimizer), base_state(optimizer2)) is None
+    assert difference(outputs(model), outputs(model2)) is None  # the next noise too
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_of_the_optimizer_alone(wrap, how):
+    model = lora_mlp()
+    optimizer = wrap(adamw(model), model)
+    train(model, optimizer, range(2))
+    before = adapters(model), outputs(model)
+    twin = copied(how, optimizer)
+    assert type(twin) is type(optimizer) and isinstance(twin, torch.optim.AdamW)
+    assert difference(optimizer.state_dict(), twin.state_dict()) is None
+    for group in twin.param_groups:
+        for param in group["params"]:
+            param.grad = torch.ones_like(param)
+    twin.step()
+    assert difference(before, (adapters(model), outputs(model))) is None
+
+
+def test_an_averaged_model_evaluates_the_plain_average():
+    model = lora_mlp()
+    optimizer = ggpo(model, sigma=0.3)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    total = {name: torch.zeros_like(p) for name, p in adapters(model).items()}
+    for i in range(3):
+        train(model, optimizer, range(i, i + 1))
+        average.update_parameters(model)
+        for name, value in adapters(model).items():
+            total[name] += value / 3
+    plain = lora_mlp()
+    plain.load_state_dict(total, strict=False)
+    x = torch.randn(5, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(average.eval()(x), plain.eval()(x))
+    noise = outputs(model)
+    remove_perturbation(average)
+    assert difference(noise, outputs(model)) is None  # the model keeps its own
+    assert any(e.abs().max() > 0 for e in epsilon(model).values())
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def through_a_file(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def test_a_checkpoint_passes_a_file_and_resumes_bit_identically(wrap):
+    model = lora_mlp()
+    optimizer = wrap(adamw(model), model)
+    train(model, optimizer, range(4))
+    state = through_a_file(optimizer.state_dict())
+    assert difference(state, optimizer.state_dict()) is None
+    weights = adapters(model)
+    train(model, optimizer, range(4, 8))
+
+    other = lora_mlp()
+    resumed = wrap(adamw(other), other)
+    other.load_state_dict(weights, strict=False)
+    resumed.load_state_dict(state)
+    train(other, resumed, range(4, 8))
+    assert difference(adapters(model), adapters(other)) is None
+    assert difference(optimizer.state_dict(), resumed.state_dict()) is None
+    assert difference(outputs(model), outputs(other)) is None
+
+
+def test_the_base_alone_takes_the_wrappers_checkpoint(wrap):
+    model = lora_mlp()
+    optimizer = wrap(adamw(model), model)
+    train(model, optimizer, range(2))
+    bare = adamw(lora_mlp())
+    bare.load_state_dict(optimizer.state_dict())
+    assert difference(bare.state_dict(), base_state(optimizer)) is None
+
+
+def test_a_checkpoint_of_the_bare_base_is_taken_with_a_warning(caplog):
+    source = lora_mlp()
+    bare = adamw(source)
+    train(source, bare, range(3))
+    model = lora_mlp()
+    optimizer = ggpo(model)
+    fresh = outputs(model)
+    train(model, optimizer, range(2))
+    model.load_state_dict(adapters(lora_mlp()), strict=False)
+    with caplog.at_level(logging.WARNING, logger="flatlora"):
+        optimizer.load_state_dict(bare.state_dict())
+    assert "no GGPO part" in caplog.text
+    assert difference(base_state(optimizer), bare.state_dict()) is None
+    assert difference(fresh, outputs(model)) is None  # from the first ε on, without a gradient term
+
+
+class Other(Plain):
+    """Another method."""
+
+
+def refused(optimizer, model, state, match):
+    before = copy.deepcopy(optimizer.state_dict()), adapters(model), outputs(model)
+    groups, moments = optimizer.param_groups, optimizer.state
+    with pytest.raises(ValueError, match=match):
+        optimizer.load_state_dict(state)
+    assert difference(before, (optimizer.state_dict(), adapters(model), outputs(model))) is None
+    assert optimizer.param_groups is groups and optimizer.state is moments
+
+
+@pytest.mark.parametrize("change", ["width", "rank", "layers", "method", "inner method", "groups"])
+def test_a_checkpoint_of_something_else_is_refused_and_changes_nothing(change):
+    other = lora_mlp(width=16 if change == "width" else 32, r=2 if change == "rank" else 4)
+    base = adamw(other)
+    if change == "groups":
+        base = torch.optim.AdamW([{"params": [p]} for p in trained(other)])
+    if change == "inner method":
+        base = Other(base)
+    source = Other(base) if change == "method" else ggpo(other, base)
+    train(other, source, range(1), width=16 if change == "width" else 32)
+    state = source.state_dict()
+    if change == "layers":
+        layers = state["flatlora"]["GGPOOptimizer"]["layers"]
+        layers["elsewhere"] = layers.pop(next(iter(layers)))
+    match = {"method": "written by Other", "inner method": "written by Other", "groups": "parameter group"}
+    model = lora_mlp()
+    optimizer = ggpo(model)
+    train(model, optimizer, range(2))
+    refused(optimizer, model, state, match.get(change, "of another model"))
+
+
+def test_a_method_over_a_method_keeps_both_parts():
+    model = lora_mlp()
+    optimizer = ggpo(model, Plain(adamw(model)))
+    train(model, optimizer, range(3))
+    state = through_a_file(optimizer.state_dict())
+    assert state["flatlora"].keys() == {"Plain", "GGPOOptimizer"}
+    other = lora_mlp()
+    resumed = ggpo(other, Plain(adamw(other)), seed=8)
+    other.load_state_dict(adapters(model), strict=False)
+    resumed.load_state_dict(state)
+    assert resumed.base_optimizer.calls == 3
+    assert difference(outputs(model), outputs(other)) is None
+
+
+def test_one_method_twice_over_two_models_keeps_both_parts():
+    def build_both():
+        first, second = lora_mlp(), lora_mlp(seed=1)
+        base = torch.optim.AdamW(trained(first) + trained(second), lr=1e-2)
+        return first, second, ggpo(second, ggpo(first, base), seed=8)
+
+    first, second, optimizer = build_both()
+    for i in range(3):
+        optimizer.zero_grad()
+        (loss_of(first, i) + loss_of(second, i)).backward()
+        optimizer.step()
+    first2, second2, resumed = build_both()
+    first2.load_state_dict(adapters(first), strict=False)
+    second2.load_state_dict(adapters(second), strict=False)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert difference(outputs(second), outputs(second2)) is None
+    assert difference(outputs(first), outputs(first2)) is None
+
+
+def test_distributed_checkpoint_round_trip():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = lora_mlp()
+    optimizer = ggpo(model)
+    train(model, optimizer, range(3))
+    before = base_state(optimizer)
+    saved = get_optimizer_state_dict(model, optimizer)
+    assert all("lora_" in name for name in saved["state"])
+    assert difference(before, base_state(optimizer)) is None
+
+    other = lora_mlp()
+    resumed = ggpo(other)
+    other.load_state_dict(adapters(model), strict=False)
+    set_optimizer_state_dict(other, resumed, saved)
+    assert difference(adapters(model), adapters(other)) is None
+    assert difference(base_state(optimizer)["state"], base_state(resumed)["state"]) is None
+    train(other, resumed, range(3, 5))
+
+
+@pytest.mark.xfail(strict=True, reason="torch.distributed.checkpoint keeps 'state' and 'param_groups' alone")
+def test_distributed_checkpoint_carries_the_noise():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = lora_mlp()
+    optimizer = ggpo(model)
+    train(model, optimizer, range(3))
+    other = lora_mlp()
+    resumed = ggpo(other, seed=8)
+    other.load_state_dict(adapters(model), strict=False)
+    set_optimizer_state_dict(other, resumed, get_optimizer_state_dict(model, optimizer))
+    assert difference(outputs(model), outputs(other)) is None
+
+
+# --- a model without PEFT ------------------------------------------------------------------------------------------
+
+
+def test_the_wrapper_itself_needs_no_adapters():
+    torch.manual_seed(0)
+    model, twin = nn.Linear(3, 3), nn.Linear(3, 3)
+    twin.load_state_dict(model.state_dict())
+    optimizer, bare = OptimizerWrapper(torch.optim.Adam(model.parameters())), torch.optim.Adam(twin.parameters())
+    for _ in range(3):
+        x = torch.randn(2, 3)
+        for net, opt in ((model, optimizer), (twin, bare)):
+            opt.zero_grad()
+            net(x).square().sum().backward()
+            opt.step()
+    assert difference(model.state_dict(), twin.state_dict()) is None
+    assert optimizer.state_dict().keys() == {"state", "param_groups"}
