@@ -1,0 +1,108 @@
+"""The README's code runs as it is printed, and the examples run from end to end, cut short."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ecosystem import adapters, difference, tiny_llama, tokens
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_readme_code(block, tmp_path):
+    batches = [{"input_ids": tokens(i), "labels": tokens(i)} for i in range(2)]
+    rows = [{"input_ids": tokens(i)[0], "labels": tokens(i)[0]} for i in range(8)]
+    names = {
+        "torch": torch,
+        "model": tiny_llama(),
+        "model_4bit": tiny_llama(quant="nf4"),
+        "dataloader": batches,
+        "dataset": rows,
+        "output_dir": str(tmp_path),
+    }
+    model = names["model_4bit"] if "model_4bit" in block else names["model"]
+    before = adapters(model)
+    exec(compile(block, "README.md", "exec"), names)
+    model.train()(**batches[0]).loss.backward()
+    names["optimizer"].step()
+    assert difference(adapters(model), before) is not None
+
+
+def run_example(name, *arguments):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def tsv(tmp_path_factory):
+    """Sentences whose label is plain from one word."""
+    words = {"good": "1", "bad": "0"}
+    nouns = ["film", "plot", "cast", "song", "book", "meal", "view", "ride"]
+    lines = [f"{label}\tthe {noun} was {word}" for noun in nouns for word, label in words.items()]
+    path = tmp_path_factory.mktemp("data") / "train.tsv"
+    path.write_text("\n".join(["label\tsentence", *lines]), encoding="utf-8")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ggpo", "bilora"])
+def test_quickstart(method, tsv):
+    out = run_example(
+        "quickstart.py", "--train-file", tsv, "--examples", 4, "--epochs", 1, "--seeds", 1, "--method", method
+    )
+    assert re.search(rf"{method}\(AdamW8bit\) +[\d.]+ %", out)
+
+
+@pytest.mark.slow
+def test_trainer_and_resume(tsv, tmp_path):
+    arguments = [
+        "--train-file",
+        tsv,
+        "--examples",
+        6,
+        "--epochs",
+        2,
+        "--output",
+        tmp_path / "run",
+        "--method",
+        "bilora",
+    ]
+    straight = run_example("trainer.py", *arguments)
+    last = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for file in last.iterdir():
+        file.unlink()
+    last.rmdir()
+    resumed = run_example("trainer.py", *arguments, "--resume")
+    assert straight.splitlines()[-1] == resumed.splitlines()[-1]
+    assert "held-out accuracy" in resumed
+
+
+@pytest.mark.slow
+def test_bilora_loop(tsv):
+    out = run_example("bilora.py", "--train-file", tsv, "--examples", 4, "--epochs", 1)
+    assert "Bi-LoRA(AdamW): held-out accuracy" in out
+
+
+def test_an_unreadable_file_is_one_line(tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--train-file", str(tmp_path / "none.tsv")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: cannot read")
