@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -137,6 +138,19 @@ class GGPOOptimizer(OptimizerWrapper):
         forward_to = getattr(self.base_optimizer, "train" if on else "eval", None)
         if callable(forward_to):
             forward_to()
+
+    def current_noise(self) -> dict[str, Draw | None]:
+        """The ε that each layer sees in this step, by layer name; None where it sees none."""
+        return {name: self._noise.draw(rows.layer) for name, rows in self._noise.rows.items()}
+
+    @contextmanager
+    def noise_as(self, draws: dict[str, Draw | None]) -> Iterator[None]:
+        """Within the context layers see these ε, whatever the step and the weights have become; with ``{}`` none."""
+        held, self._noise.held = self._noise.held, draws
+        try:
+            yield
+        finally:
+            self._noise.held = held
 
     def remove(self) -> None:
         """Takes everything off the model. Idempotent; the optimizer goes on as its base optimizer."""
@@ -287,9 +301,12 @@ class RowNoise:
         self.everywhere = everywhere
         self.step = 0
         self.on = True
+        self.held: dict[str, Draw | None] | None = None  # given to layers instead of what would be drawn
         self._warned = False
 
     def draw(self, layer: LoRALayer) -> Draw | None:
+        if self.held is not None:
+            return self.held.get(layer.name)
         if not (self.on and self.sigma > 0 and layer.active and (self.everywhere or layer.module.training)):
             return None
         return Draw(self.kind, self.std(self.rows[layer.name]), self._layer_seed(layer.name), self.rank)
