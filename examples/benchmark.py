@@ -1,7 +1,8 @@
-"""Step time and peak memory of the methods against PEFT's LoRA with AdamW, interleaved in one process.
+"""Step time and peak memory of the methods against PEFT's LoRA or DoRA with AdamW, interleaved in one process.
 
     python examples/benchmark.py                      # SmolLM2-135M's geometry, 1,024 tokens
     python examples/benchmark.py --layers 8 --base nf4
+    python examples/benchmark.py --baseline DoRA --methods "BiDoRA forward" "BiDoRA central"
 
 Every round runs one training step of each contender, in an order that rotates; what is printed are ratios of medians.
 Weights are random: neither time nor memory depends on them.
@@ -28,7 +29,7 @@ import flatlora
 warnings.filterwarnings("ignore")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-LORA = "PEFT LoRA"
+BASELINES = {"LoRA": "PEFT LoRA", "DoRA": "PEFT DoRA"}
 
 
 def smollm2(layers: int) -> LlamaForCausalLM:
@@ -70,11 +71,15 @@ def build(name: str, args: argparse.Namespace) -> Callable[[torch.Tensor], None]
         quantise(model, args.base)
     elif args.base == "bf16":
         model.to(torch.bfloat16)
-    peft_model = get_peft_model(model, LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules="all-linear"))
+    dora = "DoRA" in name
+    config = LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules="all-linear", use_dora=dora)
+    peft_model = get_peft_model(model, config)
     if args.checkpointing:
         peft_model.enable_input_require_grads()
         model.gradient_checkpointing_enable()
     peft_model.train()
+    if name.startswith("BiDoRA"):
+        return bidora(peft_model, name.split()[1])
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(
         [p for p in peft_model.parameters() if p.requires_grad], lr=1e-4
     )
@@ -88,6 +93,21 @@ def build(name: str, args: argparse.Namespace) -> Callable[[torch.Tensor], None]
     def step(ids: torch.Tensor) -> None:
         for _ in range(passes):
             peft_model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def bidora(model: nn.Module, difference: str) -> Callable[[torch.Tensor], None]:
+    """One iteration: a lower and an upper step. Both levels see the same number of tokens."""
+    lower = torch.optim.AdamW(flatlora.direction_parameters(model), lr=1e-4)
+    upper = torch.optim.AdamW(flatlora.magnitude_parameters(model), lr=1e-4)
+    train, val = [{}], [{}]  # filled by the step
+    optimizer = flatlora.BilevelOptimizer(lower, upper, model, train, val, difference=difference)
+
+    def step(ids: torch.Tensor) -> None:
+        train[0] = val[0] = {"input_ids": ids, "labels": ids}
         optimizer.step()
         optimizer.zero_grad()
 
@@ -112,10 +132,12 @@ def main() -> None:
     parser.add_argument("--base", choices=["fp32", "bf16", "nf4", "int8"], default="fp32")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--methods", nargs="*", default=["GGPO gaussian", "GGPO low_rank", "two passes"])
+    parser.add_argument("--baseline", choices=list(BASELINES), default="LoRA", help="what is 1.0")
     parser.add_argument("--no-memory", action="store_true")
     args = parser.parse_args()
 
-    names = [LORA, *args.methods]
+    baseline = BASELINES[args.baseline]
+    names = [baseline, *args.methods]
     steps = {name: build(name, args) for name in names}
     torch.manual_seed(1)
     ids = torch.randint(0, 49152, (1, args.tokens))
@@ -142,13 +164,13 @@ def main() -> None:
         f"{args.layers} layers of SmolLM2-135M, {args.tokens} tokens, r = {args.r}, {args.base} base, "
         f"{torch.get_num_threads()} threads, medians of {args.rounds} interleaved steps"
     )
-    base = statistics.median(times[LORA])
+    base = statistics.median(times[baseline])
     for name in names:
         median = statistics.median(times[name])
-        paired = statistics.median(t / b for t, b in zip(times[name], times[LORA], strict=True))
+        paired = statistics.median(t / b for t, b in zip(times[name], times[baseline], strict=True))
         line = f"{name:16s} {median:7.3f} s   {median / base:5.3f} x   (paired {paired:5.3f} x)"
         if memory:
-            line += f"   peak {memory[name]:6.0f} MB   {memory[name] / memory[LORA]:5.3f} x"
+            line += f"   peak {memory[name]:6.0f} MB   {memory[name] / memory[baseline]:5.3f} x"
         print(line)
 
 

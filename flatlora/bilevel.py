@@ -218,8 +218,8 @@ class BilevelOptimizer(TwoLevels):
             return BilevelStep(seen[0], None, seen[1], None)
         val, grads = self._validation(self._on_device(self._val.next()))
         second = self._second_order(grads, before, passes, magnitude_grads, noise)
-        for p in self._magnitudes():
-            p.grad = grads[p] - second[p] if p in second and p in grads else grads.get(p)
+        for p, grad in zip(self._magnitudes(), self._difference(grads, second), strict=True):
+            p.grad = grad
         result = finite("validation", val, norm_of(grads_of(self._magnitudes())))
         self.upper.step()
         return BilevelStep(seen[0], result[0], seen[1], result[1])
@@ -303,8 +303,13 @@ class BilevelOptimizer(TwoLevels):
             val, grads = self._validation(val_batch)
         finite("validation", val)
         second = self._second_order(grads, before, passes, magnitude_grads, noise)
-        zero = {p: torch.zeros_like(p) for p in self._magnitudes()}
-        return [grads.get(p, zero[p]) - second.get(p, zero[p]) for p in zero]
+        return self._difference(grads, second)
+
+    def _difference(self, grads: Values, second: Values) -> list[Tensor]:
+        """``∂_μ L_val − second`` per magnitude; either may be missing, where that loss does not depend on it."""
+        parts = [(p, grads.get(p), second.get(p)) for p in self._magnitudes()]
+        zeros = torch.zeros_like
+        return [(zeros(p) if g is None else g) - (zeros(p) if s is None else s) for p, g, s in parts]
 
     # --- phase two ------------------------------------------------------------------------------------------------
 

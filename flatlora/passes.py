@@ -147,6 +147,8 @@ def traceless(model: nn.Module, seed: int = 0) -> Iterator[None]:
     running = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
     statistics = {buffer: buffer.clone() for module in running for buffer in module.buffers(recurse=False)}
     try:
+        for p, _ in grads:
+            p.grad = None  # backward would add to it in place
         with private_streams(seed, devices_of(model)):
             yield
     finally:

@@ -78,14 +78,16 @@ def test_matches_exact_unrolled_autograd(xi, virtual_step):
     params = list(model.parameters())
     v, mu = params[:4], params[4:]
     inner = torch.autograd.grad(model(**train).loss, v, create_graph=True)
+    there = [p - rate * g if virtual_step else p for p, g in zip(v, inner, strict=True)]
+    fixed = [p.detach().requires_grad_() for p in there]
+    found = torch.autograd.grad(model(**val, parameters=[*fixed, *mu]).loss, [*mu, *fixed])
+    direct, direction = found[:2], found[2:]
     if virtual_step:
-        moved = [p - rate * g for p, g in zip(v, inner, strict=True)]
-        exact = torch.autograd.grad(model(**val, parameters=[*moved, *mu]).loss, mu)
+        exact = torch.autograd.grad(model(**val, parameters=[*there, *mu]).loss, mu)
     else:
-        loss = model(**val).loss
-        direct, direction = (torch.autograd.grad(loss, ps, retain_graph=True) for ps in (mu, v))
         mixed = torch.autograd.grad(sum((g * d).sum() for g, d in zip(inner, direction, strict=True)), mu)
         exact = [d - rate * m for d, m in zip(direct, mixed, strict=True)]
+    assert relative(direct, exact) > 0.01  # what is left without the second-order term
 
     def error(difference: str, epsilon: float) -> float:
         optimizer = generic(model, xi=xi, difference=difference, epsilon=epsilon)
@@ -95,16 +97,6 @@ def test_matches_exact_unrolled_autograd(xi, virtual_step):
     assert error("forward", 0.01) < 0.1
     assert error("central", 0.1) / error("central", 0.01) == pytest.approx(100, rel=0.2)
     assert error("forward", 1e-2) / error("forward", 1e-3) == pytest.approx(10, rel=0.2)
-    first_order = generic(model, xi=0.0)
-    assert first_order.xi == 0
-    if virtual_step and xi == 1.0:
-        second = [h - g for h, g in zip(exact, _direct(model, val, moved, mu), strict=True)]
-        assert relative(second, [torch.zeros_like(s) + e for s, e in zip(second, exact, strict=True)]) > 0.1
-        assert relative(_direct(model, val, moved, mu), list(exact)) > 0.1  # dropping the term fails
-
-
-def _direct(model, val, moved, mu):
-    return torch.autograd.grad(model(**val, parameters=[*moved, *mu]).loss, mu)
 
 
 # --- PEFT's DoRA --------------------------------------------------------------------------------------------------
@@ -207,17 +199,17 @@ def test_matches_betty():
             return model(**train, parameters=[*self.module.ps, *self.upper.module.ps]).loss
 
     parts = {"upper": list(model.parameters())[4:], "lower": list(model.parameters())[:4]}
-    levels = {}
+    levels, loader = {}, DataLoader(TensorDataset(torch.zeros(1)))
     for name, kind in (("upper", Upper), ("lower", Lower)):
         module = Level(parts[name])
         # A lower learning rate of zero keeps V where it is, an upper one of one shows the gradient.
         optimizer = SGD(module.parameters(), lr=1.0 if name == "upper" else 0.0)
         config = Config(type="darts", darts_alpha=1e-3, unroll_steps=1)
-        levels[name] = kind(name=name, config=config, module=module, optimizer=optimizer, train_data_loader=[0])
+        levels[name] = kind(name=name, config=config, module=module, optimizer=optimizer, train_data_loader=loader)
     dependencies = {"u2l": {levels["upper"]: [levels["lower"]]}, "l2u": {levels["lower"]: [levels["upper"]]}}
     logging.disable(logging.INFO)
     try:
-        engine = betty.Engine(EngineConfig(train_iters=1), problems=[*levels.values()], dependencies=dependencies)
+        engine = betty.Engine([*levels.values()], EngineConfig(train_iters=1), dependencies)
         engine.run()
     finally:
         logging.disable(logging.NOTSET)
@@ -300,8 +292,8 @@ def test_step_takes_the_lower_steps_and_then_the_hypergradient(difference, unrol
                 p.copy_(new)
     hyper = [d - 0.7 * m for d, m in zip(direct, mixed, strict=True)]
     assert relative([p.grad for p in model.mu], hyper) < 1e-3
-    assert all(torch.equal(p, q) for p, q in zip(low, list(model.parameters())[:4], strict=True))
-    assert result.train_loss == pytest.approx(float(loss)) and result.val_loss == pytest.approx(float(val_loss))
+    assert all(torch.allclose(p, q, atol=1e-12) for p, q in zip(low, list(model.parameters())[:4], strict=True))
+    assert result.train_loss == pytest.approx(loss.item()) and result.val_loss == pytest.approx(val_loss.item())
     assert result.upper_grad_norm == pytest.approx(float(torch.cat(hyper).norm()), rel=1e-3)
     assert result.lower_grad_norm == pytest.approx(float(torch.cat([g.flatten() for g in inner]).norm()))
 
@@ -359,7 +351,7 @@ def test_streams_go_on_as_after_the_lower_passes_alone():
     data = DataLoader(TensorDataset(torch.arange(8)), batch_size=2, shuffle=True)
 
     def loss_fn(model, rows):
-        return model(x=torch.ones(2, 6).double(), labels=rows[0][:, None].double()).loss
+        return model(x=torch.ones(2, 6).double(), labels=rows[0][:, None].double().expand(2, 4)).loss
 
     optimizer = bilevel(model, data, list(data), loss_fn=loss_fn)
     torch.manual_seed(5)
@@ -376,7 +368,7 @@ def test_validation_is_unperturbed():
     model, losses = peft_net(), []
     lower = GGPOOptimizer(SGD(direction_parameters(model), lr=0.0), model, sigma=0.5, seed=0)
     train, val = net_batch(), net_batch()
-    expected = float(copy.deepcopy(peft_net())(**val).loss)
+    expected = peft_net()(**val).loss.item()
     optimizer = bilevel(model, [train], [val], lower=lower)
     losses = [optimizer.step() for _ in range(2)]
     assert losses[0].val_loss == pytest.approx(expected)
@@ -395,7 +387,7 @@ def test_a_failing_pass_leaves_parameters_as_they_were():
             raise KeyError("labels")
         return model(**data).loss
 
-    for fails_at in (1, 2, 3, 4):
+    for fails_at in (1, 2, 3, 4):  # noqa: B007 - loss_fn reads it
         calls.clear()
         model = peft_net()
         before = state_of(model)
@@ -438,7 +430,7 @@ def test_bad_losses(level, loss_fn, message):
 def test_validation_batches_without_labels():
     model, good = peft_net(), net_batch()
     before = state_of(model)
-    with pytest.raises(ValueError, match="validation batch .*labels"):
+    with pytest.raises(ValueError, match=r"validation batch .*labels"):
         bilevel(model, [good], [{"x": good["x"]}]).step()
     with pytest.raises(ValueError, match="pass loss_fn"):
         bilevel(model, [good], [(good["x"], good["labels"])]).step()
@@ -617,9 +609,9 @@ def test_state_dict_of_another_optimizer_is_refused():
     optimizer = bilevel(model)
     with pytest.raises(ValueError, match="not written by BilevelOptimizer"):
         optimizer.load_state_dict(optimizer.lower.state_dict())
-    other = generic(TrueDora())
+    others = SGD(direction_parameters(model)[1:], lr=0.1)
     with pytest.raises(ValueError, match="another model"):
-        optimizer.load_state_dict(other.state_dict())
+        optimizer.load_state_dict(bilevel(model, lower=others).state_dict())
 
 
 def test_is_an_optimizer_to_others():
@@ -641,7 +633,7 @@ def test_is_an_optimizer_to_others():
     assert optimizer.last_step.val_loss > 0
     prepared.zero_grad()
     assert all(p.grad is None for p in model.parameters())
-    with pytest.raises(NotImplementedError, match="optimizer.lower.add_param_group"):
+    with pytest.raises(NotImplementedError, match=r"optimizer\.lower\.add_param_group"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     assert optimizer.state == {}  # SGD without momentum
     assert "Parameter Group 1" in repr(optimizer)
@@ -676,7 +668,9 @@ def test_a_loop_that_feeds_the_lower_level(difference, micro_batches):
     def train(fed: bool) -> dict[str, Tensor]:
         model = peft_net(dropout=0.0 if micro_batches > 1 else 0.2)
         torch.manual_seed(1)
-        optimizer = bilevel(model, None if fed else data, val, difference=difference, epsilon=1e-3, unroll_steps=2)
+        optimizer = BilevelOptimizer(
+            *levels(model), model, None if fed else data, val, difference=difference, epsilon=1e-3, unroll_steps=2
+        )
         directions = direction_parameters(model)
         optimizer.lower.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(directions, 0.05) and None)
         torch.manual_seed(2)
@@ -794,7 +788,7 @@ class Shapes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("n", "hidden", "m"), [(6, 8, 4), (9, 9, 3), (17, 5, 16)])
+@pytest.mark.parametrize(("n", "hidden", "m"), [(6, 8, 4), (9, 9, 12), (17, 5, 16)])
 def test_orthogonality_term_and_gradient(n, hidden, m):
     model = peft_net(n=n, hidden=hidden, m=m)
     layers = lora_layers(model)
@@ -834,11 +828,11 @@ def test_orthogonality_belongs_to_the_lower_loss():
 
 
 def test_split_dataset():
-    data = list(range(11))
+    data = list(range(50))
     stream = torch.get_rng_state()
     train, val = split_dataset(data)
     assert torch.equal(stream, torch.get_rng_state())
-    assert len(val) == 2 and sorted([*train, *val]) == data
+    assert len(val) == 10 and sorted([*train, *val]) == data
     assert list(split_dataset(data)[1]) == list(val) != list(split_dataset(data, seed=1)[1])
     assert [len(part) for part in split_dataset([1, 2], 0.01)] == [1, 1]
     for fraction in (0, 1, "half"):
