@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .batches import Batches, RandomStreams, derived_seed, to_device
-from .dora import check_levels, is_peft, reset_directions
+from .batches import Batches, RandomStreams, derived_seed
+from .dora import check_levels, is_peft
 from .layers import LoRALayer, keep_training_layout, lora_layers, release_layout, shared_seed
 from .loop import LoopWatch
 from .orthogonality import add_orthogonality_gradient
@@ -23,7 +23,6 @@ from .passes import (
     TrainPass,
     Values,
     assign,
-    batch_loss,
     devices_of,
     finite,
     frozen,
@@ -32,7 +31,7 @@ from .passes import (
     norm_of,
     traceless,
 )
-from .two_levels import TwoLevels
+from .retraining import Retraining
 
 __all__ = ["BilevelOptimizer", "BilevelStep"]
 
@@ -54,7 +53,7 @@ class BilevelStep:
     upper_grad_norm: float | None
 
 
-class BilevelOptimizer(TwoLevels):
+class BilevelOptimizer(Retraining):
     """Trains directions V on one dataloader and magnitudes μ on another, by gradients through the inner step.
 
     BiDoRA (arXiv:2410.09758, Eq. 6-9 and Algorithm 1; the difference is Eq. 8 of DARTS, arXiv:1806.09055) solves
@@ -148,7 +147,7 @@ class BilevelOptimizer(TwoLevels):
             raise ValueError("epsilon must be > 0; to leave the second-order term out, set xi=0")
         self.model, self.loss_fn, self.adapter = model, loss_fn, adapter
         check_levels(lower, upper, model, adapter)
-        if train_dataloader is val_dataloader:
+        if train_dataloader is val_dataloader is not None:
             warnings.warn(
                 "the same object is both train_dataloader and val_dataloader, so magnitudes are trained on the data of "
                 "the directions; split the data, for example with flatlora.split_dataset",
@@ -161,11 +160,8 @@ class BilevelOptimizer(TwoLevels):
         self._val = Batches(val_dataloader, "val_dataloader", self._seed)
         self.xi, self.unroll_steps, self.difference = xi, unroll_steps, difference
         self.epsilon, self.orthogonality = epsilon, orthogonality
-        self.phase = 1
         self.last_step: BilevelStep | None = None  # for loops that do not hand out what step() returns
         self._lower_steps = 0
-        self._retraining: tuple[Batches, Optimizer] | None = None
-        self._to_resume: dict[str, Any] | None = None  # the second phase in a checkpoint, until retrain() is called
         self._noise = Noise(lower)
         self._layers = self._trained_layers()
         self._held = keep_training_layout(model)
@@ -311,73 +307,7 @@ class BilevelOptimizer(TwoLevels):
         zeros = torch.zeros_like
         return [(zeros(p) if g is None else g) - (zeros(p) if s is None else s) for p, g, s in parts]
 
-    # --- phase two ------------------------------------------------------------------------------------------------
-
-    def retrain(self, dataloader: Any, steps: int, *, optimizer: Optimizer, scheduler: Any = None) -> list[float]:
-        """Phase two: μ is frozen, A and B begin anew, and `optimizer` trains the directions on ``L + γ·R``.
-
-        The first call ends phase one. Called again it goes on where it stopped, so that checkpoints can be taken in
-        between; `state_dict` then covers `optimizer` and the position in `dataloader` too. With ``steps=0`` it freezes
-        and re-initialises alone, for a loop of your own. A perturbation of `lower` is off, unless `optimizer` is it.
-
-        Args:
-            dataloader: batches of all the data, both splits together; cycled like the others.
-            steps: number of optimizer steps to make now, one batch each.
-            optimizer: a new optimizer of the directions. It must not hold magnitudes.
-            scheduler: stepped after every step of `optimizer`.
-
-        Returns:
-            The loss of each step.
-
-        Raises:
-            ValueError: a model without magnitudes, `optimizer` holds some, an empty dataloader, a loss that is not a
-                finite scalar; the step that failed has changed nothing.
-            TypeError: an argument of the wrong type.
-        """
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a built torch.optim.Optimizer, got {optimizer!r}")
-        if not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"steps must be an integer >= 0, got {steps!r}")
-        magnitudes = {id(p) for p in self._magnitudes()}
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if held & magnitudes:
-            raise ValueError(
-                f"optimizer holds {len(held & magnitudes)} magnitudes, which are frozen in phase two; build it from "
-                "direction_parameters(model)"
-            )
-        batches = Batches(dataloader, "dataloader", self._seed)
-        if self.phase == 1:
-            reset_directions(self.model, self.adapter, derived_seed(self._seed, "retrain"))
-            self._enter_phase(2)
-        elif self._to_resume is not None:
-            batches.load_state_dict(self._to_resume["position"])
-            optimizer.load_state_dict(self._to_resume["optimizer"])
-        elif self._retraining is not None:
-            batches.load_state_dict(self._retraining[0].state_dict())
-        self._to_resume, self._retraining = None, (batches, optimizer)
-        losses = []
-        with nullcontext() if optimizer is self.lower else self._noise.off(but=held):
-            for _ in range(steps):
-                optimizer.zero_grad()
-                batch = self._on_device(batches.next())
-                with torch.enable_grad():
-                    loss = self._loss(batch, "training")
-                    loss.backward()
-                losses += finite("training", loss.detach())
-                if self.orthogonality > 0:
-                    add_orthogonality_gradient(self._layers, self.orthogonality)
-                optimizer.step()
-                if scheduler is not None:
-                    scheduler.step()
-        return losses
-
-    def _enter_phase(self, phase: int) -> None:
-        self.phase = phase
-        for p in self._magnitudes():
-            p.requires_grad_(phase == 1)
-            p.grad = None
-        if self._watch is not None:
-            self._watch.on = phase == 1
+    # --- what others see ----------------------------------------------------------------------------------------------
 
     def remove(self) -> None:
         """Takes everything off the model. Idempotent; the levels are left as they are."""
@@ -393,17 +323,13 @@ class BilevelOptimizer(TwoLevels):
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def own_state(self) -> dict[str, Any]:
-        second = self._to_resume
-        if self._retraining is not None:
-            batches, optimizer = self._retraining
-            second = {"position": batches.state_dict(), "optimizer": optimizer.state_dict()}
         return {
             "phase": self.phase,
             "seed": self._seed,
             "lower_steps": self._lower_steps,
             "train": None if self._train is None else self._train.state_dict(),
             "val": self._val.state_dict(),
-            "retrain": second,
+            "retrain": self.retraining_state(),
         }
 
     def load_own_state(self, state: dict[str, Any]) -> None:
@@ -411,13 +337,9 @@ class BilevelOptimizer(TwoLevels):
         if self._train is not None and state["train"] is not None:
             self._train.load_state_dict(state["train"])
         self._val.load_state_dict(state["val"])
-        self._enter_phase(state["phase"])
-        self._to_resume, self._retraining = state["retrain"], None
+        self.load_retraining_state(state["phase"], state["retrain"])
 
     # --- passes ---------------------------------------------------------------------------------------------------
-
-    def _loss(self, batch: Any, which: str) -> Tensor:
-        return batch_loss(self.model, batch, which, self.loss_fn)
 
     def _backward(self, passes: list[TrainPass]) -> Tensor:
         """L_tr, or L_val, of the passes; its gradient replaces what is in `.grad`."""
@@ -443,18 +365,12 @@ class BilevelOptimizer(TwoLevels):
             for p in group["params"]
         }
 
-    def _magnitudes(self) -> list[Tensor]:
-        return [p for group in self.upper.param_groups for p in group["params"]]
-
     def _lower_values(self) -> Values:
         return {p: p.detach().clone() for group in self.lower.param_groups for p in group["params"]}
 
-    def _on_device(self, batch: Any) -> Any:
-        return to_device(batch, devices_of(self.model)[0])
-
     def _trained_layers(self) -> list[LoRALayer]:
-        """PEFT's linear layers whose directions `lower` holds."""
-        if not is_peft(self.model):
+        """PEFT's linear layers whose directions `lower` holds; none if γ = 0, which needs none."""
+        if self.orthogonality == 0 or not is_peft(self.model):
             return []
         held = {id(p) for p in self._directions()}
         found = []

@@ -204,7 +204,7 @@ def test_matches_betty():
         module = Level(parts[name])
         # A lower learning rate of zero keeps V where it is, an upper one of one shows the gradient.
         optimizer = SGD(module.parameters(), lr=1.0 if name == "upper" else 0.0)
-        config = Config(type="darts", darts_alpha=1e-3, unroll_steps=1)
+        config = Config(type="darts", darts_alpha=1e-3, unroll_steps=1, retain_graph=True)
         levels[name] = kind(name=name, config=config, module=module, optimizer=optimizer, train_data_loader=loader)
     dependencies = {"u2l": {levels["upper"]: [levels["lower"]]}, "l2u": {levels["lower"]: [levels["upper"]]}}
     logging.disable(logging.INFO)
