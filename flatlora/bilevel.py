@@ -255,7 +255,7 @@ class BilevelOptimizer(Retraining):
         scale = torch.where(length > 0, self.epsilon / length, 0.0)  # v may vanish, and so may a learning rate
 
         def gradient_at(scale: Tensor) -> Values:
-            point = {p: value + (scale * u[p]).to(value) if p in u else value for p, value in before.items()}
+            point = {p: value + scale.to(value) * u[p] if p in u else value for p, value in before.items()}
             with moved(point):
                 self._backward(passes)
             return grads_of(self._magnitudes())
