@@ -1,6 +1,9 @@
 """Drop-in optimizers for LoRA fine-tuning that generalises."""
 
+from .batches import split_dataset
+from .bilevel import BilevelOptimizer, BilevelStep
 from .bilora import BiLoRAOptimizer, attach_auxiliary, detach_auxiliary
+from .dora import direction_parameters, magnitude_parameters
 from .ggpo import GGPOOptimizer
 from .layers import LoRALayer, lora_layers
 from .perturbation import remove_perturbation
@@ -9,15 +12,20 @@ from .wrapper import OptimizerWrapper
 
 __all__ = [
     "BiLoRAOptimizer",
+    "BilevelOptimizer",
+    "BilevelStep",
     "GGPOOptimizer",
     "LoRALayer",
     "NoiseRise",
     "OptimizerWrapper",
     "attach_auxiliary",
     "detach_auxiliary",
+    "direction_parameters",
     "lora_layers",
+    "magnitude_parameters",
     "noise_rise",
     "remove_perturbation",
+    "split_dataset",
     "weight_noise",
     "worst_case_rise",
 ]

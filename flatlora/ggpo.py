@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,11 +110,8 @@ class GGPOOptimizer(OptimizerWrapper):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """As the base optimizer's. All evaluations of a `closure` see one ε, wherever they move the parameters."""
-        self._noise.held = closure is not None
-        try:
+        with nullcontext() if closure is None else self.noise_as(self.current_noise()):
             return super().step(closure)
-        finally:
-            self._noise.held = False
 
     def before_step(self) -> None:
         if self._noise.sigma > 0 and self._noise.beta > 0:
@@ -159,6 +157,19 @@ class GGPOOptimizer(OptimizerWrapper):
         forward_to = getattr(self.base_optimizer, "train" if on else "eval", None)
         if callable(forward_to):
             forward_to()
+
+    def current_noise(self) -> dict[str, Draw | None]:
+        """The ε that each layer sees in this step, by layer name; None where it sees none."""
+        return {name: self._noise.draw(rows.layer) for name, rows in self._noise.rows.items()}
+
+    @contextmanager
+    def noise_as(self, draws: dict[str, Draw | None]) -> Iterator[None]:
+        """Within the context layers see these ε, whatever the step and the weights have become; with ``{}`` none."""
+        held, self._noise.held = self._noise.held, draws
+        try:
+            yield
+        finally:
+            self._noise.held = held
 
     def remove(self) -> None:
         """Takes everything off the model. Idempotent; the optimizer goes on as its base optimizer."""
@@ -321,13 +332,15 @@ class RowNoise:
         self.everywhere = everywhere
         self.step = 0
         self.on = True
-        self.held = False  # while a step is evaluated more than once
+        self.held: dict[str, Draw | None] | None = None  # given to layers instead of what would be drawn
         self._observed: dict[str, Tensor] = {}
         self._warned = False
 
     def draw(self, layer: LoRALayer) -> Draw | None:
         if not (self.on and self.sigma > 0 and layer.active and (self.everywhere or layer.module.training)):
             return None
+        if self.held is not None:
+            return self.held.get(layer.name)
         return Draw(self.kind, self.std(self.rows[layer.name]), self._layer_seed(layer.name), self.rank)
 
     def _layer_seed(self, name: str) -> int:
@@ -342,8 +355,7 @@ class RowNoise:
         tensors = [(a.A, a.B) if a.magnitude is None else (a.A, a.B, a.magnitude) for a in adapters]
         versions = [(a.name, a.scaling, *(t._version for t in ts)) for a, ts in zip(adapters, tensors, strict=True)]
         key = (self.step, self.sigma, self.beta, rows.layer.merged, versions)
-        held = self.held and rows.cached is not None and rows.cached[0][0] == self.step
-        if rows.cached is None or (rows.cached[0] != key and not held):
+        if rows.cached is None or rows.cached[0] != key:
             # Out of inference mode, or the first forward of a step under it would leave tensors unfit for autograd.
             # Nor under autocast, which would round the products.
             device = rows.layer.base.device

@@ -1,0 +1,185 @@
+"""Forward-backward passes that leave no trace, and parameters that are elsewhere for a while."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .batches import RandomStreams, private_streams
+from .ggpo import GGPOOptimizer
+from .wrapper import OptimizerWrapper
+
+Values = dict[Tensor, Tensor]  # of parameters, or their gradients
+
+__all__ = [
+    "Noise",
+    "TrainPass",
+    "Values",
+    "assign",
+    "batch_loss",
+    "devices_of",
+    "finite",
+    "frozen",
+    "grads_of",
+    "model_loss",
+    "moved",
+    "norm_of",
+    "traceless",
+]
+
+
+@dataclass
+class TrainPass:
+    """A forward pass that can be run again: what gives its loss, and where the random streams stood.
+
+    `weight` is ∂L_tr/∂loss: None for one, or what a loop made of it, as when it accumulates gradients.
+    """
+
+    loss: Callable[[], Tensor]
+    streams: RandomStreams | None = None
+    weight: Tensor | None = None
+
+    def backward(self) -> Tensor:
+        """Runs it, adds to the gradients, and returns its part of L_tr."""
+        if self.streams is not None:
+            self.streams.restore()
+        with torch.enable_grad():
+            loss = self.loss()
+            loss.backward(self.weight)
+        return self.part(loss)
+
+    def part(self, loss: Tensor) -> Tensor:
+        loss = loss.detach().reshape(())
+        return loss if self.weight is None else loss * self.weight.reshape(())
+
+
+def model_loss(output: Any) -> Tensor | None:
+    """The loss in what a model returned, if it has one."""
+    return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+
+
+def batch_loss(
+    model: nn.Module, batch: Any, which: str, loss_fn: Callable[[nn.Module, Any], Tensor] | None = None
+) -> Tensor:
+    """``loss_fn(model, batch)`` or ``model(**batch).loss``; ValueError if it is not a scalar to go backward from."""
+    loss: Any
+    if loss_fn is not None:
+        loss = loss_fn(model, batch)
+    elif isinstance(batch, Mapping):
+        loss = model_loss(model(**batch))
+    else:
+        raise ValueError(f"a {which} batch is a {type(batch).__name__}, not a mapping; pass loss_fn(model, batch)")
+    if loss is None:
+        keys = f" (it has {', '.join(map(str, batch))})" if isinstance(batch, Mapping) else ""
+        raise ValueError(f"no loss for a {which} batch{keys}; does it lack labels? Add them, or pass a loss_fn")
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise ValueError(f"the loss of a {which} batch must be a scalar tensor, got {found}; return its mean")
+    if not loss.requires_grad:
+        raise ValueError(f"the loss of a {which} batch does not depend on any parameter that requires a gradient")
+    return loss
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """The devices of a model's parameters; the first is where batches go."""
+    return list(dict.fromkeys(p.device for p in model.parameters()))
+
+
+def finite(which: str, loss: Tensor, *others: Tensor) -> list[float]:
+    """The numbers on the host, fetched at once; ValueError unless they are finite."""
+    values = torch.stack([value.reshape(()).to(loss) for value in (loss, *others)]).tolist()
+    if not all(map(math.isfinite, values)):
+        what = f"{which} loss is {values[0]}" if not math.isfinite(values[0]) else f"{which} gradient is not finite"
+        raise ValueError(f"the {what}; parameters are left as they were. Look at the batch, or lower the learning rate")
+    return values
+
+
+def grads_of(params: Iterable[Tensor]) -> Values:
+    return {p: p.grad for p in params if p.grad is not None}
+
+
+def norm_of(values: Values) -> Tensor:
+    norms = [value.norm() for value in values.values()]
+    return torch.stack([norm.to(norms[0]) for norm in norms]).norm() if norms else torch.zeros(())
+
+
+@torch.no_grad()
+def assign(values: Values) -> None:
+    for p, value in values.items():
+        p.copy_(value)
+
+
+@contextmanager
+def moved(values: Values) -> Iterator[None]:
+    """Within the context the parameters have these values; afterwards the very bits they had."""
+    present = {p: p.detach().clone() for p in values}
+    try:
+        assign(values)
+        yield
+    finally:
+        assign(present)
+
+
+@contextmanager
+def frozen(params: Iterable[Tensor]) -> Iterator[None]:
+    """Spares backward the gradients of `params`."""
+    trained = [p for p in params if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+@contextmanager
+def traceless(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Puts gradients, random streams and running statistics back afterwards; within, the streams start at `seed`."""
+    grads = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    running = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
+    statistics = {buffer: buffer.clone() for module in running for buffer in module.buffers(recurse=False)}
+    try:
+        for p, _ in grads:
+            p.grad = None  # backward would add to it in place
+        with private_streams(seed, devices_of(model)):
+            yield
+    finally:
+        assign(statistics)
+        for p, grad in grads:
+            p.grad = grad
+
+
+class Noise:
+    """The perturbation that `lower` (or what it wraps) puts on the model: GGPO's ε, Bi-LoRA's auxiliary."""
+
+    def __init__(self, lower: Optimizer):
+        self._lower = lower
+        self._ggpo: GGPOOptimizer | None = None
+        level: Any = lower
+        while issubclass(type(level), OptimizerWrapper):
+            if issubclass(type(level), GGPOOptimizer):
+                self._ggpo = level
+            level = level.base_optimizer
+
+    def present(self) -> Any:
+        """The ε of this step, for `as_in`. The auxiliary is among the lower's parameters and moves with them."""
+        return None if self._ggpo is None else self._ggpo.current_noise()
+
+    def as_in(self, draws: Any) -> AbstractContextManager[None]:
+        return nullcontext() if self._ggpo is None else self._ggpo.noise_as(draws)
+
+    @contextmanager
+    def off(self, but: Iterable[int] = ()) -> Iterator[None]:
+        """No ε, and auxiliaries of zero: layers compute with W'. Parameters with an id in `but` stay."""
+        kept = set(but)
+        ascending = [p for group in self._lower.param_groups if group.get("ascent") for p in group["params"]]
+        with self.as_in({}), moved({p: torch.zeros_like(p) for p in ascending if id(p) not in kept}):
+            yield
