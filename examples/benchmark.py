@@ -2,6 +2,7 @@
 
     python examples/benchmark.py                      # SmolLM2-135M's geometry, 1,024 tokens
     python examples/benchmark.py --layers 8 --base nf4
+    python examples/benchmark.py --gralora            # GraLoRA, PEFT's and this library's, against LoRA of equal rank
 
 Every round runs one training step of each contender, in an order that rotates; what is printed are ratios of medians.
 Weights are random: neither time nor memory depends on them.
@@ -19,7 +20,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import GraloraConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,6 +30,7 @@ warnings.filterwarnings("ignore")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 LORA = "PEFT LoRA"
+GRALORA = ["PEFT GraLoRA", "GraLoRA"]
 
 
 def smollm2(layers: int) -> LlamaForCausalLM:
@@ -62,6 +64,19 @@ def quantise(model: nn.Module, kind: str) -> None:
         model.set_submodule(name, new.to("cpu"))
 
 
+def add_adapters(name: str, model: LlamaForCausalLM, args: argparse.Namespace) -> nn.Module:
+    """Adapters of equal rank and scaling on all linear layers but the head."""
+    alpha, targets = 2 * args.r, "all-linear"
+    if name == "GraLoRA":
+        return flatlora.apply_gralora(model, targets, r=args.r, k=args.k, alpha=alpha, hybrid_r=args.hybrid_r)
+    if name == "PEFT GraLoRA":
+        return get_peft_model(
+            model,
+            GraloraConfig(r=args.r, gralora_k=args.k, alpha=alpha, hybrid_r=args.hybrid_r, target_modules=targets),
+        )
+    return get_peft_model(model, LoraConfig(r=args.r, lora_alpha=alpha, target_modules=targets))
+
+
 def build(name: str, args: argparse.Namespace) -> Callable[[torch.Tensor], None]:
     """One training step of a contender, as a function of the token ids."""
     torch.manual_seed(0)
@@ -70,24 +85,22 @@ def build(name: str, args: argparse.Namespace) -> Callable[[torch.Tensor], None]
         quantise(model, args.base)
     elif args.base == "bf16":
         model.to(torch.bfloat16)
-    peft_model = get_peft_model(model, LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules="all-linear"))
+    adapted = add_adapters(name, model, args)
     if args.checkpointing:
-        peft_model.enable_input_require_grads()
+        model.enable_input_require_grads()
         model.gradient_checkpointing_enable()
-    peft_model.train()
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-        [p for p in peft_model.parameters() if p.requires_grad], lr=1e-4
-    )
+    adapted.train()
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
     passes = 1
     if name.startswith("GGPO"):
         noise = name.split()[1]
-        optimizer = flatlora.GGPOOptimizer(optimizer, peft_model, noise=noise, noise_rank=args.noise_rank)
+        optimizer = flatlora.GGPOOptimizer(optimizer, adapted, noise=noise, noise_rank=args.noise_rank)
     elif name == "two passes":
         passes = 2
 
     def step(ids: torch.Tensor) -> None:
         for _ in range(passes):
-            peft_model(input_ids=ids, labels=ids).loss.backward()
+            adapted(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -106,14 +119,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--r", type=int, default=16)
+    parser.add_argument("--r", type=int, help="rank (default: 16, with --gralora 32)")
+    parser.add_argument("--gralora", action="store_true", help="compare PEFT's and this library's GraLoRA")
+    parser.add_argument("--k", type=int, default=4, help="GraLoRA's blocks along each side (default: %(default)s)")
+    parser.add_argument("--hybrid-r", type=int, default=0, help="rank of the LoRA beside GraLoRA's blocks")
     parser.add_argument("--noise-rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--base", choices=["fp32", "bf16", "nf4", "int8"], default="fp32")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--methods", nargs="*", default=["GGPO gaussian", "GGPO low_rank", "two passes"])
+    parser.add_argument("--methods", nargs="*", help="default: GGPO gaussian, GGPO low_rank, two passes")
     parser.add_argument("--no-memory", action="store_true")
     args = parser.parse_args()
+    args.r = args.r or (32 if args.gralora else 16)
+    if args.methods is None:
+        args.methods = GRALORA if args.gralora else ["GGPO gaussian", "GGPO low_rank", "two passes"]
 
     names = [LORA, *args.methods]
     steps = {name: build(name, args) for name in names}

@@ -195,13 +195,17 @@ class _Rows:
     cached: tuple[Any, Tensor] | None = None  # (what it was computed from, standard deviations)
 
     def ranks(self) -> dict[str, int]:
-        return {adapter.name: adapter.A.shape[0] for adapter in self.layer.all_adapters()}
+        ranks: dict[str, int] = {}
+        for adapter in self.layer.all_adapters():  # a hybrid GraLoRA layer has two of a name
+            ranks[adapter.name] = ranks.get(adapter.name, 0) + adapter.rank
+        return ranks
 
     def weight_sq(self) -> tuple[Tensor, dict[str, Tensor]]:
         """``‖W'_i‖²`` (m,) over all active adapters, and DoRA's row factors by adapter name.
 
         Expands the square of ``diag(a)·W0 + Σ_k s_k·diag(c_k)·B_k·A_k``, so that W0 enters through ``‖W0_i‖²``, which
-        is computed once, and through ``W0·Aᵀ`` alone.
+        is computed once, and through ``W0·Aᵀ`` alone. Everything is done block by block on a grid of g×g blocks, on
+        which GraLoRA's adapters are low-rank adapters like any other; without GraLoRA g is 1.
         """
         layer = self.layer
         base_sq = self.base_sq
@@ -213,23 +217,27 @@ class _Rows:
         if not adapters:
             return base_sq, {}
         dtype = wide(base_sq.device)
-        a = torch.cat([whole(adapter.A) for adapter in adapters])
-        crossed = layer.base.apply_rows(a).to(dtype)  # W0·Aᵀ
+        grid = math.lcm(*(adapter.k for adapter in adapters))
+        a_parts, b_parts = zip(*(adapter.blocks(grid) for adapter in adapters), strict=True)
+        a = torch.cat(a_parts, 2)
+        crossed = layer.base.apply_blocks(a).to(dtype)  # W0·Aᵀ
         a = a.to(dtype)
-        parts, factors, ranks = [], {}, [adapter.A.shape[0] for adapter in adapters]
+        parts, factors, ranks = [], {}, [part.shape[2] for part in a_parts]
         base_factor = torch.ones_like(base_sq)
-        for adapter, a_k, crossed_k in zip(adapters, a.split(ranks), crossed.split(ranks, 1), strict=True):
-            b_k = whole(adapter.B).to(dtype) * adapter.scaling
+        for adapter, b_k, a_k, crossed_k in zip(
+            adapters, b_parts, a.split(ranks, 2), crossed.split(ranks, 3), strict=True
+        ):
+            b_k = b_k.to(dtype) * adapter.scaling
             if adapter.magnitude is not None:
-                norm_sq = base_sq + _row_dot(b_k, 2 * crossed_k + b_k @ (a_k @ a_k.t()))
+                norm_sq = base_sq + _row_dot(b_k, 2 * crossed_k + b_k @ (a_k @ a_k.mT))
                 factor = whole(adapter.magnitude).to(dtype) * norm_sq.rsqrt()
                 factors[adapter.name] = factor
                 base_factor += factor - 1
-                b_k = b_k * factor.unsqueeze(1)
+                b_k = b_k * factor.view(grid, 1, -1, 1)
             parts.append(b_k)
-        b = torch.cat(parts, 1)
-        cross = 2 * base_factor.unsqueeze(1) * crossed
-        return base_factor.square() * base_sq + _row_dot(b, cross + b @ (a @ a.t())), factors
+        b = torch.cat(parts, 3)
+        cross = 2 * base_factor.view(grid, 1, -1, 1) * crossed
+        return base_factor.square() * base_sq + _row_dot(b, cross + b @ (a @ a.mT)), factors
 
     def projected_grad_sq(self) -> Tensor | None:
         """``‖(P_B·G + G·P_A − P_B·G·P_A)_i‖²`` (m,), or None without gradients.
@@ -237,6 +245,10 @@ class _Rows:
         As G·P_A lies in the row space of A and the rest is orthogonal to it, the squares of the two parts add up:
         with ``C = BᵀG = g_A/s`` and ``D = GAᵀ = g_B/s`` they are the row norms of ``B(BᵀB)⁺·C(I − P_A)`` and of
         ``D(AAᵀ)⁺·A``.
+
+        GraLoRA's tangent space is the direct sum of its blocks', so each block is projected on its own and the squares
+        add up along a block row. The plain adapter of a hybrid layer spans directions that the blocks partly span
+        too; it is left out, and what stands for G is its projection on the blocks' tangent space alone.
         """
         layer = self.layer
         adapters = [
@@ -246,24 +258,25 @@ class _Rows:
         ]
         if not adapters:
             return None
+        grid = max(adapter.k for adapter, _ in adapters)
+        adapters = [(adapter, grads) for adapter, grads in adapters if adapter.k == grid]
         dtype = wide(layer.base.device)
         eps = torch.finfo(adapters[0][1][0].dtype).eps
         factors = self.weight_sq()[1] if any(adapter.magnitude is not None for adapter, _ in adapters) else {}
-        bs, cs, ds = [], [], []
-        for adapter, (grad_a, grad_b) in adapters:
-            b_k, d_k = whole(adapter.B).to(dtype), grad_b.to(dtype) / adapter.scaling
+        parts: list[tuple[Tensor, ...]] = []
+        for adapter, grads in adapters:
+            a_k, b_k = (factor.to(dtype) for factor in adapter.blocks(grid))
+            grad_a, grad_b = (grad.to(dtype) / adapter.scaling for grad in grads)
+            c_k, d_k = grad_a.view(a_k.shape), grad_b.view(b_k.shape)
             if adapter.name in factors:
-                factor = factors[adapter.name].unsqueeze(1)
+                factor = factors[adapter.name].view(grid, 1, -1, 1)
                 b_k, d_k = b_k * factor, d_k / factor
-            bs.append(b_k)
-            ds.append(d_k)
-            cs.append(grad_a.to(dtype) / adapter.scaling)
-        a = torch.cat([whole(adapter.A) for adapter, _ in adapters]).to(dtype)
-        b, c, d = torch.cat(bs, 1), torch.cat(cs), torch.cat(ds, 1)
-        gram_a, gram_b = _inverse(a @ a.t(), eps), _inverse(b.t() @ b, eps)
-        rest = c - (c @ a.t()) @ gram_a @ a  # C(I − P_A)
+            parts.append((a_k, b_k, c_k, d_k))
+        a, b, c, d = (torch.cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (2, 3, 2, 3), strict=True))
+        gram_a, gram_b = _inverse(a @ a.mT, eps), _inverse(b.mT @ b, eps)
+        rest = c - (c @ a.mT) @ gram_a @ a  # C(I − P_A)
         left = b @ gram_b
-        return _row_dot(left, left @ (rest @ rest.t())) + _row_dot(d, d @ gram_a)
+        return _row_dot(left, left @ (rest @ rest.mT)) + _row_dot(d, d @ gram_a)
 
 
 class RowNoise:
@@ -335,18 +348,19 @@ class RowNoise:
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(1)
+    """Products of the rows of a and b, on a grid of blocks (k, k, m/k, ·), summed along each row of the whole: (m,)."""
+    return (a * b).sum((1, 3)).flatten()
 
 
 def _inverse(gram: Tensor, eps: float) -> Tensor:
-    """(X·Xᵀ)⁺ for a Gram matrix that may be singular, as B's is before the first step.
+    """(X·Xᵀ)⁺ of Gram matrices (..., r, r) that may be singular, as B's is before the first step.
 
     A pseudo-inverse would need eigenvalues, which stall a GPU. A ridge of `eps` times the trace, `eps` the precision of
     the gradients, damps only directions in which the gradients hold nothing but rounding.
     """
-    ridge = gram.diagonal().sum() * eps + torch.finfo(gram.dtype).tiny
-    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    factor, _ = torch.linalg.cholesky_ex(gram + ridge * eye)
+    ridge = gram.diagonal(dim1=-2, dim2=-1).sum(-1) * eps + torch.finfo(gram.dtype).tiny
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    factor, _ = torch.linalg.cholesky_ex(gram + ridge[..., None, None] * eye)
     return torch.cholesky_solve(eye, factor)
 
 

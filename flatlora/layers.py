@@ -131,14 +131,21 @@ class BaseWeight:
             total += self.apply_rows(units).to(dtype).square().sum(1)
         return total
 
-    def apply_rows(self, x: Tensor) -> Tensor:
-        """``W0·xᵀ`` of shape (m, r) for the rows of x (r, n), without the bias and without an (m, n) temporary."""
+    def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
+        """``W0·xᵀ`` of shape (m, r) for the rows of x (r, n), without the bias and without an (m, n) temporary.
+
+        With `columns`, x has as many and it is ``W0[:, columns]·xᵀ``.
+        """
         if self.kind == "float":
             weight = whole(self.float_weight().detach())
             if weight.dtype == x.dtype:
-                return weight @ x.t()
+                return weight[:, columns] @ x.t()
         if self.kind in ("float", "8bit"):
-            return torch.cat([block @ x.t() for block in self._row_blocks(x.dtype)])
+            return torch.cat([block[:, columns] @ x.t() for block in self._row_blocks(x.dtype)])
+        if x.shape[1] < self.shape[1]:
+            padded = x.new_zeros(x.shape[0], self.shape[1])
+            padded[:, columns] = x
+            x = padded
         if self.kind == "4bit":
             from bitsandbytes import matmul_4bit
 
@@ -150,6 +157,16 @@ class BaseWeight:
         y = self.module(torch.cat([x, x.new_zeros(1, x.shape[1])]).to(dtype))
         return (y[:-1] - y[-1:]).t().to(x.dtype)
 
+    def apply_blocks(self, x: Tensor) -> Tensor:
+        """``W0_ij·X_ijᵀ`` of shape (k, k, m/k, r) for a grid of k×k blocks X_ij, shape (k, k, r, n/k)."""
+        k, _, r, width = x.shape
+        parts = []
+        for j in range(k):
+            crossed = self.apply_rows(x[:, j].flatten(0, 1), slice(j * width, (j + 1) * width))
+            # Block row i needs its own r of the k·r products alone.
+            parts.append(crossed.reshape(k, -1, k, r).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+        return torch.stack(parts, 1)
+
     @property
     def device(self) -> torch.device:
         return next(p.device for p in self.module.parameters())
@@ -159,7 +176,8 @@ class BaseWeight:
 class Adapter:
     """One active low-rank adapter of a layer: it adds ``scaling · B·A`` to the weight.
 
-    `A` is (r, n), `B` is (m, r); `transposed` says that the parameters behind them are stored the other way around.
+    `A` is (r, n), `B` is (m, r); the parameters behind them may be stored the other way around. GraLoRA's are a grid of
+    k×k blocks, `A` (k, k, r/k, n/k) and `B` (k, k, m/k, r/k), and add ``scaling · B_ij·A_ij`` to block row i, column j.
     `magnitude` is DoRA's (m,) vector or None. `dropout` acts on the adapter's input.
     """
 
@@ -178,10 +196,39 @@ class Adapter:
         if self.A_param.grad is None or self.B_param.grad is None:
             return None
         grad_a, grad_b = whole(self.A_param.grad), whole(self.B_param.grad)
+        if self.A.dim() == 4:
+            return block_factors(grad_a, grad_b)
         return (
             grad_a if grad_a.shape == self.A.shape else grad_a.t(),
             grad_b if grad_b.shape == self.B.shape else grad_b.t(),
         )
+
+    @property
+    def k(self) -> int:
+        """Blocks along each side of the weight: 1 for all but GraLoRA."""
+        return self.A.shape[0] if self.A.dim() == 4 else 1
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[-2] * self.k
+
+    def blocks(self, k: int) -> tuple[Tensor, Tensor]:
+        """A (k, k, q, n/k) and B (k, k, m/k, q) of every block of a k×k grid; k is a multiple of the adapter's own."""
+        A, B = (whole(factor)[(None,) * (4 - factor.dim())] for factor in (self.A, self.B))
+        pieces = k // self.k
+        A = A.unflatten(3, (pieces, -1)).movedim(3, 2).flatten(1, 2)
+        B = B.unflatten(2, (pieces, -1)).movedim(2, 1).flatten(0, 1)
+        return A.repeat_interleave(pieces, 0), B.repeat_interleave(pieces, 1)
+
+
+def block_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """GraLoRA's factors block by block, as views: A (k, n/k, r) as (k, k, r/k, n/k), B (k, r, m/k) as (k, k, m/k, r/k).
+
+    [i, j] is the block in block row i and block column j. Stored, A has one matrix per block column, whose r columns
+    belong to the block rows in turn; B has one per block row, whose r rows belong to the block columns in turn.
+    """
+    k = A.shape[0]
+    return A.unflatten(2, (k, -1)).permute(2, 0, 3, 1), B.unflatten(1, (k, -1)).transpose(2, 3)
 
 
 class LoRALayer:
@@ -207,7 +254,7 @@ class LoRALayer:
 
     @property
     def is_peft(self) -> bool:
-        return _is_peft(self.module)
+        return _is_peft(self.module) or _is_peft_gralora(self.module)
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -227,27 +274,26 @@ class LoRALayer:
 
     def all_adapters(self) -> list[Adapter]:
         """Every adapter asked for, active or not."""
-        return [adapter for name in sorted(self.names) if (adapter := self._adapter(name)) is not None]
+        return [adapter for name in sorted(self.names) for adapter in self._adapters(name)]
 
     def adapters(self) -> list[Adapter]:
         """The adapters that the layer adds to its base weight at present; none while they are merged or disabled."""
-        if not self.is_peft:
-            found = [] if self.merged else [self._adapter("default")]
-        elif self.module.disable_adapters or self.merged:
-            found = []
-        else:
-            found = [self._adapter(name) for name in self.module.active_adapters]
-        return [adapter for adapter in found if adapter is not None]
+        if self.merged or (self.is_peft and self.module.disable_adapters):
+            return []
+        names = self.module.active_adapters if self.is_peft else ["default"]
+        return [adapter for name in names for adapter in self._adapters(name)]
 
-    def _adapter(self, name: str) -> Adapter | None:
+    def _adapters(self, name: str) -> list[Adapter]:
         module: Any = self.module
+        if _is_gralora(module):
+            return _gralora_adapters(module, name)
         if not self.is_peft:
-            return _plain_adapter(module, self.shape)
+            return [_plain_adapter(module, self.shape)]
         if name not in module.lora_A:
-            return None
+            return []
         magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
         A, B = module.lora_A[name].weight, module.lora_B[name].weight
-        return Adapter(name, A, B, module.scaling[name], magnitude, module.lora_dropout[name], A, B)
+        return [Adapter(name, A, B, module.scaling[name], magnitude, module.lora_dropout[name], A, B)]
 
     def __repr__(self) -> str:
         m, n = self.shape
@@ -258,9 +304,10 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
     """Finds every adapted linear layer of a model.
 
     Understood are PEFT's LoRA, rsLoRA and DoRA layers over `nn.Linear`, `Conv1D` and bitsandbytes' `Linear4bit` and
-    `Linear8bitLt`, and any other module that holds `lora_A` and `lora_B` (2-D parameters or `nn.Linear` modules)
-    beside a linear base: its own `weight`, or a child named `base_layer`, `linear`, `base` or `original`. Such a
-    module must say its scaling, as `scaling` or as `alpha` (`lora_alpha`) and `r` (`rank`).
+    `Linear8bitLt`, GraLoRA layers, this library's and PEFT's, and any other module that holds `lora_A` and `lora_B`
+    (2-D parameters or `nn.Linear` modules) beside a linear base: its own `weight`, or a child named `base_layer`,
+    `linear`, `base` or `original`. Such a module must say its scaling, as `scaling` or as `alpha` (`lora_alpha`) and
+    `r` (`rank`).
 
     Adapters of other kinds (embeddings, convolutions, experts, token-dependent variants) are not linear layers with
     one weight update; they are left out and named once in a log line.
@@ -283,6 +330,9 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
         if _is_peft(module):
             available = {*module.lora_A, *module.lora_embedding_A}
             base = _peft_base(module)
+        elif _is_gralora(module):
+            available = set(module.gralora_A) if _is_peft_gralora(module) else {"default"}
+            base = linear_base(module.base_layer)
         elif _is_plain(module):
             available, base = {"default"}, _plain_base(module)
         else:
@@ -362,6 +412,44 @@ def _peft_base(module: Any) -> BaseWeight | None:
     if isinstance(weight, Tensor) and weight.dim() != 2:
         return None
     return BaseWeight(base, (m, n), transposed=bool(getattr(module, "fan_in_fan_out", False)))
+
+
+# --- GraLoRA, this library's and PEFT's -----------------------------------------------------------------------------
+
+
+def _is_gralora(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and isinstance(getattr(module, "gralora_A", None), Tensor | nn.ParameterDict)
+
+
+def _is_peft_gralora(module: nn.Module) -> bool:
+    return _is_gralora(module) and isinstance(module.gralora_A, nn.ParameterDict)
+
+
+def linear_base(module: Any) -> BaseWeight | None:
+    """The weight of an `nn.Linear`, one derived from it, or a `Conv1D`; None for any other module."""
+    if type(module).__name__ == "Conv1D":
+        n, m = module.weight.shape
+        return BaseWeight(module, (m, n), transposed=True)
+    # Attention reads the weight of the one left out and never calls it.
+    if not isinstance(module, nn.Linear) or type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return None
+    return BaseWeight(module, (module.out_features, module.in_features), transposed=False)
+
+
+def _gralora_adapters(module: Any, name: str) -> list[Adapter]:
+    """The adapter made of blocks, and the plain one beside it where the layer is a hybrid."""
+    parts: list[Any] = [getattr(module, f"gralora_{part}", None) for part in ("A", "B", "A_general", "B_general")]
+    scaling = module.scaling
+    if _is_peft_gralora(module):
+        if name not in module.gralora_A:
+            return []
+        parts, scaling = [part[name] for part in parts], scaling[name]
+    A, B, general_A, general_B = parts
+    found = [Adapter(name, *block_factors(whole(A), whole(B)), scaling, A_param=A, B_param=B)]
+    if hasattr(general_A, "weight"):
+        A, B = general_A.weight, general_B.weight
+        found.append(Adapter(name, A, B, scaling, A_param=A, B_param=B))
+    return found
 
 
 # --- modules of other libraries -----------------------------------------------------------------------------------
