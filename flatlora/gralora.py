@@ -98,14 +98,19 @@ class GraLoRALinear(nn.Module):
     def add_update(self, out: Tensor, x: Tensor, in_place: bool = False) -> Tensor:
         """``out + x·ΔWᵀ`` for x (..., n) and out (..., m), in the dtype of `out`; into `out` itself if `in_place`."""
         dtype = compute_dtype(x, self.gralora_A.dtype)
-        dropping = self.training and isinstance(self.dropout, nn.Dropout)
-        kept = self.dropout(x.to(self.gralora_A.dtype)) if dropping else x
-        out = _AddBlocks.apply(out, kept, self.gralora_A, self.gralora_B, self.scaling, dtype, in_place)
+        blocks = _add_blocks if torch.compiler.is_compiling() else _AddBlocks.apply
+        out = blocks(out, self._dropped(x), self.gralora_A, self.gralora_B, self.scaling, dtype, in_place)
         if self.gralora_A_general is None:
             return out
-        kept = self.dropout(x.to(self.gralora_A.dtype)) if dropping else x
-        A, B = self.gralora_A_general.weight, self.gralora_B_general.weight
+        kept, A, B = self._dropped(x), self.gralora_A_general.weight, self.gralora_B_general.weight
+        if torch.compiler.is_compiling():
+            return out + (self.scaling * (kept.to(dtype) @ A.t().to(dtype) @ B.t().to(dtype))).to(out.dtype)
         return add_low_rank(out, kept, True, dtype, None, (self.scaling,), A, B)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """Input of one part of the adapter: blocks and hybrid drop elements each on their own, as in PEFT."""
+        dropping = self.training and isinstance(self.dropout, nn.Dropout)
+        return self.dropout(x.to(self.gralora_A.dtype)) if dropping else x
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -146,6 +151,15 @@ class GraLoRALinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, r={self.r}, k={self.k}, alpha={self.alpha}{hybrid}"
 
 
+def _add_blocks(
+    out: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, in_place: bool
+) -> Tensor:
+    """The same as `_AddBlocks` in plain operations: for `torch.compile`, which can't trace its writes into views."""
+    h = _regroup(torch.bmm(_columns(x, A.shape[0]).to(dtype), A.to(dtype)))
+    update = torch.bmm(h, B.to(dtype)).transpose(0, 1).reshape(out.shape)
+    return out + (scaling * update).to(out.dtype)
+
+
 class _AddBlocks(torch.autograd.Function):
     """``out + s·x·ΔWᵀ`` through two batched matmuls, of which the second adds straight into `out`."""
 
@@ -179,7 +193,7 @@ class _AddBlocks(torch.autograd.Function):
             grad_h = _regroup(torch.bmm(g, B.mT * ctx.scaling))
             if ctx.needs_input_grad[1]:
                 grad_x = torch.empty(x.shape, dtype=h.dtype, device=x.device)
-                torch.bmm(grad_h, A.mT, out=_columns(grad_x, A.shape[0]))
+                _columns(grad_x, A.shape[0]).baddbmm_(grad_h, A.mT, beta=0)
                 grad_x = grad_x.to(x.dtype)
             if ctx.needs_input_grad[2]:
                 grad_A = torch.bmm(_columns(x, A.shape[0]).to(h.dtype).mT, grad_h)
