@@ -5,6 +5,8 @@ from .bilevel import BilevelOptimizer, BilevelStep
 from .bilora import BiLoRAOptimizer, attach_auxiliary, detach_auxiliary
 from .dora import direction_parameters, magnitude_parameters
 from .ggpo import GGPOOptimizer
+from .gralora import GraLoRALinear, apply_gralora, merge_gralora, unload_gralora
+from .gralora_io import load_gralora, save_gralora
 from .layers import LoRALayer, lora_layers
 from .perturbation import remove_perturbation
 from .sharpness import NoiseRise, noise_rise, weight_noise, worst_case_rise
@@ -15,17 +17,23 @@ __all__ = [
     "BilevelOptimizer",
     "BilevelStep",
     "GGPOOptimizer",
+    "GraLoRALinear",
     "LoRALayer",
     "NoiseRise",
     "OptimizerWrapper",
+    "apply_gralora",
     "attach_auxiliary",
     "detach_auxiliary",
     "direction_parameters",
+    "load_gralora",
     "lora_layers",
     "magnitude_parameters",
+    "merge_gralora",
     "noise_rise",
     "remove_perturbation",
+    "save_gralora",
     "split_dataset",
+    "unload_gralora",
     "weight_noise",
     "worst_case_rise",
 ]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .base_weight import keep_training_layout, release_layout
 from .batches import Batches, RandomStreams, derived_seed
 from .dora import check_levels, is_peft
-from .layers import LoRALayer, keep_training_layout, lora_layers, release_layout, shared_seed
+from .layers import LoRALayer, lora_layers, shared_seed
 from .loop import LoopWatch
 from .orthogonality import add_orthogonality_gradient
 from .passes import (

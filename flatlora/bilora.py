@@ -11,17 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .layers import (
-    Adapter,
-    LoRALayer,
-    keep_training_layout,
-    lora_layers,
-    plain_name,
-    release_layout,
-    shared_seed,
-    whole,
-    wide,
-)
+from .base_weight import keep_training_layout, release_layout, whole, wide
+from .layers import Adapter, LoRALayer, lora_layers, plain_name, shared_seed
 from .perturbation import Perturbation, stacked
 from .wrapper import OptimizerWrapper
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .layers import LoRALayer, keep_training_layout, lora_layers, release_layout, shared_seed, whole, wide
+from .base_weight import keep_training_layout, release_layout
+from .layers import LoRALayer, lora_layers, shared_seed
 from .perturbation import Draw, Perturbation, stacked
+from .row_noise import RowNoise, Rows
 from .wrapper import OptimizerWrapper
 
 __all__ = ["GGPOOptimizer"]
@@ -97,7 +96,7 @@ class GGPOOptimizer(OptimizerWrapper):
             if layer.name in self._noise.rows:
                 self._noise.rows[layer.name].layer.names = layer.names
             else:
-                self._noise.rows[layer.name] = _Rows(layer)
+                self._noise.rows[layer.name] = Rows(layer)
                 self._perturbations.append(Perturbation(layer, self._noise))
                 self._perturbations[-1].attach()
 
@@ -226,190 +225,6 @@ class GGPOOptimizer(OptimizerWrapper):
             grad_sq = None if state is None else state["layers"][name]["grad_sq"]
             rows.grad_sq = None if grad_sq is None else grad_sq.to(rows.layer.base.device, copy=True)
             rows.cached = None
-
-
-@dataclass
-class _Rows:
-    """What is remembered of one layer: squared row norms of its weights and of its last gradient."""
-
-    layer: LoRALayer
-    grad_sq: Tensor | None = None
-    base_sq: Tensor | None = None
-    cached: tuple[Any, Tensor] | None = None  # (what it was computed from, standard deviations)
-
-    def ranks(self) -> dict[str, int]:
-        return {adapter.name: adapter.A.shape[0] for adapter in self.layer.all_adapters()}
-
-    def weight_sq(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """``‖W'_i‖²`` (m,) over all active adapters, and DoRA's row factors by adapter name.
-
-        Expands the square of ``diag(a)·W0 + Σ_k s_k·diag(c_k)·B_k·A_k``, so that W0 enters through ``‖W0_i‖²``, which
-        is computed once, and through ``W0·Aᵀ`` alone.
-        """
-        layer = self.layer
-        base_sq = self.base_sq
-        if base_sq is None or layer.merged or layer.base.trainable:
-            base_sq = layer.base.row_sq()
-            if not (layer.merged or layer.base.trainable):
-                self.base_sq = base_sq
-        adapters = layer.adapters()
-        if not adapters:
-            return base_sq, {}
-        dtype = wide(base_sq.device)
-        a = torch.cat([whole(adapter.A) for adapter in adapters])
-        crossed = layer.base.apply_rows(a).to(dtype)  # W0·Aᵀ
-        a = a.to(dtype)
-        ranks = [adapter.A.shape[0] for adapter in adapters]
-        parts: dict[str, Tensor] = {}
-        factors = {adapter.name: torch.ones_like(base_sq) for adapter in adapters}
-        base_factor = torch.ones_like(base_sq)
-        for adapter, a_k, crossed_k in zip(adapters, a.split(ranks), crossed.split(ranks, 1), strict=True):
-            b_k = parts[adapter.name] = whole(adapter.B).to(dtype) * adapter.scaling
-            if adapter.magnitude is not None:
-                # PEFT scales what the layer has computed so far, adapters before this one included.
-                norm_sq = base_sq + _row_dot(b_k, 2 * crossed_k + b_k @ (a_k @ a_k.t()))
-                scale = whole(adapter.magnitude).to(dtype) * norm_sq.rsqrt()
-                base_factor = base_factor * scale
-                for name in parts:
-                    factors[name] = factors[name] * scale
-        b = torch.cat([part * factors[name].unsqueeze(1) for name, part in parts.items()], 1)
-        cross = 2 * base_factor.unsqueeze(1) * crossed
-        return base_factor.square() * base_sq + _row_dot(b, cross + b @ (a @ a.t())), factors
-
-    def projected_grad_sq(self) -> Tensor | None:
-        """``‖(P_B·G + G·P_A − P_B·G·P_A)_i‖²`` (m,), or None without gradients.
-
-        As G·P_A lies in the row space of A and the rest is orthogonal to it, the squares of the two parts add up:
-        with ``C = BᵀG = g_A/s`` and ``D = GAᵀ = g_B/s`` they are the row norms of ``B(BᵀB)⁺·C(I − P_A)`` and of
-        ``D(AAᵀ)⁺·A``.
-        """
-        layer = self.layer
-        adapters = [
-            (adapter, grads)
-            for adapter in layer.adapters()
-            if adapter.name in layer.names and adapter.scaling and (grads := adapter.grads()) is not None
-        ]
-        if not adapters:
-            return None
-        dtype = wide(layer.base.device)
-        eps = torch.finfo(adapters[0][1][0].dtype).eps
-        factors = self.weight_sq()[1] if any(adapter.magnitude is not None for adapter, _ in adapters) else {}
-        bs, cs, ds = [], [], []
-        for adapter, (grad_a, grad_b) in adapters:
-            b_k, d_k = whole(adapter.B).to(dtype), grad_b.to(dtype) / adapter.scaling
-            if adapter.name in factors:
-                factor = factors[adapter.name].unsqueeze(1)
-                b_k, d_k = b_k * factor, d_k / factor
-            bs.append(b_k)
-            ds.append(d_k)
-            cs.append(grad_a.to(dtype) / adapter.scaling)
-        a = torch.cat([whole(adapter.A) for adapter, _ in adapters]).to(dtype)
-        b, c, d = torch.cat(bs, 1), torch.cat(cs), torch.cat(ds, 1)
-        gram_a, gram_b = _inverse(a @ a.t(), eps), _inverse(b.t() @ b, eps)
-        rest = c - (c @ a.t()) @ gram_a @ a  # C(I − P_A)
-        left = b @ gram_b
-        return _row_dot(left, left @ (rest @ rest.t())) + _row_dot(d, d @ gram_a)
-
-
-class RowNoise:
-    """The noise of all layers: its σ, β and step, and the rows it is scaled by.
-
-    `everywhere` perturbs layers in eval mode as well, for measuring.
-    """
-
-    def __init__(
-        self,
-        layers: list[LoRALayer],
-        sigma: float,
-        beta: float,
-        kind: Literal["gaussian", "low_rank"],
-        rank: int,
-        seed: int,
-        everywhere: bool = False,
-    ):
-        self.rows = {layer.name: _Rows(layer) for layer in layers}
-        self.sigma, self.beta, self.kind, self.rank, self.seed = sigma, beta, kind, rank, seed
-        self.everywhere = everywhere
-        self.step = 0
-        self.on = True
-        self.held: dict[str, Draw | None] | None = None  # given to layers instead of what would be drawn
-        self._observed: dict[str, Tensor] = {}
-        self._warned = False
-
-    def draw(self, layer: LoRALayer) -> Draw | None:
-        if not (self.on and self.sigma > 0 and layer.active and (self.everywhere or layer.module.training)):
-            return None
-        if self.held is not None:
-            return self.held.get(layer.name)
-        return Draw(self.kind, self.std(self.rows[layer.name]), self._layer_seed(layer.name), self.rank)
-
-    def _layer_seed(self, name: str) -> int:
-        # A function of (seed, step, layer) rather than a running stream: every micro-batch, every recomputation, every
-        # rank and a resumed run get the same ε, and nothing but these numbers has to be kept.
-        digest = hashlib.blake2b(f"{self.seed}/{self.step}/{name}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 1
-
-    def std(self, rows: _Rows) -> Tensor:
-        """Standard deviations (m,) of a layer's rows, computed when first asked for in a step."""
-        adapters = rows.layer.adapters()
-        tensors = [(a.A, a.B) if a.magnitude is None else (a.A, a.B, a.magnitude) for a in adapters]
-        versions = [(a.name, a.scaling, *(t._version for t in ts)) for a, ts in zip(adapters, tensors, strict=True)]
-        key = (self.step, self.sigma, self.beta, rows.layer.merged, versions)
-        if rows.cached is None or rows.cached[0] != key:
-            # Out of inference mode, or the first forward of a step under it would leave tensors unfit for autograd.
-            # Nor under autocast, which would round the products.
-            device = rows.layer.base.device
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-                row_sq = rows.weight_sq()[0]
-                if rows.grad_sq is not None:
-                    row_sq = row_sq + self.beta * rows.grad_sq
-                variance = row_sq.mul(self.sigma**2 / rows.layer.shape[1])
-                rows.cached = key, variance.nan_to_num(0.0, posinf=0.0).clamp_(min=0.0).sqrt_()
-        return rows.cached[1]
-
-    @torch.no_grad()
-    def observe_gradients(self) -> None:
-        """Notes the norms of the gradients at hand for the next step's noise."""
-        found = {name: new for name, rows in self.rows.items() if (new := rows.projected_grad_sq()) is not None}
-        if not found and not self._warned:
-            logger.warning("step() found no adapter gradients: the noise goes on without a gradient term")
-            self._warned = True
-        self._observed = found
-
-    @torch.no_grad()
-    def next_step(self) -> None:
-        """Goes on to the next ε, scaled by the gradients noted last unless any of them is not finite."""
-        self.step += 1
-        if not self._observed:
-            return
-        # Decided on the device: asking the host whether all is finite would stall it at every step.
-        sums = [new.sum() for new in self._observed.values()]
-        finite = torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all()
-        for name, new in self._observed.items():
-            old = self.rows[name].grad_sq
-            keep = torch.zeros_like(new) if old is None else old
-            self.rows[name].grad_sq = torch.where(finite.to(new.device), new, keep)
-        self._observed = {}
-
-
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(1)
-
-
-def _inverse(gram: Tensor, eps: float) -> Tensor:
-    """(X·Xᵀ)⁺ for a Gram matrix that may be singular, as B's is before the first step.
-
-    A pseudo-inverse would need eigenvalues, which stall a GPU. A ridge keeps the matrix invertible, and three
-    Newton-Schulz steps take it out again of every direction that stands above it: a ridge of δ beside an eigenvalue λ
-    leaves a relative error of (δ/(λ + δ))⁸. Not below `eps`, the precision of the gradients, of the trace: smaller
-    directions hold nothing but rounding.
-    """
-    ridge = gram.diagonal().sum() * max(eps, 1e-6) + torch.finfo(gram.dtype).tiny ** 0.5
-    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    inverse = torch.cholesky_solve(eye, torch.linalg.cholesky_ex(gram + ridge * eye)[0])
-    for _ in range(3):
-        inverse = inverse @ (2 * eye - gram @ inverse)
-    return inverse
 
 
 def _non_negative(name: str, value: float) -> float:

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Adapter", "BaseWeight", "LoRALayer", "lora_layers"]
+from .base_weight import BaseWeight, linear_base, whole
+
+__all__ = ["Adapter", "LoRALayer", "lora_layers"]
 
 logger = logging.getLogger("flatlora")
 
-_BLOCK = 1 << 18  # elements of a base weight that are upcast at a time
-_REPACKS = "support_avx512bf16_for_cpu"
-_PLAIN_BASES = {"Conv1D", "Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt"}
 _WRAPPER_PARTS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # What a LoRA layer of other libraries calls the layer it adapts, in the order they are looked for.
 _BASE_NAMES = ("base_layer", "linear", "base", "original", "original_layer", "org_module")
@@ -32,17 +31,6 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
 
 
-def wide(device: torch.device) -> torch.dtype:
-    """The dtype for small sums and r×r algebra: float64 wherever the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor behind a sharded one (FSDP2, tensor parallel); any other tensor as it is."""
-    full = getattr(tensor, "full_tensor", None)
-    return full() if full is not None else tensor
-
-
 def shared_seed() -> int:
     """Torch's initial seed, read without touching the stream; rank 0's on every rank."""
     seed = [torch.initial_seed()]
@@ -51,125 +39,12 @@ def shared_seed() -> int:
     return seed[0]
 
 
-class BaseWeight:
-    """A frozen linear layer's weight ``W0`` of shape (m, n) = (out_features, in_features), however it is stored.
-
-    `kind` is ``"float"``, ``"4bit"`` or ``"8bit"`` (bitsandbytes), or ``"opaque"`` for a base that can only be applied.
-    """
-
-    def __init__(self, module: nn.Module, shape: tuple[int, int], transposed: bool):
-        self.module: Any = module
-        self.shape = shape
-        self.transposed = transposed
-
-    @property
-    def kind(self) -> str:
-        weight = getattr(self.module, "weight", None)
-        if type(weight).__name__ == "Params4bit":
-            return "4bit"
-        if not isinstance(weight, Tensor):
-            return "opaque"
-        if weight.dtype == torch.int8 and hasattr(self.module, "state"):
-            return "8bit"
-        plain = weight.is_floating_point() and weight.dim() == 2
-        # Quantisers that pose as a float tensor of the right shape (torchao) are tensor subclasses of their own.
-        known = type(weight).__module__.startswith(("torch.", "bitsandbytes.")) or type(weight) is Tensor
-        return "float" if plain and known else "opaque"
-
-    @property
-    def plain(self) -> bool:
-        """Whether the module computes ``x·W0ᵀ + bias`` and nothing else, as far as its class tells."""
-        cls = type(self.module)
-        if cls.forward is nn.Linear.forward:
-            return True
-        return cls.__name__ in _PLAIN_BASES and cls.__module__.startswith(("bitsandbytes.", "transformers."))
-
-    @property
-    def trainable(self) -> bool:
-        weight = getattr(self.module, "weight", None)
-        return isinstance(weight, Tensor) and weight.requires_grad
-
-    def float_weight(self) -> Tensor:
-        """The stored float weight as (m, n), a view for transposed storage; only for `kind` ``"float"``."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight.t() if self.transposed else weight
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """A dequantised (m, n) copy in `dtype`; only for `kind` ``"4bit"`` and ``"8bit"``."""
-        weight: Any = self.module.weight
-        if self.kind == "4bit":
-            from bitsandbytes.functional import dequantize_4bit
-
-            return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-        scale = self._int8_scale()
-        return weight.data.to(dtype).mul_(scale.to(dtype).unsqueeze(1))
-
-    def _int8_scale(self) -> Tensor:
-        # bitsandbytes moves the row scales from the weight to the layer's state on the first forward.
-        state = self.module.state
-        scale = state.SCB if getattr(state, "SCB", None) is not None else self.module.weight.SCB
-        return scale.float() / 127
-
-    def _row_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Consecutive blocks of rows in `dtype`, none larger than a fixed number of elements."""
-        m, n = self.shape
-        rows = max(1, _BLOCK // n)
-        if self.kind == "float":
-            weight = whole(self.float_weight().detach())
-            for i in range(0, m, rows):
-                yield weight[i : i + rows].to(dtype)
-        elif self.kind == "8bit":
-            codes, scale = self.module.weight.data, self._int8_scale()
-            for i in range(0, m, rows):
-                yield codes[i : i + rows].to(dtype) * scale[i : i + rows, None].to(dtype)
-        else:
-            weight = self.dense(torch.float32)
-            for i in range(0, m, rows):
-                yield weight[i : i + rows].to(dtype)
-
-    def row_sq(self) -> Tensor:
-        """``‖W0_i‖²``, shape (m,)."""
-        dtype = wide(self.device)
-        if self.kind != "opaque":
-            return torch.cat([block.square().sum(1) for block in self._row_blocks(dtype)])
-        n = self.shape[1]  # the columns of W0 are what the layer makes of the unit vectors
-        total = torch.zeros(self.shape[0], dtype=dtype, device=self.device)
-        for i in range(0, n, 128):
-            units = torch.zeros(min(128, n - i), n, device=self.device)
-            units[:, i:].fill_diagonal_(1.0)
-            total += self.apply_rows(units).to(dtype).square().sum(1)
-        return total
-
-    def apply_rows(self, x: Tensor) -> Tensor:
-        """``W0·xᵀ`` of shape (m, r) for the rows of x (r, n), without the bias and without an (m, n) temporary."""
-        if self.kind == "float":
-            weight = whole(self.float_weight().detach())
-            if weight.dtype == x.dtype:
-                return weight @ x.t()
-        if self.kind in ("float", "8bit"):
-            return torch.cat([block @ x.t() for block in self._row_blocks(x.dtype)])
-        if self.kind == "4bit":
-            from bitsandbytes import matmul_4bit
-
-            # Not module(x): that would round x to the layer's compute dtype.
-            return matmul_4bit(x, self.module.weight.data, quant_state=self.module.weight.quant_state).t()
-        # The layer is affine and nothing more is known of it: its answer to zero is the bias.
-        tensors = (*self.module.parameters(), *self.module.buffers())
-        dtype = next((t.dtype for t in tensors if t.is_floating_point()), x.dtype)
-        y = self.module(torch.cat([x, x.new_zeros(1, x.shape[1])]).to(dtype))
-        return (y[:-1] - y[-1:]).t().to(x.dtype)
-
-    @property
-    def device(self) -> torch.device:
-        return next(p.device for p in self.module.parameters())
-
-
 @dataclass(frozen=True)
 class Adapter:
     """One active low-rank adapter of a layer: it adds ``scaling · B·A`` to the weight.
 
-    `A` is (r, n), `B` is (m, r); `transposed` says that the parameters behind them are stored the other way around.
+    `A` is (r, n), `B` is (m, r); the parameters behind them may be stored the other way around. GraLoRA's are a grid of
+    k×k blocks, `A` (k, k, r/k, n/k) and `B` (k, k, m/k, r/k), and add ``scaling · B_ij·A_ij`` to block row i, column j.
     `magnitude` is DoRA's (m,) vector or None. `dropout` acts on the adapter's input.
     """
 
@@ -188,10 +63,39 @@ class Adapter:
         if self.A_param.grad is None or self.B_param.grad is None:
             return None
         grad_a, grad_b = whole(self.A_param.grad), whole(self.B_param.grad)
+        if self.A.dim() == 4:
+            return block_factors(grad_a, grad_b)
         return (
             grad_a if grad_a.shape == self.A.shape else grad_a.t(),
             grad_b if grad_b.shape == self.B.shape else grad_b.t(),
         )
+
+    @property
+    def k(self) -> int:
+        """Blocks along each side of the weight: 1 for all but GraLoRA."""
+        return self.A.shape[0] if self.A.dim() == 4 else 1
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[-2] * self.k
+
+    def blocks(self, k: int) -> tuple[Tensor, Tensor]:
+        """A (k, k, q, n/k) and B (k, k, m/k, q) of every block of a k×k grid; k is a multiple of the adapter's own."""
+        A, B = (whole(factor)[(None,) * (4 - factor.dim())] for factor in (self.A, self.B))
+        pieces = k // self.k
+        A = A.unflatten(3, (pieces, -1)).movedim(3, 2).flatten(1, 2)
+        B = B.unflatten(2, (pieces, -1)).movedim(2, 1).flatten(0, 1)
+        return A.repeat_interleave(pieces, 0), B.repeat_interleave(pieces, 1)
+
+
+def block_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """GraLoRA's factors block by block, as views: A (k, n/k, r) as (k, k, r/k, n/k), B (k, r, m/k) as (k, k, m/k, r/k).
+
+    [i, j] is the block in block row i and block column j. Stored, A has one matrix per block column, whose r columns
+    belong to the block rows in turn; B has one per block row, whose r rows belong to the block columns in turn.
+    """
+    k = A.shape[0]
+    return A.unflatten(2, (k, -1)).permute(2, 0, 3, 1), B.unflatten(1, (k, -1)).transpose(2, 3)
 
 
 class LoRALayer:
@@ -217,7 +121,7 @@ class LoRALayer:
 
     @property
     def is_peft(self) -> bool:
-        return _is_peft(self.module)
+        return _is_peft(self.module) or _is_peft_gralora(self.module)
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -237,27 +141,26 @@ class LoRALayer:
 
     def all_adapters(self) -> list[Adapter]:
         """Every adapter asked for, active or not."""
-        return [adapter for name in sorted(self.names) if (adapter := self._adapter(name)) is not None]
+        return [adapter for name in sorted(self.names) for adapter in self._adapters(name)]
 
     def adapters(self) -> list[Adapter]:
         """The adapters that the layer adds to its base weight at present; none while they are merged or disabled."""
-        if not self.is_peft:
-            found = [] if self.merged else [self._adapter("default")]
-        elif self.module.disable_adapters or self.merged:
-            found = []
-        else:
-            found = [self._adapter(name) for name in self.module.active_adapters]
-        return [adapter for adapter in found if adapter is not None]
+        if self.merged or (self.is_peft and self.module.disable_adapters):
+            return []
+        names = self.module.active_adapters if self.is_peft else ["default"]
+        return [adapter for name in names for adapter in self._adapters(name)]
 
-    def _adapter(self, name: str) -> Adapter | None:
+    def _adapters(self, name: str) -> list[Adapter]:
         module: Any = self.module
+        if _is_gralora(module):
+            return _gralora_adapters(module, name)
         if not self.is_peft:
-            return _plain_adapter(module, self.shape)
+            return [_plain_adapter(module, self.shape)]
         if name not in module.lora_A:
-            return None
+            return []
         magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
         A, B = module.lora_A[name].weight, module.lora_B[name].weight
-        return Adapter(name, A, B, module.scaling[name], magnitude, module.lora_dropout[name], A, B)
+        return [Adapter(name, A, B, module.scaling[name], magnitude, module.lora_dropout[name], A, B)]
 
     def __repr__(self) -> str:
         m, n = self.shape
@@ -268,9 +171,10 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
     """Finds every adapted linear layer of a model.
 
     Understood are PEFT's LoRA, rsLoRA and DoRA layers over `nn.Linear`, `Conv1D` and bitsandbytes' `Linear4bit` and
-    `Linear8bitLt`, and any other module that holds `lora_A` and `lora_B` (2-D parameters or `nn.Linear` modules)
-    beside a linear base: its own `weight`, or a child named `base_layer`, `linear`, `base` or `original`. Such a
-    module must say its scaling, as `scaling` or as `alpha` (`lora_alpha`) and `r` (`rank`).
+    `Linear8bitLt`, GraLoRA layers, this library's and PEFT's, and any other module that holds `lora_A` and `lora_B`
+    (2-D parameters or `nn.Linear` modules) beside a linear base: its own `weight`, or a child named `base_layer`,
+    `linear`, `base` or `original`. Such a module must say its scaling, as `scaling` or as `alpha` (`lora_alpha`) and
+    `r` (`rank`).
 
     Adapters of other kinds (embeddings, convolutions, experts, token-dependent variants) are not linear layers with
     one weight update; they are left out and named once in a log line.
@@ -293,6 +197,9 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
         if _is_peft(module):
             available = {*module.lora_A, *module.lora_embedding_A}
             base = _peft_base(module)
+        elif _is_gralora(module):
+            available = set(module.gralora_A) if _is_peft_gralora(module) else {"default"}
+            base = linear_base(module.base_layer)
         elif _is_plain(module):
             available, base = {"default"}, _plain_base(module)
         else:
@@ -331,25 +238,6 @@ def _tell_once(message: str) -> None:
     logger.warning(message)
 
 
-def keep_training_layout(model: nn.Module) -> list[nn.Module]:
-    """Keeps bitsandbytes from repacking the 4-bit weights of `model` on the CPU; returns the modules it holds so.
-
-    On a CPU with AVX512-BF16, the first forward in eval mode repacks a `Linear4bit` for inference and never undoes it:
-    from then on the layer passes no gradient and its weight dequantises to something else. A model that is evaluated
-    in between would train on silently broken.
-    """
-    held = [module for module in model.modules() if getattr(module, _REPACKS, False)]
-    for module in held:
-        setattr(module, _REPACKS, False)
-    return held
-
-
-def release_layout(held: list[nn.Module]) -> None:
-    """Undoes `keep_training_layout`."""
-    while held:
-        setattr(held.pop(), _REPACKS, True)
-
-
 def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
@@ -377,6 +265,33 @@ def _peft_base(module: Any) -> BaseWeight | None:
     if isinstance(weight, Tensor) and weight.dim() != 2:
         return None
     return BaseWeight(base, (m, n), transposed=bool(getattr(module, "fan_in_fan_out", False)))
+
+
+# --- GraLoRA, this library's and PEFT's -----------------------------------------------------------------------------
+
+
+def _is_gralora(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and isinstance(getattr(module, "gralora_A", None), Tensor | nn.ParameterDict)
+
+
+def _is_peft_gralora(module: nn.Module) -> bool:
+    return _is_gralora(module) and isinstance(module.gralora_A, nn.ParameterDict)
+
+
+def _gralora_adapters(module: Any, name: str) -> list[Adapter]:
+    """The adapter made of blocks, and the plain one beside it where the layer is a hybrid."""
+    parts: list[Any] = [getattr(module, f"gralora_{part}", None) for part in ("A", "B", "A_general", "B_general")]
+    scaling = module.scaling
+    if _is_peft_gralora(module):
+        if name not in module.gralora_A:
+            return []
+        parts, scaling = [part[name] for part in parts], scaling[name]
+    A, B, general_A, general_B = parts
+    found = [Adapter(name, *block_factors(whole(A), whole(B)), scaling, A_param=A, B_param=B)]
+    if hasattr(general_A, "weight"):
+        A, B = general_A.weight, general_B.weight
+        found.append(Adapter(name, A, B, scaling, A_param=A, B_param=B))
+    return found
 
 
 # --- modules of other libraries -----------------------------------------------------------------------------------

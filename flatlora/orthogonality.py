@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layers import Adapter, BaseWeight, LoRALayer, whole
+from .base_weight import BaseWeight, whole
+from .layers import Adapter, LoRALayer
 
 __all__ = ["add_orthogonality_gradient", "orthogonality"]
 

@@ -172,6 +172,9 @@ class _AddLowRank(torch.autograd.Function):
         return grad, grad_x, None, None, None, None, *grads
 
 
+add_low_rank = _AddLowRank.apply
+
+
 class Perturbation:
     """Stands in for one layer's `forward` from `attach()` to `remove()`.
 
@@ -215,7 +218,7 @@ class Perturbation:
             return self._fused(x, extra, adapters)
         out = self.original(*args, **kwargs)
         if isinstance(extra, Draw) and extra.kind == "gaussian":
-            dtype = _compute_dtype(x, out.dtype)
+            dtype = compute_dtype(x, out.dtype)
             return out + _NoisyLinear.apply(x, None, None, self.layer, extra, True, dtype).to(out.dtype)
         return self._add_low_rank(out, x, [], extra, in_place=False)
 
@@ -225,12 +228,15 @@ class Perturbation:
             weight = base.float_weight() if base.kind == "float" else None
             dtype = weight.dtype if weight is not None else getattr(base.module, "compute_dtype", None) or x.dtype
             bias = getattr(base.module, "bias", None)
-            out = _NoisyLinear.apply(x, weight, bias, self.layer, extra, False, _compute_dtype(x, dtype))
+            out = _NoisyLinear.apply(x, weight, bias, self.layer, extra, False, compute_dtype(x, dtype))
             if weight is None:
                 out = out.to(x.dtype)  # as bitsandbytes' layers return it
         else:
             out = base.module(x)
         in_place = not out._is_view()  # as of Conv1D and bitsandbytes; autograd forbids writing to those
+        if hasattr(self.layer.module, "add_update"):  # GraLoRALinear adds its blocks to whatever base output
+            out = self.layer.module.add_update(out, x, in_place)
+            return self._add_low_rank(out, x, [], extra, in_place)
         plain = [adapter for adapter in adapters if isinstance(adapter.dropout, nn.Identity)]
         out = self._add_low_rank(out, x, plain, extra, in_place)
         if len(plain) < len(adapters):
@@ -248,7 +254,7 @@ class Perturbation:
         noise = None
         if isinstance(extra, Adapter):
             adapters = [*adapters, extra]
-        dtype = _compute_dtype(x, adapters[0].A.dtype if adapters else out.dtype)
+        dtype = compute_dtype(x, adapters[0].A.dtype if adapters else out.dtype)
         if isinstance(extra, Draw) and extra.kind == "low_rank":
             noise = draw_low_rank(extra, self.layer.shape[1], dtype)
         if not adapters and noise is None:
@@ -257,7 +263,7 @@ class Perturbation:
         return _AddLowRank.apply(out, x, in_place, dtype, noise, tuple(a.scaling for a in adapters), *factors)
 
 
-def _compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
 
@@ -281,12 +287,14 @@ def _peft_linear_forwards() -> frozenset[Any]:
 
 
 def _fusable(layer: LoRALayer, adapters: list[Adapter]) -> bool:
-    """Whether the layer is PEFT's plain LoRA over a known base, with nobody listening in on its parts."""
+    """Whether the layer is GraLoRALinear or PEFT's plain LoRA over a known base, with nobody listening in on parts."""
     module: Any = layer.module
-    if not layer.is_peft or not adapters or type(module).forward not in _peft_linear_forwards():
-        return False
     base = layer.base
     if base.kind == "opaque" or base.trainable or not base.plain or _hooked(base.module):
+        return False
+    if hasattr(module, "add_update"):
+        return True
+    if not layer.is_peft or not adapters or type(module).forward not in _peft_linear_forwards():
         return False
     for adapter in adapters:
         name = adapter.name

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .ggpo import RowNoise
-from .layers import Adapter, LoRALayer, keep_training_layout, lora_layers, release_layout
+from .base_weight import keep_training_layout, release_layout
+from .layers import Adapter, LoRALayer, lora_layers
 from .perturbation import Perturbation
+from .row_noise import RowNoise
 
 __all__ = ["NoiseRise", "noise_rise", "weight_noise", "worst_case_rise"]
 

@@ -24,7 +24,7 @@ from flatlora import (
     magnitude_parameters,
     split_dataset,
 )
-from flatlora.layers import BaseWeight
+from flatlora.base_weight import BaseWeight
 from flatlora.orthogonality import add_orthogonality_gradient, orthogonality
 
 SGD = torch.optim.SGD
