@@ -13,7 +13,6 @@ import argparse
 import logging
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def held_out_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
 
 
 @torch.no_grad()
-def headline(model: Any, tokenizer: Any) -> str:
+def generate(model: Any, tokenizer: Any) -> str:
     model.eval()
     ids = tokenizer(PROMPT, return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.eos_token_id)
@@ -54,12 +53,11 @@ def headline(model: Any, tokenizer: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a causal language model (default: SmolLM2-135M)")
-    parser.add_argument("--steps", type=positive, default=30, help="of 8 headlines each (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=40, help="of 4 headlines each (default: %(default)s)")
     parser.add_argument("--r", type=positive, default=32, help="rank (default: %(default)s)")
     parser.add_argument("--k", type=positive, default=4, help="blocks along each side (default: %(default)s)")
     args = parser.parse_args()
     quiet()
-    warnings.filterwarnings("ignore")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("flatlora").setLevel(logging.INFO)
     torch.manual_seed(0)
@@ -73,11 +71,11 @@ def main() -> None:
     order = torch.randperm(len(texts)).tolist()
 
     def batch(numbers: list[int]) -> dict[str, torch.Tensor]:
-        ids = tokenizer([texts[i] for i in numbers], return_tensors="pt", padding=True, truncation=True, max_length=48)
+        ids = tokenizer([texts[i] for i in numbers], return_tensors="pt", padding=True, truncation=True, max_length=32)
         labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
         return {**ids, "labels": labels}
 
-    held_out = batch(order[:32])
+    held_out = batch(order[:16])
     before = held_out_loss(model, held_out)
 
     # Train. The one line that is new; everything below it is an ordinary loop.
@@ -86,7 +84,7 @@ def main() -> None:
     model.train()
     start = time.perf_counter()
     for step in range(args.steps):
-        numbers = [order[32 + (8 * step + i) % (len(order) - 32)] for i in range(8)]
+        numbers = [order[16 + (4 * step + i) % (len(order) - 16)] for i in range(4)]
         model(**batch(numbers)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -105,7 +103,7 @@ def main() -> None:
     # Merge: plain layers again, for whatever serves or converts the model.
     merge_gralora(model)
     print(f"merged: held-out loss {held_out_loss(model, held_out):.3f}")
-    print(f"generated: {headline(model, tokenizer)!r}")
+    print(f"generated: {generate(model, tokenizer)!r}")
 
 
 if __name__ == "__main__":
