@@ -180,6 +180,10 @@ class BiLoRAOptimizer(OptimizerWrapper):
         ``optimizer_cls(groups, **kwargs)`` is the base; the auxiliary's group gets no weight decay. `r`, `alpha`,
         `adapter` and `seed` are `attach_auxiliary`'s. If anything fails, the auxiliary is taken off again.
         """
+        if not callable(optimizer_cls):
+            raise TypeError(
+                f"optimizer_cls must be a class such as torch.optim.AdamW, got {type(optimizer_cls).__name__}"
+            )
         primary = [p for p in model.parameters() if p.requires_grad]
         ascending = attach_auxiliary(model, r, alpha=alpha, adapter=adapter, seed=seed)
         try:

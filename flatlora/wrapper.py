@@ -38,10 +38,10 @@ class OptimizerWrapper(Optimizer):
     def __init__(self, optimizer: Optimizer):
         # Optimizer.__init__ is left out on purpose: it would make a second set of groups, state and hooks.
         if not isinstance(optimizer, Optimizer):
-            hint = (
-                f"build it first: {optimizer.__name__}(params, lr=...)" if isinstance(optimizer, type) else "build one"
+            found = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else type(optimizer).__name__
+            raise TypeError(
+                f"optimizer must be a built torch.optim.Optimizer instance, got {found}; pass AdamW(params, lr=...)"
             )
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer instance, got {optimizer!r}; {hint}")
         self.__dict__["base_optimizer"] = optimizer
 
     # --- what a method adds ---------------------------------------------------------------------------------------
