@@ -1,6 +1,7 @@
 """What one process of the distributed test does; apart from the tests, so that a process imports little."""
 
 import torch
+from ddp_exit import leave_together
 from torch import nn
 
 from flatlora import apply_gralora
@@ -31,4 +32,6 @@ def run(rank, size, folder):
     if rank == 0:
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         torch.save(trained, f"{folder}/{size}.pt")
+    if size > 1:
+        leave_together()
     torch.distributed.destroy_process_group()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ddp_exit import leave_together
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
@@ -479,7 +480,7 @@ def ddp_worker(rank, port, results):
         attach_auxiliary(ddp)
     train(ddp, optimizer, [(x.chunk(2)[rank], y.chunk(2)[rank]) for x, y in data(4, rows=8)])
     results[rank] = [p.detach().clone() for p in held(optimizer)]
-    torch.distributed.destroy_process_group()
+    leave_together()
 
 
 def test_two_processes_share_the_auxiliary():

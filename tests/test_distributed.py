@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from ddp_exit import leave_together
 from ecosystem import adamw, adapters, difference, frozen, ggpo, lora_mlp, outputs
 from torch.nn.parallel import DistributedDataParallel
 
@@ -107,16 +108,14 @@ def worker(rank, folder):
     dist.init_process_group(
         "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
     )
-    try:
-        found = {}
-        for case in [*CASES, *SHARDED]:
-            try:
-                found[case] = (ddp if case.startswith("ddp") else fsdp)(case, rank)
-            except Exception:  # of one case; the others are still told of
-                found[case] = {"error": traceback.format_exc()}
-        torch.save(found, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    found = {}
+    for case in [*CASES, *SHARDED]:
+        try:
+            found[case] = (ddp if case.startswith("ddp") else fsdp)(case, rank)
+        except Exception:  # of one case; the others are still told of
+            found[case] = {"error": traceback.format_exc()}
+    torch.save(found, f"{folder}/{rank}.pt")
+    leave_together()
 
 
 @pytest.fixture(scope="module")
