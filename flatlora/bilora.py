@@ -46,6 +46,13 @@ class Auxiliary(nn.Module):
         return Adapter("", self.A, self.B, self.scaling)
 
 
+class Branches(nn.ModuleList):
+    """Where a model holds its auxiliaries. Called, it does nothing: `nn.Sequential` calls whatever is in it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
 def attach_auxiliary(
     model: nn.Module,
     r: int = 8,
@@ -97,7 +104,7 @@ def attach_auxiliary(
     auxiliaries[0].held = keep_training_layout(model)
     for layer, auxiliary in zip(layers, auxiliaries, strict=True):
         Perturbation(layer, auxiliary).attach()
-    model.add_module(NAME, nn.ModuleList(auxiliaries))
+    model.add_module(NAME, Branches(auxiliaries))
     return [p for auxiliary in auxiliaries for p in (auxiliary.A, auxiliary.B)]
 
 

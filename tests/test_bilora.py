@@ -447,6 +447,16 @@ def test_it_is_registered_and_goes_with_the_model():
     assert not torch.allclose(clone(x), model(x))
 
 
+def test_a_sequential_model_goes_on_as_it_was():
+    model = nn.Sequential(lora_net().base_model.model.up, nn.Tanh())
+    x, _ = next(data())
+    before = model(x)
+    attach_auxiliary(model, seed=0)
+    assert torch.equal(model(x), before)  # B is zero at first
+    detach_auxiliary(model)
+    assert len(model) == 2
+
+
 def test_resume_is_bit_identical_from_adapter_and_optimizer_alone(tmp_path):
     """As the Trainer does it: the adapter's own checkpoint and `optimizer.state_dict()`, in a new model."""
 
