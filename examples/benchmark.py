@@ -16,9 +16,11 @@ import logging
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported, and peft imports it
 
@@ -157,7 +159,11 @@ def peak_memory(name: str, args: argparse.Namespace, queue: multiprocessing.Queu
     ids = torch.randint(0, 49152, (1, args.tokens))
     for _ in range(3):
         step(ids)
-    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    if sys.platform == "linux":  # getrusage would hand on what the parent had at the fork
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        queue.put(int(status["VmHWM"].split()[0]) / 1024)
+    else:
+        queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 def time_steps(names: list[str], args: argparse.Namespace) -> dict[str, list[float]]:
