@@ -40,7 +40,8 @@ class OptimizerWrapper(Optimizer):
         if not isinstance(optimizer, Optimizer):
             found = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else type(optimizer).__name__
             raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer instance, got {found}; build it first: AdamW(params, lr=...)"
+                f"optimizer must be a torch.optim.Optimizer instance, got {found}; build it first: "
+                "AdamW(params, lr=...)"
             )
         self.__dict__["base_optimizer"] = optimizer
 
