@@ -222,6 +222,7 @@ def _kaiming(weight: Tensor) -> Tensor:
 
 
 def gralora_layers(model: nn.Module) -> dict[str, GraLoRALinear]:
+    """The GraLoRA layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, GraLoRALinear)}
 
 
@@ -282,6 +283,7 @@ def apply_gralora(
 
 
 def check_fresh(model: nn.Module) -> None:
+    """Raises unless `model` is a module without adapters that nothing distributed wraps yet."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, nn.parallel.DistributedDataParallel):

@@ -102,16 +102,19 @@ def finite(which: str, loss: Tensor, *others: Tensor) -> list[float]:
 
 
 def grads_of(params: Iterable[Tensor]) -> Values:
+    """The gradients there are, by parameter."""
     return {p: p.grad for p in params if p.grad is not None}
 
 
 def norm_of(values: Values) -> Tensor:
+    """The norm of all values together."""
     norms = [value.norm() for value in values.values()]
     return torch.stack([norm.to(norms[0]) for norm in norms]).norm() if norms else torch.zeros(())
 
 
 @torch.no_grad()
 def assign(values: Values) -> None:
+    """Writes the values into their parameters."""
     for p, value in values.items():
         p.copy_(value)
 

@@ -264,6 +264,7 @@ class Perturbation:
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, or autocast's where it is on."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
 
