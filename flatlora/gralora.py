@@ -129,7 +129,6 @@ class GraLoRALinear(nn.Module):
         return base
 
     # What models read off their linear layers.
-
     @property
     def in_features(self) -> int:
         return self.k * self.gralora_A.shape[1]
