@@ -15,6 +15,7 @@ __all__ = ["check_blocks", "check_numbers", "find_saved", "find_targets"]
 
 
 def check_numbers(r: int, k: int, alpha: float, hybrid_r: int, dropout: float) -> None:
+    """Raises ValueError for a number of `GraLoRALinear` that is out of its range."""
     for name, value, least in (("r", r, 1), ("k", k, 1), ("hybrid_r", hybrid_r, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
@@ -45,6 +46,7 @@ def named(model: nn.Module, entry: str) -> list[str]:
 
 
 def no_match(model: nn.Module, entry: str, what: str) -> ValueError:
+    """The error for an `entry` that no module's name matches, with names near it."""
     names = [name for name, module in model.named_modules() if linear_base(module) is not None]
     known = sorted({end for name in names for end in (name, name.rpartition(".")[2])})
     near = difflib.get_close_matches(entry, known, 5, 0.5) or sorted({name.rpartition(".")[2] for name in names})[:8]

@@ -854,7 +854,8 @@ def test_a_second_wrapper_is_refused_until_the_first_is_removed():
 def test_measuring_noise_does_not_stand_in_the_way():
     model = one_layer()
     with weight_noise(model, 0.1):
-        ggpo(model)
+        optimizer = ggpo(model)
+    assert only(optimizer.row_std()).min() > 0
 
 
 @pytest.mark.parametrize(
