@@ -145,6 +145,8 @@ class BaseWeight:
     def apply_blocks(self, x: Tensor) -> Tensor:
         """``W0_ij·X_ijᵀ`` of shape (k, k, m/k, r) for a grid of k×k blocks X_ij, shape (k, k, r, n/k)."""
         k, _, r, width = x.shape
+        if k == 1:
+            return self.apply_rows(x[0, 0])[None, None]
         parts = []
         for j in range(k):
             crossed = self.apply_rows(x[:, j].flatten(0, 1), slice(j * width, (j + 1) * width))

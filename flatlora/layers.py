@@ -57,11 +57,14 @@ class Adapter:
     A_param: nn.Parameter | None = None
     B_param: nn.Parameter | None = None
 
-    def grads(self) -> tuple[Tensor, Tensor] | None:
-        """(∂L/∂A, ∂L/∂B) in the shapes of A and B, or None while either is missing."""
+    @property
+    def has_grads(self) -> bool:
+        return all(param is not None and param.grad is not None for param in (self.A_param, self.B_param))
+
+    def grads(self) -> tuple[Tensor, Tensor]:
+        """(∂L/∂A, ∂L/∂B) in the shapes of A and B; both must be there."""
         assert self.A_param is not None and self.B_param is not None
-        if self.A_param.grad is None or self.B_param.grad is None:
-            return None
+        assert self.A_param.grad is not None and self.B_param.grad is not None
         grad_a, grad_b = whole(self.A_param.grad), whole(self.B_param.grad)
         if self.A.dim() == 4:
             return block_factors(grad_a, grad_b)
@@ -83,6 +86,8 @@ class Adapter:
         """A (k, k, q, n/k) and B (k, k, m/k, q) of every block of a k×k grid; k is a multiple of the adapter's own."""
         A, B = (whole(factor)[(None,) * (4 - factor.dim())] for factor in (self.A, self.B))
         pieces = k // self.k
+        if pieces == 1:
+            return A, B
         A = A.unflatten(3, (pieces, -1)).movedim(3, 2).flatten(1, 2)
         B = B.unflatten(2, (pieces, -1)).movedim(2, 1).flatten(0, 1)
         return A.repeat_interleave(pieces, 0), B.repeat_interleave(pieces, 1)
@@ -114,14 +119,13 @@ class LoRALayer:
         self.module: Any = module
         self.base = base
         self.names = names
+        # A module's kind does not change, and asking it takes longer than the rest of `adapters()`.
+        self._gralora = _is_gralora(module)
+        self.is_peft = _is_peft(module) or _is_peft_gralora(module)
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.base.shape
-
-    @property
-    def is_peft(self) -> bool:
-        return _is_peft(self.module) or _is_peft_gralora(self.module)
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -152,14 +156,15 @@ class LoRALayer:
 
     def _adapters(self, name: str) -> list[Adapter]:
         module: Any = self.module
-        if _is_gralora(module):
+        if self._gralora:
             return _gralora_adapters(module, name)
         if not self.is_peft:
             return [_plain_adapter(module, self.shape)]
-        if name not in module.lora_A:
+        factors, magnitudes = module.lora_A, module.lora_magnitude_vector
+        if name not in factors:
             return []
-        magnitude = module.lora_magnitude_vector[name].weight if name in module.lora_magnitude_vector else None
-        A, B = module.lora_A[name].weight, module.lora_B[name].weight
+        magnitude = magnitudes[name].weight if name in magnitudes else None
+        A, B = factors[name].weight, module.lora_B[name].weight
         return [Adapter(name, A, B, module.scaling[name], magnitude, module.lora_dropout[name], A, B)]
 
     def __repr__(self) -> str:

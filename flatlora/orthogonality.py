@@ -27,11 +27,9 @@ def add_orthogonality_gradient(layers: list[LoRALayer], gamma: float) -> None:
     Costs a bit more than half a product of ``m·n·min(m, n)`` per layer, twice that where m < n, and reads (dequantises)
     each base weight once.
     """
-    adapters = [(layer, adapter) for layer, adapter in _adapters(layers) if adapter.grads() is not None]
+    adapters = [(layer, adapter) for layer, adapter in _adapters(layers) if adapter.has_grads]
     for layer, adapter in adapters:
-        grads = adapter.grads()
-        assert grads is not None
-        for grad, term in zip(grads, _layer_term(layer.base, adapter)[1:], strict=True):
+        for grad, term in zip(adapter.grads(), _layer_term(layer.base, adapter)[1:], strict=True):
             grad.add_(term.to(grad.dtype), alpha=gamma / len(adapters))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor
 
 from .base_weight import whole, wide
-from .layers import LoRALayer
+from .layers import Adapter, LoRALayer
 from .perturbation import Draw
 
 __all__ = ["RowNoise", "Rows"]
 
 logger = logging.getLogger("flatlora")
+
+
+_BATCH = 1 << 19  # elements of the adapters of layers that are computed together
 
 
 @dataclass
@@ -35,88 +39,122 @@ class Rows:
             ranks[adapter.name] = ranks.get(adapter.name, 0) + adapter.rank
         return ranks
 
-    def weight_sq(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """``‖W'_i‖²`` (m,) over all active adapters, and DoRA's row factors by adapter name.
-
-        Expands the square of ``diag(a)·W0 + Σ_k s_k·diag(c_k)·B_k·A_k``, so that W0 enters through ``‖W0_i‖²``, which
-        is computed once, and through ``W0·Aᵀ`` alone. Everything is done block by block on a grid of g×g blocks, on
-        which GraLoRA's adapters are low-rank adapters like any other; without GraLoRA g is 1.
-        """
+    def frozen_sq(self) -> Tensor:
+        """``‖W0_i‖²`` (m,), computed once unless W0 is not frozen after all."""
         layer = self.layer
-        base_sq = self.base_sq
-        if base_sq is None or layer.merged or layer.base.trainable:
-            base_sq = layer.base.row_sq()
-            if not (layer.merged or layer.base.trainable):
-                self.base_sq = base_sq
-        adapters = layer.adapters()
-        if not adapters:
-            return base_sq, {}
-        dtype = wide(base_sq.device)
-        grid = math.lcm(*(adapter.k for adapter in adapters))
-        a_parts, b_parts = zip(*(adapter.blocks(grid) for adapter in adapters), strict=True)
-        a = torch.cat(a_parts, 2)
-        crossed = layer.base.apply_blocks(a).to(dtype)  # W0·Aᵀ
-        a = a.to(dtype)
-        ranks = [part.shape[2] for part in a_parts]
-        parts: list[Tensor] = []
-        factors = {adapter.name: torch.ones_like(base_sq) for adapter in adapters}
-        base_factor = torch.ones_like(base_sq)
-        for i, (a_k, b_k, crossed_k) in enumerate(
-            zip(a.split(ranks, 2), b_parts, crossed.split(ranks, 3), strict=True)
-        ):
-            parts.append(b_k.to(dtype) * adapters[i].scaling)
-            magnitude = adapters[i].magnitude
-            if magnitude is None:
-                continue
-            norm_sq = base_sq + _row_dot(parts[i], 2 * crossed_k + parts[i] @ (a_k @ a_k.mT))
-            scale = whole(magnitude).to(dtype) * norm_sq.rsqrt()
-            # PEFT scales what the layer has computed so far, adapters before this one included.
-            base_factor = base_factor * scale
-            parts = [part * scale.view(grid, 1, -1, 1) for part in parts]
-            for adapter in adapters[: i + 1]:
-                factors[adapter.name] = factors[adapter.name] * scale
-        b = torch.cat(parts, 3)
-        cross = 2 * base_factor.view(grid, 1, -1, 1) * crossed
-        return base_factor.square() * base_sq + _row_dot(b, cross + b @ (a @ a.mT)), factors
+        if self.base_sq is not None and not (layer.merged or layer.base.trainable):
+            return self.base_sq
+        base_sq = layer.base.row_sq()
+        self.base_sq = None if layer.merged or layer.base.trainable else base_sq
+        return base_sq
 
-    def projected_grad_sq(self) -> Tensor | None:
-        """``‖(P_B·G + G·P_A − P_B·G·P_A)_i‖²`` (m,), or None without gradients.
 
-        As G·P_A lies in the row space of A and the rest is orthogonal to it, the squares of the two parts add up:
-        with ``C = BᵀG = g_A/s`` and ``D = GAᵀ = g_B/s`` they are the row norms of ``B(BᵀB)⁺·C(I − P_A)`` and of
-        ``D(AAᵀ)⁺·A``.
+@dataclass
+class Batch:
+    """Layers of one form, and the adapters of each: the same number, of the same shapes and scalings."""
 
-        GraLoRA's tangent space is the direct sum of its blocks', so each block is projected on its own and the squares
-        add up along a block row. The plain adapter of a hybrid layer spans directions that the blocks partly span
-        too; it is left out, and what stands for G is its projection on the blocks' tangent space alone.
-        """
-        layer = self.layer
-        adapters = [
-            (adapter, grads)
-            for adapter in layer.adapters()
-            if adapter.name in layer.names and adapter.scaling and (grads := adapter.grads()) is not None
-        ]
-        if not adapters:
-            return None
-        grid = max(adapter.k for adapter, _ in adapters)
-        adapters = [(adapter, grads) for adapter, grads in adapters if adapter.k == grid]
-        dtype = wide(layer.base.device)
-        eps = torch.finfo(adapters[0][1][0].dtype).eps
-        factors = self.weight_sq()[1] if any(adapter.magnitude is not None for adapter, _ in adapters) else {}
-        parts: list[tuple[Tensor, ...]] = []
-        for adapter, grads in adapters:
-            a_k, b_k = (factor.to(dtype) for factor in adapter.blocks(grid))
-            grad_a, grad_b = (grad.to(dtype) / adapter.scaling for grad in grads)
-            c_k, d_k = grad_a.view(a_k.shape), grad_b.view(b_k.shape)
-            if adapter.name in factors:
-                factor = factors[adapter.name].view(grid, 1, -1, 1)
-                b_k, d_k = b_k * factor, d_k / factor
-            parts.append((a_k, b_k, c_k, d_k))
-        a, b, c, d = (torch.cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (2, 3, 2, 3), strict=True))
-        gram_a, gram_b = _inverse(a @ a.mT, eps), _inverse(b.mT @ b, eps)
-        rest = c - (c @ a.mT) @ gram_a @ a  # C(I − P_A)
-        left = b @ gram_b
-        return _row_dot(left, left @ (rest @ rest.mT)) + _row_dot(d, d @ gram_a)
+    rows: list[Rows]
+    adapters: list[list[Adapter]]
+
+
+def batches(layers: Iterable[Rows]) -> Iterator[Batch]:
+    """Layers of one form together, as many as have a bounded size.
+
+    The algebra of a layer is some forty operations on small matrices. Launching them costs more than their arithmetic,
+    so they are launched once for many layers, stacked along a first dimension L.
+    """
+    alike: dict[Any, list[tuple[Rows, list[Adapter]]]] = {}
+    for rows in layers:
+        layer, adapters = rows.layer, rows.layer.adapters()
+        forms = [(a.name, a.k, a.rank, a.scaling, a.A.dtype, a.magnitude is None, a.has_grads) for a in adapters]
+        key = (layer.shape, layer.base.device, layer.names, tuple(forms))
+        alike.setdefault(key, []).append((rows, adapters))
+    for (shape, _, _, forms), group in alike.items():
+        most = max(1, _BATCH // max(1, sum(shape) * sum(rank for _, _, rank, *_ in forms)))
+        for i in range(0, len(group), most):
+            part = group[i : i + most]
+            yield Batch([rows for rows, _ in part], [adapters for _, adapters in part])
+
+
+def weight_sq(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """``‖W'_i‖²`` (L, m) over all active adapters, and DoRA's row factors by adapter name.
+
+    Expands the square of ``diag(a)·W0 + Σ_k s_k·diag(c_k)·B_k·A_k``, so that W0 enters through ``‖W0_i‖²``, which
+    is computed once, and through ``W0·Aᵀ`` alone. Everything is done block by block on a grid of g×g blocks, on
+    which GraLoRA's adapters are low-rank adapters like any other; without GraLoRA g is 1.
+    """
+    base_sq = torch.stack([rows.frozen_sq() for rows in batch.rows])
+    adapters = batch.adapters[0]
+    if not adapters:
+        return base_sq, {}
+    dtype = wide(base_sq.device)
+    grid = math.lcm(*(adapter.k for adapter in adapters))
+    a_parts, b_parts = zip(
+        *(_stacked(a.blocks(grid) for a in same) for same in zip(*batch.adapters, strict=True)), strict=True
+    )
+    a = torch.cat(a_parts, 3)
+    crossed = torch.stack([rows.layer.base.apply_blocks(own) for rows, own in zip(batch.rows, a, strict=True)])  # W0·Aᵀ
+    a, crossed = a.to(dtype), crossed.to(dtype)
+    ranks = [part.shape[3] for part in a_parts]
+    parts: list[Tensor] = []
+    factors = {adapter.name: torch.ones_like(base_sq) for adapter in adapters}
+    base_factor = torch.ones_like(base_sq)
+    for i, (a_k, b_k, crossed_k) in enumerate(zip(a.split(ranks, 3), b_parts, crossed.split(ranks, 4), strict=True)):
+        parts.append(b_k.to(dtype) * adapters[i].scaling)
+        magnitudes = [whole(found) for own in batch.adapters if (found := own[i].magnitude) is not None]
+        if not magnitudes:
+            continue
+        norm_sq = base_sq + _row_dot(parts[i], 2 * crossed_k + parts[i] @ (a_k @ a_k.mT))
+        scale = torch.stack(magnitudes).to(dtype) * norm_sq.rsqrt()
+        # PEFT scales what the layer has computed so far, adapters before this one included.
+        base_factor = base_factor * scale
+        parts = [part * _by_block(scale, grid) for part in parts]
+        for adapter in adapters[: i + 1]:
+            factors[adapter.name] = factors[adapter.name] * scale
+    b = torch.cat(parts, 4)
+    cross = 2 * _by_block(base_factor, grid) * crossed
+    return base_factor.square() * base_sq + _row_dot(b, cross + b @ (a @ a.mT)), factors
+
+
+def projected_grad_sq(batch: Batch) -> Tensor | None:
+    """``‖(P_B·G + G·P_A − P_B·G·P_A)_i‖²`` (L, m), or None without gradients.
+
+    As G·P_A lies in the row space of A and the rest is orthogonal to it, the squares of the two parts add up:
+    with ``C = BᵀG = g_A/s`` and ``D = GAᵀ = g_B/s`` they are the row norms of ``B(BᵀB)⁺·C(I − P_A)`` and of
+    ``D(AAᵀ)⁺·A``.
+
+    GraLoRA's tangent space is the direct sum of its blocks', so each block is projected on its own and the squares
+    add up along a block row. The plain adapter of a hybrid layer spans directions that the blocks partly span
+    too; it is left out, and what stands for G is its projection on the blocks' tangent space alone.
+    """
+    names = batch.rows[0].layer.names
+    each = [same for same in zip(*batch.adapters, strict=True) if same[0].name in names]
+    trained = [same for same in each if same[0].scaling and same[0].has_grads]
+    if not trained:
+        return None
+    grid = max(same[0].k for same in trained)
+    dtype = wide(batch.rows[0].layer.base.device)
+    dora = any(same[0].magnitude is not None for same in trained)
+    factors = weight_sq(batch)[1] if dora else {}
+    parts: list[tuple[Tensor, ...]] = []
+    for same in trained:
+        if same[0].k < grid:
+            continue
+        a_k, b_k = (factor.to(dtype) for factor in _stacked(adapter.blocks(grid) for adapter in same))
+        grads = _stacked(adapter.grads() for adapter in same)
+        eps = torch.finfo(grads[0].dtype).eps
+        c_k, d_k = (
+            grad.to(dtype).view_as(factor) / same[0].scaling for grad, factor in zip(grads, (a_k, b_k), strict=True)
+        )
+        if dora:
+            factor = _by_block(factors[same[0].name], grid)
+            b_k, d_k = b_k * factor, d_k / factor
+        parts.append((a_k, b_k, c_k, d_k))
+    a, b, c, d = (torch.cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (3, 4, 3, 4), strict=True))
+    gram_a, gram_b = _inverse(a @ a.mT, eps), _inverse(b.mT @ b, eps)
+    rest = c - (c @ a.mT) @ gram_a @ a  # C(I − P_A)
+    left = b @ gram_b
+    return _row_dot(left, left @ (rest @ rest.mT)) + _row_dot(d, d @ gram_a)
 
 
 class RowNoise:
@@ -141,7 +179,7 @@ class RowNoise:
         self.step = 0
         self.on = True
         self.held: dict[str, Draw | None] | None = None  # given to layers instead of what would be drawn
-        self._observed: dict[str, Tensor] = {}
+        self._observed: list[tuple[Batch, Tensor]] = []
         self._warned = False
 
     def draw(self, layer: LoRALayer) -> Draw | None:
@@ -158,31 +196,44 @@ class RowNoise:
         return int.from_bytes(digest, "little") >> 1
 
     def std(self, rows: Rows) -> Tensor:
-        """Standard deviations (m,) of a layer's rows, computed when first asked for in a step."""
-        adapters = rows.layer.adapters()
-        tensors = [(a.A, a.B) if a.magnitude is None else (a.A, a.B, a.magnitude) for a in adapters]
-        versions = [(a.name, a.scaling, *(t._version for t in ts)) for a, ts in zip(adapters, tensors, strict=True)]
-        key = (self.step, self.sigma, self.beta, rows.layer.merged, versions)
-        if rows.cached is None or rows.cached[0] != key:
+        """Standard deviations (m,) of a layer's rows; all layers' are computed when one is first asked for."""
+        if rows.cached is None or rows.cached[0] != self._key(rows):
             # Out of inference mode, or the first forward of a step under it would leave tensors unfit for autograd.
             # Nor under autocast, which would round the products.
             device = rows.layer.base.device
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-                row_sq = rows.weight_sq()[0]
-                if rows.grad_sq is not None:
-                    row_sq = row_sq + self.beta * rows.grad_sq
-                variance = row_sq.mul(self.sigma**2 / rows.layer.shape[1])
-                rows.cached = key, variance.nan_to_num(0.0, posinf=0.0).clamp_(min=0.0).sqrt_()
+                self._compute_stds()
+        assert rows.cached is not None
         return rows.cached[1]
+
+    def _key(self, rows: Rows) -> Any:
+        """What the standard deviations follow from."""
+        versions = [
+            (a.name, a.scaling, a.A._version, a.B._version, None if a.magnitude is None else a.magnitude._version)
+            for a in rows.layer.adapters()
+        ]
+        return self.step, self.sigma, self.beta, rows.layer.merged, versions
+
+    def _compute_stds(self) -> None:
+        keys = {name: self._key(rows) for name, rows in self.rows.items()}
+        stale = [rows for rows in self.rows.values() if rows.cached is None or rows.cached[0] != keys[rows.layer.name]]
+        for batch in batches(stale):
+            row_sq, _ = weight_sq(batch)
+            grads = [row_sq.new_zeros(()) if rows.grad_sq is None else rows.grad_sq for rows in batch.rows]
+            row_sq = row_sq + self.beta * torch.stack([grad.expand(row_sq.shape[1:]) for grad in grads])
+            variance = row_sq.mul(self.sigma**2 / batch.rows[0].layer.shape[1])
+            stds = variance.nan_to_num(0.0, posinf=0.0).clamp_(min=0.0).sqrt_()
+            for rows, std in zip(batch.rows, stds, strict=True):
+                rows.cached = keys[rows.layer.name], std
 
     @torch.no_grad()
     def observe_gradients(self) -> None:
         """Notes the norms of the gradients at hand for the next step's noise."""
-        found = {name: new for name, rows in self.rows.items() if (new := rows.projected_grad_sq()) is not None}
-        if not found and not self._warned:
+        noted = [(batch, projected_grad_sq(batch)) for batch in batches(self.rows.values())]
+        self._observed = [(batch, new) for batch, new in noted if new is not None]
+        if not self._observed and not self._warned:
             logger.warning("step() found no adapter gradients: the noise goes on without a gradient term")
             self._warned = True
-        self._observed = found
 
     @torch.no_grad()
     def next_step(self) -> None:
@@ -191,18 +242,29 @@ class RowNoise:
         if not self._observed:
             return
         # Decided on the device: asking the host whether all is finite would stall it at every step.
-        sums = [new.sum() for new in self._observed.values()]
+        sums = [new.sum() for _, new in self._observed]
         finite = torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all()
-        for name, new in self._observed.items():
-            old = self.rows[name].grad_sq
-            keep = torch.zeros_like(new) if old is None else old
-            self.rows[name].grad_sq = torch.where(finite.to(new.device), new, keep)
-        self._observed = {}
+        for batch, new in self._observed:
+            old = [torch.zeros_like(new[0]) if rows.grad_sq is None else rows.grad_sq for rows in batch.rows]
+            for rows, kept in zip(batch.rows, torch.where(finite.to(new.device), new, torch.stack(old)), strict=True):
+                rows.grad_sq = kept
+        self._observed = []
+
+
+def _stacked(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The same pair of tensors of many layers, along a new first dimension."""
+    first, second = zip(*pairs, strict=True)
+    return torch.stack(first), torch.stack(second)
+
+
+def _by_block(rows: Tensor, grid: int) -> Tensor:
+    """Values of rows (L, m) in a shape that multiplies the rows of a grid of blocks (L, k, k, m/k, ·)."""
+    return rows.view(len(rows), grid, 1, -1, 1)
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Products of the rows of a and b, on a grid of blocks (k, k, m/k, ·), summed along each row of the whole: (m,)."""
-    return (a * b).sum((1, 3)).flatten()
+    """Products of the rows of a and b, grids of blocks (L, k, k, m/k, ·), summed along whole rows: (L, m)."""
+    return (a * b).sum((2, 4)).flatten(1)
 
 
 def _inverse(gram: Tensor, eps: float) -> Tensor:

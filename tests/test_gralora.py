@@ -35,7 +35,7 @@ from flatlora import (
 )
 from flatlora.base_weight import linear_base
 from flatlora.perturbation import draw_gaussian
-from flatlora.row_noise import Rows
+from flatlora.row_noise import Rows, batches, projected_grad_sq, weight_sq
 
 bnb = pytest.importorskip("bitsandbytes")
 warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
@@ -611,10 +611,10 @@ def test_row_norms_are_exact(kind, k, hybrid, peft):
     (view,) = lora_layers(nn.Sequential(module))
     assert view.shape == (m, n) and view.base.kind == {"nf4": "4bit", "int8": "8bit"}.get(kind, "float")
     base = view.base.float_weight() if view.base.kind == "float" else view.base.dense(torch.float32)
-    weight_sq, _ = Rows(view).weight_sq()
+    (found,), _ = weight_sq(*batches([Rows(view)]))
     tolerance = 1e-12 if kind == "float64" else 1e-4
     expected = (base + ours.delta_weight()).double().square().sum(1)
-    torch.testing.assert_close(weight_sq.detach(), expected.detach(), rtol=tolerance, atol=0)
+    torch.testing.assert_close(found.detach(), expected.detach(), rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize("peft", [False, True])
@@ -626,7 +626,7 @@ def test_projected_gradient_is_exact_block_by_block(k, peft):
     gradients(module, x, upstream)
     (view,) = lora_layers(nn.Sequential(module))
     gradient = upstream.t() @ x
-    found = Rows(view).projected_grad_sq()
+    (found,) = projected_grad_sq(*batches([Rows(view)]))
     torch.testing.assert_close(found, projected_rows(ours, gradient), rtol=1e-7, atol=0)
     assert found.sum() < gradient.square().sum()
 
@@ -635,7 +635,7 @@ def test_projected_gradient_of_a_hybrid_is_that_of_its_blocks():
     ours = layer("float64", m=32, n=32, r=8, k=4, hybrid_r=3)
     x, upstream = torch.randn(20, 32, dtype=torch.float64), torch.randn(20, 32, dtype=torch.float64)
     gradients(ours, x, upstream)
-    found = Rows(lora_layers(nn.Sequential(ours))[0]).projected_grad_sq()
+    (found,) = projected_grad_sq(*batches([Rows(lora_layers(nn.Sequential(ours))[0])]))
     torch.testing.assert_close(found, projected_rows(ours, upstream.t() @ x), rtol=1e-7, atol=0)
 
 

@@ -97,7 +97,7 @@ def test_factors_and_scaling_reproduce_the_effective_weight():
 def test_gradients_come_in_the_shapes_of_the_factors():
     module = ParameterLoRA(9, 7, transposed=True)
     (layer,) = lora_layers(Net(module))
-    assert layer.adapters()[0].grads() is None
+    assert not layer.adapters()[0].has_grads
     module(torch.randn(5, 7)).square().sum().backward()
     grad_a, grad_b = layer.adapters()[0].grads()
     assert torch.equal(grad_a, module.lora_A.grad.t()) and torch.equal(grad_b, module.lora_B.grad.t())
