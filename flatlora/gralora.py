@@ -106,7 +106,7 @@ class GraLoRALinear(nn.Module):
         kept, A, B = self._dropped(x), self.gralora_A_general.weight, self.gralora_B_general.weight
         if torch.compiler.is_compiling():
             return out + (self.scaling * (kept.to(dtype) @ A.t().to(dtype) @ B.t().to(dtype))).to(out.dtype)
-        return add_low_rank(out, kept, True, dtype, None, (self.scaling,), A, B)
+        return add_low_rank(out, kept, True, dtype, (self.scaling,), A, B)
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Input of one part of the adapter: blocks and hybrid drop elements each on their own, as in PEFT."""

@@ -8,9 +8,9 @@ layer is a plain LoRA layer the adapter's small matmuls are fused on the way, an
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -77,102 +77,99 @@ def draw_low_rank(draw: Draw, n: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return u.to(dtype), v.to(dtype)
 
 
-class _NoisyLinear(torch.autograd.Function):
-    """``x·(W0 + ε)ᵀ + bias`` with full Gaussian ε. W0 + ε lives during each of the two matmuls only.
+class _Added(torch.autograd.Function):
+    """``out + x·Wᵀ + bias + Σ_k s_k·x·A_kᵀ·B_kᵀ + x·Aεᵀ·Bεᵀ``, of which any part may be missing.
 
-    `weight` is W0 if it is stored as a float tensor; for a quantised base it is None and `layer` dequantises it; with
-    `alone` there is no W0 at all.
+    W (m, n), such as W0 + ε, lives during each of its two matmuls only: `matrix(weight)` makes it, and makes it again
+    for backward; `weight` is the stored tensor that it is made from, or None. `factors` are A_1, B_1, A_2, B_2, …,
+    which get gradients; `noise` is (Bε, Aε), which does not. All low-rank terms go through one pair of small matmuls in
+    `dtype`, added in place, where PEFT launches two, a scaling and an addition for each.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        out: Tensor | None,
+        in_place: bool,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        layer: LoRALayer,
-        draw: Draw,
-        alone: bool,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        ctx.layer, ctx.draw, ctx.alone, ctx.dtype, ctx.x_dtype = layer, draw, alone, dtype, x.dtype
-        ctx.save_for_backward(weight)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), _NoisyLinear.perturbed(ctx, weight), None if bias is None else bias.to(dtype))
-
-    @staticmethod
-    def perturbed(ctx: Any, weight: Tensor | None) -> Tensor:
-        if weight is None and not ctx.alone:
-            weight = ctx.layer.base.dense(ctx.dtype)
-        return draw_gaussian(ctx.draw, ctx.layer.shape[1], weight, ctx.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad.to(ctx.dtype) @ _NoisyLinear.perturbed(ctx, weight)).to(ctx.x_dtype)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, None, grad_bias, None, None, None, None
-
-
-class _AddLowRank(torch.autograd.Function):
-    """``out + Σ_k s_k·x·A_kᵀ·B_kᵀ + x·Aεᵀ·Bεᵀ`` through one pair of small matmuls.
-
-    `factors` are A_1, B_1, A_2, B_2, …, which get gradients; `noise` is (Bε, Aε), which does not. PEFT launches two
-    matmuls, a scaling and an addition for each pair and keeps an upcast copy of x for backward.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        out: Tensor,
-        x: Tensor,
-        in_place: bool,
-        dtype: torch.dtype,
+        matrix: Callable[[Any], Tensor] | None,
         noise: tuple[Tensor, Tensor] | None,
+        dtype: torch.dtype,
         scalings: tuple[float, ...],
         *factors: Tensor,
     ) -> Tensor:
+        ctx.matrix, ctx.scalings, ctx.ranks = matrix, scalings, [A.shape[0] for A in factors[0::2]]
+        ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
+        given, h, a, b = out, None, None, None
         with torch.autocast(x.device.type, enabled=False):
-            a_parts = [a.to(dtype) for a in factors[0::2]]
-            b_parts = [b.to(dtype) * s for b, s in zip(factors[1::2], scalings, strict=True)]
-            if noise is not None:
-                b_parts.append(noise[0])
-                a_parts.append(noise[1])
-            a = torch.cat(a_parts) if len(a_parts) > 1 else a_parts[0]
-            b = torch.cat(b_parts, 1) if len(b_parts) > 1 else b_parts[0]
-            h = x.reshape(-1, x.shape[-1]).to(dtype) @ a.t()
-            ctx.save_for_backward(x, h, a, b)
-            ctx.scalings, ctx.ranks = scalings, [part.shape[0] for part in factors[0::2]]
-            if in_place and out.dtype == dtype:
+            if matrix is not None:
+                W = matrix(weight)
+                product = F.linear(x.to(W.dtype), W, None if bias is None else bias.to(W.dtype))
+                # bitsandbytes' layers, whose weight is no float tensor, return the dtype they were given.
+                out = (
+                    product.to(W.dtype if weight is not None else x.dtype)
+                    if out is None
+                    else out + product.to(out.dtype)
+                )
+                del W, product
+            assert out is not None
+            if factors or noise is not None:
+                a_parts = [A.to(dtype) for A in factors[0::2]]
+                b_parts = [B.to(dtype) * s for B, s in zip(factors[1::2], scalings, strict=True)]
+                if noise is not None:
+                    b_parts.append(noise[0])
+                    a_parts.append(noise[1])
+                a = torch.cat(a_parts) if len(a_parts) > 1 else a_parts[0]
+                b = torch.cat(b_parts, 1) if len(b_parts) > 1 else b_parts[0]
+                h = x.reshape(-1, x.shape[-1]).to(dtype) @ a.t()
+                flat = out.reshape(-1, out.shape[-1])
+                if out.dtype != dtype:
+                    out = (flat + h @ b.t()).to(out.dtype).view(out.shape)
+                elif (in_place or out is not given) and out.is_contiguous():
+                    flat.addmm_(h, b.t())
+                else:
+                    out = torch.addmm(flat, h, b.t()).view(out.shape)
+            if out is given:
                 ctx.mark_dirty(out)
-                out.view(-1, out.shape[-1]).addmm_(h, b.t())
-                return out
-            flat = out.reshape(-1, out.shape[-1])
-            added = torch.addmm(flat, h, b.t()) if out.dtype == dtype else (flat + h @ b.t()).to(out.dtype)
-            return added.view(out.shape)
+        ctx.save_for_backward(weight, a, b, *((x, h) if factors else (None, None)))
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, h, a, b = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1]).to(h.dtype)
-        gh = g @ b
-        grad_x = (gh @ a).to(x.dtype).view(x.shape) if ctx.needs_input_grad[1] else None
+        weight, a, b, x, h = ctx.saved_tensors
+        g = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[2] and ctx.matrix is not None:
+            W = ctx.matrix(weight)
+            grad_x = g.to(W.dtype) @ W
+            del W
+        if ctx.needs_input_grad[4]:
+            grad_bias = g.sum(0)
         grads: list[Tensor | None] = [None] * (2 * len(ctx.ranks))
-        if any(ctx.needs_input_grad[6:]):
-            r = sum(ctx.ranks)
-            grad_a = gh[:, :r].t() @ x.reshape(-1, x.shape[-1]).to(h.dtype)
-            grad_b = g.t() @ h[:, :r]
-            grads[0::2] = grad_a.split(ctx.ranks)
-            grads[1::2] = [part * s for part, s in zip(grad_b.split(ctx.ranks, 1), ctx.scalings, strict=True)]
-        return grad, grad_x, None, None, None, None, *grads
+        if a is not None:
+            g = g.to(a.dtype)
+            gh = g @ b
+            if ctx.needs_input_grad[2]:
+                grad_x = gh @ a if grad_x is None else grad_x.to(a.dtype).addmm_(gh, a)
+            if any(ctx.needs_input_grad[9:]):
+                r = sum(ctx.ranks)
+                grad_a = gh[:, :r].t() @ x.reshape(-1, x.shape[-1]).to(h.dtype)
+                grad_b = g.t() @ h[:, :r]
+                grads[0::2] = grad_a.split(ctx.ranks)
+                grads[1::2] = [part * s for part, s in zip(grad_b.split(ctx.ranks, 1), ctx.scalings, strict=True)]
+        if grad_x is not None:
+            grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
+        return grad if ctx.needs_input_grad[0] else None, None, grad_x, None, grad_bias, None, None, None, None, *grads
 
 
-add_low_rank = _AddLowRank.apply
+def add_low_rank(
+    out: Tensor, x: Tensor, in_place: bool, dtype: torch.dtype, scalings: tuple[float, ...], *factors: Tensor
+) -> Tensor:
+    """``out + Σ_k s_k·x·A_kᵀ·B_kᵀ`` for the factors A_1, B_1, …; into `out` itself if `in_place`."""
+    return _Added.apply(out, in_place, x, None, None, None, None, dtype, scalings, *factors)
 
 
 class Perturbation:
@@ -217,50 +214,72 @@ class Perturbation:
         if self._own_forward is None and len(args) + len(kwargs) == 1 and _fusable(self.layer, adapters):
             return self._fused(x, extra, adapters)
         out = self.original(*args, **kwargs)
-        if isinstance(extra, Draw) and extra.kind == "gaussian":
-            dtype = compute_dtype(x, out.dtype)
-            return out + _NoisyLinear.apply(x, None, None, self.layer, extra, True, dtype).to(out.dtype)
-        return self._add_low_rank(out, x, [], extra, in_place=False)
+        if not _is_gaussian(extra):
+            return self._add(out, x, [], extra)
+        return self._add(out, x, [], None, matrix=self._noisy(extra, compute_dtype(x, out.dtype), alone=True))
 
     def _fused(self, x: Tensor, extra: Draw | Adapter, adapters: list[Adapter]) -> Tensor:
         base = self.layer.base
-        if isinstance(extra, Draw) and extra.kind == "gaussian":
-            weight = base.float_weight() if base.kind == "float" else None
-            dtype = weight.dtype if weight is not None else getattr(base.module, "compute_dtype", None) or x.dtype
-            bias = getattr(base.module, "bias", None)
-            out = _NoisyLinear.apply(x, weight, bias, self.layer, extra, False, compute_dtype(x, dtype))
-            if weight is None:
-                out = out.to(x.dtype)  # as bitsandbytes' layers return it
+        weight = base.float_weight() if base.kind == "float" else None
+        like = weight.dtype if weight is not None else getattr(base.module, "compute_dtype", None) or x.dtype
+        dtype = compute_dtype(x, like)
+        # GraLoRALinear adds its blocks to whatever base output, dropout what it lets through.
+        blocks = getattr(self.layer.module, "add_update", None)
+        plain = [] if blocks else [adapter for adapter in adapters if isinstance(adapter.dropout, nn.Identity)]
+        bias = getattr(base.module, "bias", None)
+        if _is_gaussian(extra):
+            out = self._add(None, x, plain, None, weight, bias, self._noisy(extra, dtype))
+        elif weight is not None:
+            out = self._add(None, x, plain, extra, weight, bias, lambda stored: stored.to(dtype))
         else:
             out = base.module(x)
-        in_place = not out._is_view()  # as of Conv1D and bitsandbytes; autograd forbids writing to those
-        if hasattr(self.layer.module, "add_update"):  # GraLoRALinear adds its blocks to whatever base output
-            out = self.layer.module.add_update(out, x, in_place)
-            return self._add_low_rank(out, x, [], extra, in_place)
-        plain = [adapter for adapter in adapters if isinstance(adapter.dropout, nn.Identity)]
-        out = self._add_low_rank(out, x, plain, extra, in_place)
+            # Autograd forbids writing to views, such as bitsandbytes' outputs.
+            out = self._add(out, x, plain, extra, in_place=not out._is_view())
+        if blocks:
+            return blocks(out, x, True)
         if len(plain) < len(adapters):
             # Dropout draws from the global stream: cast before it as PEFT does, so that it draws the same.
             if base.kind == "float" or not torch.is_autocast_enabled(x.device.type):
                 x = x.to(adapters[0].A.dtype)
             for adapter in adapters:
                 if adapter.dropout is not None and not isinstance(adapter.dropout, nn.Identity):
-                    out = self._add_low_rank(out, adapter.dropout(x), [adapter], None, in_place)
+                    out = self._add(out, adapter.dropout(x), [adapter], None, in_place=True)
         return out
 
-    def _add_low_rank(
-        self, out: Tensor, x: Tensor, adapters: list[Adapter], extra: Draw | Adapter | None, in_place: bool
+    def _noisy(self, draw: Draw, dtype: torch.dtype, alone: bool = False) -> Callable[[Tensor | None], Tensor]:
+        """What makes W0 + ε, or ε `alone`, from the stored weight or, without one, from the quantised."""
+
+        def make(weight: Tensor | None) -> Tensor:
+            if weight is None and not alone:
+                weight = self.layer.base.dense(dtype)
+            return draw_gaussian(draw, self.layer.shape[1], weight, dtype)
+
+        return make
+
+    def _add(
+        self,
+        out: Tensor | None,
+        x: Tensor,
+        adapters: list[Adapter],
+        extra: Draw | Adapter | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        matrix: Callable[[Any], Tensor] | None = None,
+        in_place: bool = False,
     ) -> Tensor:
-        noise = None
+        """`_Added` of these adapters and, unless it is None, of `extra`, which is not Gaussian."""
         if isinstance(extra, Adapter):
             adapters = [*adapters, extra]
-        dtype = compute_dtype(x, adapters[0].A.dtype if adapters else out.dtype)
-        if isinstance(extra, Draw) and extra.kind == "low_rank":
-            noise = draw_low_rank(extra, self.layer.shape[1], dtype)
-        if not adapters and noise is None:
-            return out
+        like = adapters[0].A if adapters else x if out is None else out
+        dtype = compute_dtype(x, like.dtype)
+        noise = draw_low_rank(extra, self.layer.shape[1], dtype) if isinstance(extra, Draw) else None
         factors = [factor for adapter in adapters for factor in (adapter.A, adapter.B)]
-        return _AddLowRank.apply(out, x, in_place, dtype, noise, tuple(a.scaling for a in adapters), *factors)
+        scalings = tuple(adapter.scaling for adapter in adapters)
+        return _Added.apply(out, in_place, x, weight, bias, matrix, noise, dtype, scalings, *factors)
+
+
+def _is_gaussian(extra: Draw | Adapter) -> TypeGuard[Draw]:
+    return isinstance(extra, Draw) and extra.kind == "gaussian"
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
