@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .base_weight import BaseWeight, keep_training_layout, linear_base, release_layout
+from .blocks import AddBlocks, add_blocks
 from .layers import block_factors
-from .perturbation import add_low_rank, compute_dtype
+from .perturbation import add_low_rank, compute_dtype, is_transparent
 from .targets import check_blocks, check_numbers, find_saved, find_targets
 
 __all__ = ["GraLoRALinear", "apply_gralora", "merge_gralora", "unload_gralora"]
@@ -92,15 +92,26 @@ class GraLoRALinear(nn.Module):
         self._held = keep_training_layout(base)
 
     def forward(self, x: Tensor) -> Tensor:
+        own = not torch.compiler.is_compiling() and self.base.kind == "float" and is_transparent(self.base)
+        if own and not self._dropping:
+            return self.add_update(None, x)
         # Layers of other libraries may keep their output for backward, or hand out a view of it.
-        in_place = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
-        return self.add_update(self.base_layer(x), x, in_place)
+        return self.add_update(self.base_layer(x), x, in_place=own and type(self.base_layer) is nn.Linear)
 
-    def add_update(self, out: Tensor, x: Tensor, in_place: bool = False) -> Tensor:
-        """``out + x·ΔWᵀ`` for x (..., n) and out (..., m), in the dtype of `out`; into `out` itself if `in_place`."""
+    def add_update(self, out: Tensor | None, x: Tensor, in_place: bool = False) -> Tensor:
+        """``out + x·ΔWᵀ`` for x (..., n) and out (..., m), in the dtype of `out`; into `out` itself if `in_place`.
+
+        Without `out` it is the base's output, which saves a temporary; the base must be float, and x not dropped.
+        """
         dtype = compute_dtype(x, self.gralora_A.dtype)
-        blocks = _add_blocks if torch.compiler.is_compiling() else _AddBlocks.apply
-        out = blocks(out, self._dropped(x), self.gralora_A, self.gralora_B, self.scaling, dtype, in_place)
+        A, B = self.gralora_A, self.gralora_B
+        if torch.compiler.is_compiling():
+            assert out is not None
+            out = add_blocks(out, self._dropped(x), A, B, self.scaling, dtype)
+        else:
+            weight = None if out is not None else self.base.float_weight()
+            bias = None if out is not None else self.base_layer.bias
+            out = AddBlocks.apply(out, in_place, self._dropped(x), weight, bias, A, B, self.scaling, dtype)
         if self.gralora_A_general is None:
             return out
         kept, A, B = self._dropped(x), self.gralora_A_general.weight, self.gralora_B_general.weight
@@ -110,8 +121,11 @@ class GraLoRALinear(nn.Module):
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Input of one part of the adapter: blocks and hybrid drop elements each on their own, as in PEFT."""
-        dropping = self.training and isinstance(self.dropout, nn.Dropout)
-        return self.dropout(x.to(self.gralora_A.dtype)) if dropping else x
+        return self.dropout(x.to(self.gralora_A.dtype)) if self._dropping else x
+
+    @property
+    def _dropping(self) -> bool:
+        return self.training and isinstance(self.dropout, nn.Dropout)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
@@ -149,68 +163,6 @@ class GraLoRALinear(nn.Module):
     def extra_repr(self) -> str:
         hybrid = f", hybrid_r={self.hybrid_r}" if self.hybrid_r else ""
         return f"{self.in_features} -> {self.out_features}, r={self.r}, k={self.k}, alpha={self.alpha}{hybrid}"
-
-
-def _add_blocks(
-    out: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, in_place: bool
-) -> Tensor:
-    """The same as `_AddBlocks` in plain operations: for `torch.compile`, which can't trace its writes into views."""
-    h = _regroup(torch.bmm(_columns(x, A.shape[0]).to(dtype), A.to(dtype)))
-    update = torch.bmm(h, B.to(dtype)).transpose(0, 1).reshape(out.shape)
-    return out + (scaling * update).to(out.dtype)
-
-
-class _AddBlocks(torch.autograd.Function):
-    """``out + s·x·ΔWᵀ`` through two batched matmuls, of which the second adds straight into `out`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype, in_place: bool
-    ) -> Tensor:
-        ctx.scaling = scaling
-        if in_place and out.is_contiguous():
-            ctx.mark_dirty(out)
-        else:
-            out = out.clone(memory_format=torch.contiguous_format)
-        with torch.autocast(x.device.type, enabled=False):
-            A, B = A.to(dtype), B.to(dtype)
-            h = _regroup(torch.bmm(_columns(x, A.shape[0]).to(dtype), A))
-            columns = _columns(out, B.shape[0])
-            if out.dtype == dtype:
-                columns.baddbmm_(h, B, alpha=scaling)
-            else:
-                columns.add_(torch.bmm(h, B), alpha=scaling)
-        ctx.save_for_backward(x, h, A, B)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, h, A, B = ctx.saved_tensors
-        grad_x = grad_A = grad_B = None
-        with torch.autocast(x.device.type, enabled=False):
-            g = _columns(grad, B.shape[0]).to(h.dtype)
-            grad_h = _regroup(torch.bmm(g, B.mT * ctx.scaling))
-            if ctx.needs_input_grad[1]:
-                grad_x = torch.empty(x.shape, dtype=h.dtype, device=x.device)
-                _columns(grad_x, A.shape[0]).baddbmm_(grad_h, A.mT, beta=0)
-                grad_x = grad_x.to(x.dtype)
-            if ctx.needs_input_grad[2]:
-                grad_A = torch.bmm(_columns(x, A.shape[0]).to(h.dtype).mT, grad_h)
-            if ctx.needs_input_grad[3]:
-                grad_B = torch.bmm(h.mT, g).mul_(ctx.scaling)
-        return grad, grad_x, grad_A, grad_B, None, None, None
-
-
-def _columns(x: Tensor, k: int) -> Tensor:
-    """The k column groups of x (..., n) as a view (k, T, n/k), where x is contiguous."""
-    return x.reshape(-1, k, x.shape[-1] // k).transpose(0, 1)
-
-
-def _regroup(h: Tensor) -> Tensor:
-    """(k, T, r) per block column, each r made of k groups for the block rows, to the same per block row, and back."""
-    k, tokens, r = h.shape
-    return h.view(k, tokens, k, r // k).transpose(0, 2).reshape(k, tokens, r)
 
 
 def _kaiming(weight: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .base_weight import BaseWeight
 from .layers import Adapter, LoRALayer
 
 __all__ = ["Draw", "Perturbation", "draw_gaussian", "draw_low_rank", "remove_perturbation"]
@@ -77,6 +77,20 @@ def draw_low_rank(draw: Draw, n: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     return u.to(dtype), v.to(dtype)
 
 
+def product_of(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """``x·Wᵀ + bias`` in the dtype of W and in a tensor of its own.
+
+    `F.linear` may return a view, which autograd forbids others to write to once a custom function has returned it.
+    """
+    out = torch.empty(*x.shape[:-1], W.shape[0], dtype=W.dtype, device=W.device)
+    flat, rows = x.reshape(-1, x.shape[-1]).to(W.dtype), out.view(-1, W.shape[0])
+    if bias is None:
+        torch.mm(flat, W.t(), out=rows)
+    else:
+        torch.addmm(bias.to(W.dtype), flat, W.t(), out=rows)
+    return out
+
+
 class _Added(torch.autograd.Function):
     """``out + x·Wᵀ + bias + Σ_k s_k·x·A_kᵀ·B_kᵀ + x·Aεᵀ·Bεᵀ``, of which any part may be missing.
 
@@ -106,7 +120,7 @@ class _Added(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             if matrix is not None:
                 W = matrix(weight)
-                product = F.linear(x.to(W.dtype), W, None if bias is None else bias.to(W.dtype))
+                product = product_of(x, W, bias)
                 # bitsandbytes' layers, whose weight is no float tensor, return the dtype they were given.
                 out = (
                     product.to(W.dtype if weight is not None else x.dtype)
@@ -283,9 +297,9 @@ def _is_gaussian(extra: Draw | Adapter) -> TypeGuard[Draw]:
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """`dtype`, or autocast's where it is on."""
+    """`dtype`, or autocast's where it is on, which leaves float64 alone."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and dtype != torch.float64 else dtype
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -306,11 +320,15 @@ def _peft_linear_forwards() -> frozenset[Any]:
     return frozenset(kind.forward for kind in kinds if kind is not None)
 
 
+def is_transparent(base: BaseWeight) -> bool:
+    """Whether ``x·W0ᵀ + bias`` may stand for the base's forward: it is frozen, known, and nobody listens in on it."""
+    return base.kind != "opaque" and not base.trainable and base.plain and not _hooked(base.module)
+
+
 def _fusable(layer: LoRALayer, adapters: list[Adapter]) -> bool:
     """Whether the layer is GraLoRALinear or PEFT's plain LoRA over a known base, with nobody listening in on parts."""
     module: Any = layer.module
-    base = layer.base
-    if base.kind == "opaque" or base.trainable or not base.plain or _hooked(base.module):
+    if not is_transparent(layer.base):
         return False
     if hasattr(module, "add_update"):
         return True
