@@ -7,11 +7,16 @@
 
 Every round runs one training step of each contender, in an order that rotates; what is printed are ratios of medians to
 the first contender. Peak memory is a fresh process's. Weights are random: neither time nor memory depends on them.
+
+While steps are timed, glibc keeps the memory that is freed. By default it returns large blocks to the system and gets
+them anew, zeroed page by page, which costs a step up to a second here, by chance one contender's and not another's;
+--malloc default times that too.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import multiprocessing
 import resource
@@ -166,6 +171,14 @@ def peak_memory(name: str, args: argparse.Namespace, queue: multiprocessing.Queu
         queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
+def keep_freed_memory() -> None:
+    """Has glibc serve large blocks from its heap, and never shrink it; elsewhere it changes nothing."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
 def time_steps(names: list[str], args: argparse.Namespace) -> dict[str, list[float]]:
     steps = {name: build(name, args) for name in names}
     torch.manual_seed(1)
@@ -194,11 +207,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--base", choices=["fp32", "bf16", "nf4", "int8"], default="fp32")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--malloc", choices=["keep", "default"], default="keep", help="default: %(default)s")
     parser.add_argument("--no-memory", action="store_true")
     args = parser.parse_args()
     args.r = args.r or (32 if args.compare == "gralora" else 16)
     names = args.methods or SETS[args.compare]
 
+    if args.malloc == "keep":
+        keep_freed_memory()
     times = time_steps(names, args)
     memory: dict[str, float] = {}
     if not args.no_memory:
