@@ -87,25 +87,26 @@ def weight_sq(batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     adapters = batch.adapters[0]
     if not adapters:
         return base_sq, {}
-    dtype = wide(base_sq.device)
     grid = math.lcm(*(adapter.k for adapter in adapters))
     a_parts, b_parts = zip(
         *(_stacked(a.blocks(grid) for a in same) for same in zip(*batch.adapters, strict=True)), strict=True
     )
     a = torch.cat(a_parts, 3)
     crossed = torch.stack([rows.layer.base.apply_blocks(own) for rows, own in zip(batch.rows, a, strict=True)])  # W0·Aᵀ
+    # Sums of r products need no more than float32; they go to ‖W0_i‖², of many more, which is wider.
+    dtype = torch.promote_types(a.dtype, torch.float32)
     a, crossed = a.to(dtype), crossed.to(dtype)
     ranks = [part.shape[3] for part in a_parts]
     parts: list[Tensor] = []
-    factors = {adapter.name: torch.ones_like(base_sq) for adapter in adapters}
-    base_factor = torch.ones_like(base_sq)
+    base_factor = torch.ones_like(base_sq, dtype=dtype)
+    factors = {adapter.name: base_factor for adapter in adapters}
     for i, (a_k, b_k, crossed_k) in enumerate(zip(a.split(ranks, 3), b_parts, crossed.split(ranks, 4), strict=True)):
         parts.append(b_k.to(dtype) * adapters[i].scaling)
         magnitudes = [whole(found) for own in batch.adapters if (found := own[i].magnitude) is not None]
         if not magnitudes:
             continue
         norm_sq = base_sq + _row_dot(parts[i], 2 * crossed_k + parts[i] @ (a_k @ a_k.mT))
-        scale = torch.stack(magnitudes).to(dtype) * norm_sq.rsqrt()
+        scale = torch.stack(magnitudes).to(dtype) * norm_sq.rsqrt().to(dtype)
         # PEFT scales what the layer has computed so far, adapters before this one included.
         base_factor = base_factor * scale
         parts = [part * _by_block(scale, grid) for part in parts]
