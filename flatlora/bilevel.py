@@ -24,6 +24,7 @@ from .passes import (
     TrainPass,
     Values,
     assign,
+    check_one_process,
     devices_of,
     finite,
     frozen,
@@ -78,6 +79,7 @@ class BilevelOptimizer(Retraining):
 
     The random streams end a step as if its lower passes alone had run. If a pass fails or a loss is not finite, every
     parameter is put back to where it was before `step()`; the moments of `lower` may have advanced by then.
+    It runs in one process: gradients are not averaged over the ranks of a distributed run, which is refused.
     Under bfloat16 rounding drowns the difference: keep A, B and μ in float32, as PEFT does, and compute in float32.
 
     Args:
@@ -100,13 +102,14 @@ class BilevelOptimizer(Retraining):
 
     With ``train_dataloader=None`` the batches of the loop are taken from its calls of ``model(**batch)`` in train mode,
     and weighted as its ``backward`` weighted the output's ``.loss``, so gradients may be accumulated. μ gets no
-    gradient from it, so clipping sees V alone; γ·∇R is added after clipping. One process, no float16 loss scaling.
+    gradient from it, so clipping sees V alone; γ·∇R is added after clipping. No float16 loss scaling.
 
     Raises:
         ValueError: a model without magnitudes, levels that overlap or are swapped, parameters of another model, an
             empty dataloader, a bad number. From `step()` also a loss that is not a finite scalar or a batch without
             labels.
         TypeError: an argument of the wrong type.
+        RuntimeError: one of several distributed processes.
 
     Example:
         >>> lower = torch.optim.AdamW(direction_parameters(model), lr=5e-5, weight_decay=0.1)
@@ -137,15 +140,8 @@ class BilevelOptimizer(Retraining):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable as loss_fn(model, batch), got {loss_fn!r}")
-        if xi != "lr":
-            xi = _number("xi", xi, "a finite number >= 0 or 'lr'")
-        if not isinstance(unroll_steps, int) or unroll_steps < 1:
-            raise ValueError(f"unroll_steps must be an integer >= 1, got {unroll_steps!r}")
-        if difference not in ("central", "forward"):
-            raise ValueError(f"difference must be 'central' or 'forward', got {difference!r}")
-        epsilon, orthogonality = _number("epsilon", epsilon), _number("orthogonality", orthogonality)
-        if epsilon == 0:
-            raise ValueError("epsilon must be > 0; to leave the second-order term out, set xi=0")
+        _check_form(xi, unroll_steps, difference, epsilon, orthogonality)
+        check_one_process()
         self.model, self.loss_fn, self.adapter = model, loss_fn, adapter
         check_levels(lower, upper, model, adapter)
         if train_dataloader is val_dataloader is not None:
@@ -182,6 +178,7 @@ class BilevelOptimizer(Retraining):
             ValueError: a loss that is not a finite scalar, or a batch without labels. Parameters are as before.
             RuntimeError: the second phase has begun, or the loop has given no gradients.
         """
+        check_one_process()
         if self.phase == 2:
             raise RuntimeError(
                 "retrain() has begun the second phase, which freezes the magnitudes; call retrain() again"
@@ -193,7 +190,7 @@ class BilevelOptimizer(Retraining):
                 closure()
         start = self._lower_values()
         try:
-            self.last_step = self._iterate()
+            self.last_step = self._iterate(start)
         except BaseException:
             assign(start)
             raise
@@ -202,9 +199,9 @@ class BilevelOptimizer(Retraining):
                 self._watch.clear()
         return self.last_step
 
-    def _iterate(self) -> BilevelStep:
-        for _ in range(self.unroll_steps if self._watch is None else 1):
-            before, noise = self._lower_values(), self._noise.present()
+    def _iterate(self, before: Values) -> BilevelStep:
+        for i in range(self.unroll_steps if self._watch is None else 1):
+            before, noise = before if i == 0 else self._lower_values(), self._noise.present()
             passes, train, magnitude_grads = self._lower_pass()
             if self.orthogonality > 0:
                 add_orthogonality_gradient(self._layers, self.orthogonality)
@@ -382,7 +379,19 @@ class BilevelOptimizer(Retraining):
         return found
 
 
-def _number(name: str, value: Any, expected: str = "a finite number >= 0") -> float:
+def _check_form(xi: Any, unroll_steps: Any, difference: Any, epsilon: Any, orthogonality: Any) -> None:
+    if xi != "lr":
+        _check_number("xi", xi, "a finite number >= 0 or 'lr'")
+    if not isinstance(unroll_steps, int) or unroll_steps < 1:
+        raise ValueError(f"unroll_steps must be an integer >= 1, got {unroll_steps!r}")
+    if difference not in ("central", "forward"):
+        raise ValueError(f"difference must be 'central' or 'forward', got {difference!r}")
+    _check_number("epsilon", epsilon)
+    _check_number("orthogonality", orthogonality)
+    if epsilon == 0:
+        raise ValueError("epsilon must be > 0; to leave the second-order term out, set xi=0")
+
+
+def _check_number(name: str, value: Any, expected: str = "a finite number >= 0") -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
-    return float(value)

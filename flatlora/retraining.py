@@ -15,7 +15,7 @@ from .dora import reset_directions
 from .layers import LoRALayer
 from .loop import LoopWatch
 from .orthogonality import add_orthogonality_gradient
-from .passes import Noise, batch_loss, devices_of, finite
+from .passes import Noise, batch_loss, check_one_process, devices_of, finite
 from .two_levels import TwoLevels
 
 __all__ = ["Retraining"]
@@ -56,7 +56,9 @@ class Retraining(TwoLevels):
             ValueError: a model without magnitudes, `optimizer` holds some, an empty dataloader, a loss that is not a
                 finite scalar; the step that failed has changed nothing.
             TypeError: an argument of the wrong type.
+            RuntimeError: one of several distributed processes.
         """
+        check_one_process()
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a built torch.optim.Optimizer, got {optimizer!r}")
         if not isinstance(steps, int) or steps < 0:

@@ -20,11 +20,18 @@ torch.set_num_threads(1)  # the models are tiny, and test runs share the machine
 WIDE = 512  # wide enough for an adapter of rank 8 to have the 4,096 elements from which bitsandbytes uses 8 bits
 
 
-def lora_mlp(*, width: int = 32, r: int = 4, dropout: float = 0.0, seed: int = 0) -> PeftModel:
+def lora_mlp(*, width: int = 32, r: int = 4, dropout: float = 0.0, seed: int = 0, use_dora: bool = False) -> PeftModel:
     """Two linear layers with adapters that are not zero."""
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0", "2"], lora_dropout=dropout, init_lora_weights=False)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=2 * r,
+        target_modules=["0", "2"],
+        lora_dropout=dropout,
+        init_lora_weights=False,
+        use_dora=use_dora,
+    )
     return get_peft_model(net, config).train()
 
 

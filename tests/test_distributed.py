@@ -13,6 +13,8 @@ from ddp_exit import leave_together
 from ecosystem import adamw, adapters, difference, frozen, ggpo, lora_mlp, outputs
 from torch.nn.parallel import DistributedDataParallel
 
+import flatlora
+
 RANKS = 2
 STEPS = 5
 CASES = ["ddp", "ddp low_rank", "ddp built before", "ddp no seed", "ddp accumulating"]
@@ -104,6 +106,25 @@ def fsdp(case, rank):
     }
 
 
+def refusal():
+    """What BilevelOptimizer says in one of several processes, built before they are connected or after."""
+    model = lora_mlp(use_dora=True)
+    levels = [
+        torch.optim.SGD(part(model), lr=0.1) for part in (flatlora.direction_parameters, flatlora.magnitude_parameters)
+    ]
+    with pytest.raises(RuntimeError) as error:
+        flatlora.BilevelOptimizer(*levels, model, [{}], [{}])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: False)
+        optimizer = flatlora.BilevelOptimizer(*levels, model, [{}], [{}])
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    with pytest.raises(RuntimeError):
+        optimizer.retrain([{}], 1, optimizer=levels[0])
+    assert optimizer.phase == 1
+    return str(error.value)
+
+
 def worker(rank, folder):
     dist.init_process_group(
         "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
@@ -114,6 +135,7 @@ def worker(rank, folder):
             found[case] = (ddp if case.startswith("ddp") else fsdp)(case, rank)
         except Exception:  # of one case; the others are still told of
             found[case] = {"error": traceback.format_exc()}
+    found["bilevel"] = refusal()
     torch.save(found, f"{folder}/{rank}.pt")
     leave_together()
 
@@ -171,3 +193,7 @@ def test_fsdp2_is_one_process_on_the_whole_batch(ranks, case):
     torch.testing.assert_close(found["noisy"], noisy, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found["clean"], clean, rtol=1e-4, atol=1e-4)
     assert (noisy - clean).abs().max() > 1e-2
+
+
+def test_bilevel_is_refused_where_its_gradients_would_not_be_averaged(ranks):
+    assert "one of 2" in ranks[0]["bilevel"] and "averaged" in ranks[1]["bilevel"]
