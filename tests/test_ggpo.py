@@ -31,7 +31,7 @@ from peft import get_peft_model_state_dict
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flatlora import GGPOOptimizer, weight_noise
+from flatlora import GGPOOptimizer, row_noise, weight_noise
 
 KINDS = ["gaussian", "low_rank"]
 TWO = {"first": {"r": 2, "lora_alpha": 5}, "second": {"r": 3}}
@@ -330,6 +330,37 @@ def test_row_std_after_several_steps(form, base):
         grad = projected(grad, *tangent_factors(fc(model)))
         step(model, optimizer, x, target)
         assert_rows(only(optimizer.row_std()), expected_std(dense(fc(model))[0], 0.1, 0.5, grad))
+
+
+@pytest.mark.parametrize("together", [1, 1 << 19])
+def test_layers_of_many_forms_each_have_their_own_rows(together, monkeypatch):
+    """Ranks, scalings and shapes differ from layer to layer, and one layer's gradient may be missing."""
+    monkeypatch.setattr(row_noise, "_BATCH", together)
+    patterns = {"rank_pattern": {"q_proj": 2, "gate_proj": 3}, "alpha_pattern": {"v_proj": 3}}
+    model = tiny_llama(torch.float64, layers=3, **patterns)
+    optimizer = ggpo(model, sigma=0.1, beta=5.0)
+    silent = model.base_model.model.model.layers[1].mlp.down_proj
+    gradients = dense_gradients(model, optimizer, lambda model: lm_loss(model, tokens()))
+    lm_loss(model, tokens()).backward()
+    silent.lora_A["default"].weight.grad = None
+    optimizer.step()
+    stds = optimizer.row_std()
+    assert len(stds) == 12
+    for name, module in lora_modules(model).items():
+        grad = None if module is silent else projected(gradients[name], *tangent_factors(module))
+        assert_rows(stds[name], expected_std(dense(module)[0], 0.1, 5.0, grad))
+
+
+def test_a_layer_changed_within_a_step_is_computed_anew():
+    model = tiny_llama(torch.float64)
+    optimizer = ggpo(model, sigma=0.1)
+    before = optimizer.row_std()
+    changed, module = list(lora_modules(model).items())[2]
+    with torch.no_grad():
+        module.lora_B["default"].weight.mul_(3)
+    after = optimizer.row_std()
+    assert_rows(after[changed], expected_std(dense(module)[0], 0.1))
+    assert [name for name in before if not torch.equal(before[name], after[name])] == [changed]
 
 
 def test_float32_gradients_near_a_singular_b_give_finite_rows():

@@ -305,6 +305,18 @@ def test_an_output_that_someone_holds_is_not_written_to():
     torch.testing.assert_close(held[0], F.linear(x, ours.weight, ours.bias))
 
 
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_base_that_is_unfrozen_gets_its_gradient(part):
+    ours = layer()
+    parameter = getattr(ours.base_layer, part).requires_grad_(True)
+    x, upstream = torch.randn(2, 5, 16, dtype=torch.float64), torch.randn(2, 5, 24, dtype=torch.float64)
+    _, grad_x, _ = gradients(ours, x, upstream)
+    found, parameter.grad = parameter.grad, None
+    x.requires_grad_(True)
+    expected = F.linear(x, ours.weight + dense_delta(ours).detach(), ours.bias)
+    torch.testing.assert_close([grad_x, found], list(torch.autograd.grad(expected, [x, parameter], upstream)))
+
+
 def test_copies_and_moves():
     ours = layer(hybrid_r=2)
     x = torch.randn(3, 16, dtype=torch.float64)

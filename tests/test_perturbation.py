@@ -403,6 +403,25 @@ def test_without_noise_the_fused_path_equals_peft(build, config, dtype, autocast
         assert (one - other).norm() <= tolerance * other.norm()
 
 
+@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3), (0,)], ids=str)
+def test_inputs_of_any_leading_shape(shape, bias, dropout, noise, monkeypatch):
+    model = one_layer(bias=bias, lora_dropout=dropout)
+    x = torch.randn(*shape, 7, dtype=torch.float64, requires_grad=True)
+
+    def outcome():
+        torch.manual_seed(5)
+        output = model(x)
+        return [output, *grads_of(output, x, trainable(model))]
+
+    expected = outcome()
+    optimizer = ggpo(model, noise)
+    monkeypatch.setattr(optimizer._noise, "std", lambda rows: torch.zeros(rows.layer.shape[0]))
+    assert_equal(outcome(), expected)
+
+
 @pytest.mark.parametrize(("kind", "tolerance"), [("nf4", 1e-5), ("fp4", 1e-5), ("int8", 3e-2)])
 @pytest.mark.parametrize("noise", KINDS)
 def test_without_noise_quantised_layers_equal_peft(kind, tolerance, noise, monkeypatch):
