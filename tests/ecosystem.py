@@ -35,7 +35,9 @@ def lora_mlp(*, width: int = 32, r: int = 4, dropout: float = 0.0, seed: int = 0
     return get_peft_model(net, config).train()
 
 
-def tiny_llama(*, width: int = 32, quant: str | None = None, dropout: float = 0.0, seed: int = 0) -> PeftModel:
+def tiny_llama(
+    *, width: int = 32, quant: str | None = None, dropout: float = 0.0, seed: int = 0, use_dora: bool = False
+) -> PeftModel:
     """A one-layer Llama with adapters everywhere; `quant` is None, ``"nf4"``, ``"fp4"`` or ``"int8"``."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -51,7 +53,14 @@ def tiny_llama(*, width: int = 32, quant: str | None = None, dropout: float = 0.
     model = LlamaForCausalLM(config)
     if quant is not None:
         quantise(model, quant)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=dropout, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules="all-linear",
+        lora_dropout=dropout,
+        use_dora=use_dora,
+        task_type="CAUSAL_LM",
+    )
     return get_peft_model(model, lora).train()
 
 
