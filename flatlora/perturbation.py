@@ -122,11 +122,10 @@ class _Added(torch.autograd.Function):
                 W = matrix(weight)
                 product = product_of(x, W, bias)
                 # bitsandbytes' layers, whose weight is no float tensor, return the dtype they were given.
-                out = (
-                    product.to(W.dtype if weight is not None else x.dtype)
-                    if out is None
-                    else out + product.to(out.dtype)
-                )
+                if out is not None:
+                    out = out + product.to(out.dtype)
+                else:
+                    out = product.to(x.dtype if weight is None else W.dtype)
                 del W, product
             assert out is not None
             if factors or noise is not None:
@@ -138,13 +137,16 @@ class _Added(torch.autograd.Function):
                 a = torch.cat(a_parts) if len(a_parts) > 1 else a_parts[0]
                 b = torch.cat(b_parts, 1) if len(b_parts) > 1 else b_parts[0]
                 h = x.reshape(-1, x.shape[-1]).to(dtype) @ a.t()
-                flat = out.reshape(-1, out.shape[-1])
+                flat = rows = out.reshape(-1, out.shape[-1])
+                if not (out.is_contiguous() and (in_place or out is not given)):
+                    out = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+                    rows = out.view(flat.shape)
                 if out.dtype != dtype:
-                    out = (flat + h @ b.t()).to(out.dtype).view(out.shape)
-                elif (in_place or out is not given) and out.is_contiguous():
-                    flat.addmm_(h, b.t())
+                    rows.copy_(flat + h @ b.t())
+                elif rows is flat:
+                    rows.addmm_(h, b.t())
                 else:
-                    out = torch.addmm(flat, h, b.t()).view(out.shape)
+                    torch.addmm(flat, h, b.t(), out=rows)
             if out is given:
                 ctx.mark_dirty(out)
         ctx.save_for_backward(weight, a, b, *((x, h) if factors else (None, None)))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from helpers import noise_of
 from peft import GraloraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.gralora.layer import Linear as PeftGraLoRA
 from torch import nn
@@ -670,6 +671,36 @@ def test_ggpo_trains_at_the_perturbed_weight(kind, hybrid):
     assert not torch.allclose(model(x), expected, rtol=1e-2)
     reference = F.linear(x, dense + model[0].delta_weight(), model[0].bias)
     torch.testing.assert_close(model.eval()(x), reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["float64", "bf16", "conv1d", "nf4"])
+@pytest.mark.parametrize("hybrid", [0, 4])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("noise", ["gaussian", "low_rank"])
+def test_ggpo_adds_its_noise_to_any_layer(kind, hybrid, dropout, noise):
+    model = nn.Sequential(layer(kind, m=64, n=64, hybrid_r=hybrid, dropout=dropout))
+    optimizer = GGPOOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), model, sigma=0.5, seed=1, noise=noise)
+    dtype = {"float64": torch.float64, "bf16": torch.bfloat16}.get(kind, torch.float32)
+    x = torch.randn(2, 3, 64, dtype=dtype, requires_grad=True)
+
+    def outcome():
+        torch.manual_seed(1)
+        out = model(x)
+        return out, *torch.autograd.grad(out.float().square().sum() / 2, [x, model[0].gralora_B])
+
+    out, grad_x, grad_B = outcome()
+    with optimizer.noise_as({}):
+        clean, clean_x, clean_B = outcome()
+    assert optimizer._noise.rows["0"].layer.module.training and not torch.equal(grad_B, clean_B)
+    epsilon = noise_of(optimizer, dtype=dtype).double()
+    added = x.detach().double() @ epsilon.t()
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 5e-2}[dtype]  # the loss is in float32
+    assert (out - clean - added).norm() <= tolerance * added.norm()
+    if dropout == 0:
+        base = model[0].base.dense(torch.float32) if kind == "nf4" else model[0].base.float_weight()
+        weight = (base + model[0].delta_weight()).double()
+        for value, g, w in [(out, grad_x, weight + epsilon), (clean, clean_x, weight)]:
+            assert (g - value.double() @ w).norm() <= tolerance * g.norm()
 
 
 def test_an_auxiliary_climbs_beside_the_blocks():

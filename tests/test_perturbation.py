@@ -424,11 +424,13 @@ def test_inputs_of_any_leading_shape(shape, bias, dropout, noise, monkeypatch):
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("nf4", 1e-5), ("fp4", 1e-5), ("int8", 3e-2)])
 @pytest.mark.parametrize("noise", KINDS)
-def test_without_noise_quantised_layers_equal_peft(kind, tolerance, noise, monkeypatch):
-    model = quantised_mlp(kind)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_without_noise_quantised_layers_equal_peft(kind, tolerance, noise, dropout, monkeypatch):
+    model = quantised_mlp(kind, lora_dropout=dropout)
     x = torch.randn(3, 5, 64, requires_grad=True)
 
     def outcome():
+        torch.manual_seed(5)
         output = model(x)
         return [output, *grads_of(output, x, trainable(model))]
 
