@@ -12,7 +12,7 @@ __all__ = ["BaseWeight", "keep_training_layout", "linear_base", "release_layout"
 
 _BLOCK = 1 << 18  # elements of a base weight that are upcast at a time
 _REPACKS = "support_avx512bf16_for_cpu"
-_PLAIN_BASES = {"Conv1D", "Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt"}
+_QUANTISED = {"Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt"}
 
 
 def wide(device: torch.device) -> torch.dtype:
@@ -55,9 +55,11 @@ class BaseWeight:
     def plain(self) -> bool:
         """Whether the module computes ``x·W0ᵀ + bias`` and nothing else, as far as its class tells."""
         cls = type(self.module)
-        if cls.forward is nn.Linear.forward:
-            return True
-        return cls.__name__ in _PLAIN_BASES and cls.__module__.startswith(("bitsandbytes.", "transformers."))
+        if self.kind == "float":
+            return cls.forward is nn.Linear.forward or (
+                cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
+            )
+        return cls.__name__ in _QUANTISED and cls.__module__.startswith("bitsandbytes.")
 
     @property
     def trainable(self) -> bool:

@@ -125,7 +125,7 @@ class GGPOOptimizer(OptimizerWrapper):
 
     @property
     def sigma(self) -> float:
-        """σ, read at the first forward of each step."""
+        """σ; a change is felt at the next forward."""
         return self._noise.sigma
 
     @sigma.setter
@@ -134,7 +134,7 @@ class GGPOOptimizer(OptimizerWrapper):
 
     @property
     def beta(self) -> float:
-        """β, read at the first forward of each step."""
+        """β; a change is felt at the next forward."""
         return self._noise.beta
 
     @beta.setter
@@ -181,7 +181,11 @@ class GGPOOptimizer(OptimizerWrapper):
     def method_state(self) -> dict[str, Any]:
         noise = self._noise
         layers = {
-            name: {"shape": list(rows.layer.shape), "ranks": rows.ranks(), "grad_sq": rows.grad_sq}
+            name: {
+                "shape": list(rows.layer.shape),
+                "ranks": rows.ranks(),
+                "grad_sq": None if rows.grad_sq is None else rows.grad_sq.clone(),  # of a tensor of many layers
+            }
             for name, rows in noise.rows.items()
         }
         form = [noise.kind, noise.rank]

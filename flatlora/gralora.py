@@ -92,7 +92,7 @@ class GraLoRALinear(nn.Module):
         self._held = keep_training_layout(base)
 
     def forward(self, x: Tensor) -> Tensor:
-        own = not torch.compiler.is_compiling() and self.base.kind == "float" and is_transparent(self.base)
+        own = not torch.compiler.is_compiling() and self.base.kind == "float" and is_transparent(self.base, x)
         if own and not self._dropping:
             return self.add_update(None, x)
         # Layers of other libraries may keep their output for backward, or hand out a view of it.

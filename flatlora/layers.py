@@ -112,6 +112,7 @@ class LoRALayer:
         base: its frozen weight.
         shape: (m, n) = (out_features, in_features).
         names: the adapters that this view was asked for; `adapters()` yields all active ones.
+        is_peft: whether the module is PEFT's.
     """
 
     def __init__(self, name: str, module: nn.Module, base: BaseWeight, names: frozenset[str]):

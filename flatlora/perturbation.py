@@ -149,7 +149,7 @@ class _Added(torch.autograd.Function):
                     torch.addmm(flat, h, b.t(), out=rows)
             if out is given:
                 ctx.mark_dirty(out)
-        ctx.save_for_backward(weight, a, b, *((x, h) if factors else (None, None)))
+        ctx.save_for_backward(weight, a, b, *((x, h) if any(ctx.needs_input_grad[9:]) else (None, None)))
         return out
 
     @staticmethod
@@ -157,25 +157,25 @@ class _Added(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         weight, a, b, x, h = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[2] and ctx.matrix is not None:
-            W = ctx.matrix(weight)
-            grad_x = g.to(W.dtype) @ W
-            del W
-        if ctx.needs_input_grad[4]:
-            grad_bias = g.sum(0)
+        grad_x = None
         grads: list[Tensor | None] = [None] * (2 * len(ctx.ranks))
-        if a is not None:
-            g = g.to(a.dtype)
-            gh = g @ b
-            if ctx.needs_input_grad[2]:
-                grad_x = gh @ a if grad_x is None else grad_x.to(a.dtype).addmm_(gh, a)
-            if any(ctx.needs_input_grad[9:]):
-                r = sum(ctx.ranks)
-                grad_a = gh[:, :r].t() @ x.reshape(-1, x.shape[-1]).to(h.dtype)
-                grad_b = g.t() @ h[:, :r]
-                grads[0::2] = grad_a.split(ctx.ranks)
-                grads[1::2] = [part * s for part, s in zip(grad_b.split(ctx.ranks, 1), ctx.scalings, strict=True)]
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_bias = g.sum(0) if ctx.needs_input_grad[4] else None
+            if ctx.needs_input_grad[2] and ctx.matrix is not None:
+                W = ctx.matrix(weight)
+                grad_x = g.to(W.dtype) @ W
+                del W
+            if a is not None:
+                g = g.to(a.dtype)
+                gh = g @ b
+                if ctx.needs_input_grad[2]:
+                    grad_x = gh @ a if grad_x is None else grad_x.to(a.dtype).addmm_(gh, a)
+                if x is not None:
+                    r = sum(ctx.ranks)
+                    grad_a = gh[:, :r].t() @ x.reshape(-1, x.shape[-1]).to(h.dtype)
+                    grad_b = g.t() @ h[:, :r]
+                    grads[0::2] = grad_a.split(ctx.ranks)
+                    grads[1::2] = [part * s for part, s in zip(grad_b.split(ctx.ranks, 1), ctx.scalings, strict=True)]
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
         return grad if ctx.needs_input_grad[0] else None, None, grad_x, None, grad_bias, None, None, None, None, *grads
@@ -227,7 +227,7 @@ class Perturbation:
             return self.original(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         adapters = self.layer.adapters()
-        if self._own_forward is None and len(args) + len(kwargs) == 1 and _fusable(self.layer, adapters):
+        if self._own_forward is None and len(args) + len(kwargs) == 1 and _fusable(self.layer, adapters, x):
             return self._fused(x, extra, adapters)
         out = self.original(*args, **kwargs)
         if not _is_gaussian(extra):
@@ -322,19 +322,26 @@ def _peft_linear_forwards() -> frozenset[Any]:
     return frozenset(kind.forward for kind in kinds if kind is not None)
 
 
-def is_transparent(base: BaseWeight) -> bool:
-    """Whether ``x·W0ᵀ + bias`` may stand for the base's forward: it is frozen, known, and nobody listens in on it."""
-    return base.kind != "opaque" and not base.trainable and base.plain and not _hooked(base.module)
+def is_transparent(base: BaseWeight, x: Tensor) -> bool:
+    """Whether ``x·W0ᵀ + bias`` may stand for the base's forward: it is frozen, known, and nobody listens in on it.
+
+    Nor would it refuse x, as a float layer does one of another dtype.
+    """
+    if base.trainable or not base.plain or _hooked(base.module):
+        return False
+    return base.kind != "float" or x.dtype == base.module.weight.dtype or torch.is_autocast_enabled(x.device.type)
 
 
-def _fusable(layer: LoRALayer, adapters: list[Adapter]) -> bool:
-    """Whether the layer is GraLoRALinear or PEFT's plain LoRA over a known base, with nobody listening in on parts."""
+def _fusable(layer: LoRALayer, adapters: list[Adapter], x: Tensor) -> bool:
+    """Whether the layer is GraLoRALinear or PEFT's plain LoRA right over a known base, with nobody listening in."""
     module: Any = layer.module
-    if not is_transparent(layer.base):
+    if not is_transparent(layer.base, x):
         return False
     if hasattr(module, "add_update"):
         return True
     if not layer.is_peft or not adapters or type(module).forward not in _peft_linear_forwards():
+        return False
+    if module.base_layer is not layer.base.module:  # but another adapter's layer
         return False
     for adapter in adapters:
         name = adapter.name

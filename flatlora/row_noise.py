@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,12 +42,18 @@ class Rows:
 
     def frozen_sq(self) -> Tensor:
         """``‖W0_i‖²`` (m,), computed once unless W0 is not frozen after all."""
-        layer = self.layer
-        if self.base_sq is not None and not (layer.merged or layer.base.trainable):
-            return self.base_sq
-        base_sq = layer.base.row_sq()
-        self.base_sq = None if layer.merged or layer.base.trainable else base_sq
-        return base_sq
+        base = self.layer.base
+        if self.layer.merged or base.trainable:
+            self.base_sq = None
+            return base.row_sq()
+        self.base_sq = base.row_sq() if self.base_sq is None else self.base_sq.to(base.device)
+        return self.base_sq
+
+    def at_hand(self, device: torch.device) -> bool:
+        """Whether all its tensors are whole and on `device`, as those of a sharded layer are in its forward alone."""
+        parameters = self.layer.module.parameters()
+        whole_here = all(p.device == device and p.numel() and not hasattr(p, "full_tensor") for p in parameters)
+        return whole_here and self.layer.base.kind != "opaque"
 
 
 @dataclass
@@ -184,11 +191,14 @@ class RowNoise:
         self._warned = False
 
     def draw(self, layer: LoRALayer) -> Draw | None:
-        if not (self.on and self.sigma > 0 and layer.active and (self.everywhere or layer.module.training)):
+        if not self._perturbs(layer):
             return None
         if self.held is not None:
             return self.held.get(layer.name)
         return Draw(self.kind, self.std(self.rows[layer.name]), self._layer_seed(layer.name), self.rank)
+
+    def _perturbs(self, layer: LoRALayer) -> bool:
+        return self.on and self.sigma > 0 and layer.active and (self.everywhere or layer.module.training)
 
     def _layer_seed(self, name: str) -> int:
         # A function of (seed, step, layer) rather than a running stream: every micro-batch, every recomputation, every
@@ -197,40 +207,49 @@ class RowNoise:
         return int.from_bytes(digest, "little") >> 1
 
     def std(self, rows: Rows) -> Tensor:
-        """Standard deviations (m,) of a layer's rows; all layers' are computed when one is first asked for."""
+        """Standard deviations (m,) of a layer's rows; the first layer asked in a step has others computed with it."""
         if rows.cached is None or rows.cached[0] != self._key(rows):
-            # Out of inference mode, or the first forward of a step under it would leave tensors unfit for autograd.
-            # Nor under autocast, which would round the products.
-            device = rows.layer.base.device
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-                self._compute_stds()
+            with _exact(rows.layer.base.device):
+                self._compute_stds(rows)
         assert rows.cached is not None
         return rows.cached[1]
 
     def _key(self, rows: Rows) -> Any:
         """What the standard deviations follow from."""
         versions = [
-            (a.name, a.scaling, a.A._version, a.B._version, None if a.magnitude is None else a.magnitude._version)
+            (
+                a.name,
+                a.scaling,
+                a.A.device,
+                a.A._version,
+                a.B._version,
+                a.magnitude is not None and a.magnitude._version,
+            )
             for a in rows.layer.adapters()
         ]
         return self.step, self.sigma, self.beta, rows.layer.merged, versions
 
-    def _compute_stds(self) -> None:
-        keys = {name: self._key(rows) for name, rows in self.rows.items()}
-        stale = [rows for rows in self.rows.values() if rows.cached is None or rows.cached[0] != keys[rows.layer.name]]
+    def _compute_stds(self, asked: Rows) -> None:
+        # Of the others those that will be asked themselves and cost no gathering: never a key of a sharded layer, whose
+        # parameters are others within its own forward.
+        device = asked.layer.base.device
+        ready = [r for r in self.rows.values() if r is asked or (self._perturbs(r.layer) and r.at_hand(device))]
+        keys = {rows.layer.name: self._key(rows) for rows in ready}
+        stale = [rows for rows in ready if rows.cached is None or rows.cached[0] != keys[rows.layer.name]]
         for batch in batches(stale):
             row_sq, _ = weight_sq(batch)
-            grads = [row_sq.new_zeros(()) if rows.grad_sq is None else rows.grad_sq for rows in batch.rows]
-            row_sq = row_sq + self.beta * torch.stack([grad.expand(row_sq.shape[1:]) for grad in grads])
+            zero = torch.zeros_like(row_sq[0])
+            grads = [zero if rows.grad_sq is None else rows.grad_sq.to(device) for rows in batch.rows]
+            row_sq = row_sq + self.beta * torch.stack(grads)
             variance = row_sq.mul(self.sigma**2 / batch.rows[0].layer.shape[1])
             stds = variance.nan_to_num(0.0, posinf=0.0).clamp_(min=0.0).sqrt_()
             for rows, std in zip(batch.rows, stds, strict=True):
                 rows.cached = keys[rows.layer.name], std
 
-    @torch.no_grad()
     def observe_gradients(self) -> None:
         """Notes the norms of the gradients at hand for the next step's noise."""
-        noted = [(batch, projected_grad_sq(batch)) for batch in batches(self.rows.values())]
+        with _exact(next(iter(self.rows.values())).layer.base.device):
+            noted = [(batch, projected_grad_sq(batch)) for batch in batches(self.rows.values())]
         self._observed = [(batch, new) for batch, new in noted if new is not None]
         if not self._observed and not self._warned:
             logger.warning("step() found no adapter gradients: the noise goes on without a gradient term")
@@ -246,10 +265,19 @@ class RowNoise:
         sums = [new.sum() for _, new in self._observed]
         finite = torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all()
         for batch, new in self._observed:
-            old = [torch.zeros_like(new[0]) if rows.grad_sq is None else rows.grad_sq for rows in batch.rows]
+            old = [
+                torch.zeros_like(new[0]) if rows.grad_sq is None else rows.grad_sq.to(new.device) for rows in batch.rows
+            ]
             for rows, kept in zip(batch.rows, torch.where(finite.to(new.device), new, torch.stack(old)), strict=True):
                 rows.grad_sq = kept
         self._observed = []
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """Out of inference mode, which leaves tensors unfit for autograd, and of autocast, which rounds products."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _stacked(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from ecosystem import adamw, adapters, difference, frozen, ggpo, lora_mlp, outpu
 from torch.nn.parallel import DistributedDataParallel
 
 import flatlora
+from flatlora.base_weight import BaseWeight
 
 RANKS = 2
 STEPS = 5
@@ -95,15 +96,34 @@ def fsdp(case, rank):
     x = batch(99)[0]
     noisy = model(x).detach().clone()
     model.eval()
+    clean = model(x).detach().clone()
     return {
         "first": first,
         "adapters": whole,
         "row_std": row_std,
         "base": base,
         "noisy": noisy,
-        "clean": model(x).detach().clone(),
+        "clean": clean,
         "held": held,
+        "reads": reads(model.train(), optimizer, x),
     }
+
+
+def reads(model, optimizer, x):
+    """Whether the base weight was sharded, each time that it was read in the two micro-batches of a step."""
+    found = []
+    original = BaseWeight.apply_rows
+
+    def counted(self, *args):
+        found.append(hasattr(self.module.weight, "full_tensor"))
+        return original(self, *args)
+
+    optimizer._noise.step += 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BaseWeight, "apply_rows", counted)
+        for _ in range(2):
+            model(x).square().mean().backward()
+    return found
 
 
 def refusal():
@@ -182,6 +202,7 @@ def test_without_a_seed_it_is_not_that_of_another_rank(ranks):
 def test_fsdp2_is_one_process_on_the_whole_batch(ranks, case):
     found = same_on_both(ranks, case)
     assert set(found["held"]) == {"DTensor"}
+    assert found["reads"] == [False, False]  # two layers, each once in a step, and never gathered for it
     model, optimizer, std = alone(case)
     torch.testing.assert_close(found["first"], std)
     torch.testing.assert_close(found["adapters"], adapters(model), rtol=1e-4, atol=1e-5)

@@ -32,6 +32,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatlora import GGPOOptimizer, row_noise, weight_noise
+from flatlora.base_weight import BaseWeight
 
 KINDS = ["gaussian", "low_rank"]
 TWO = {"first": {"r": 2, "lora_alpha": 5}, "second": {"r": 3}}
@@ -349,6 +350,52 @@ def test_layers_of_many_forms_each_have_their_own_rows(together, monkeypatch):
     for name, module in lora_modules(model).items():
         grad = None if module is silent else projected(gradients[name], *tangent_factors(module))
         assert_rows(stds[name], expected_std(dense(module)[0], 0.1, 5.0, grad))
+
+
+def test_layers_are_read_in_their_own_forward_where_their_weights_come_for_it():
+    """As in block swapping: a weight is there while its layer runs, and at the step."""
+    model = tiny_llama(torch.float64, layers=2)
+    stored = {module: module.get_base_layer().weight.data for module in lora_modules(model).values()}
+
+    def bring(module, *_):
+        module.get_base_layer().weight.data = stored[module]
+
+    def take(module, *_):
+        module.get_base_layer().weight.data = torch.empty(0, 0, dtype=torch.float64)
+
+    optimizer = ggpo(model, sigma=0.1, beta=5.0)
+    expected = model(input_ids=tokens()).logits
+    optimizer._noise.step += 1
+    for module in stored:
+        take(module)
+        module.register_forward_pre_hook(bring)
+        module.register_forward_hook(take)
+    assert not torch.equal(model(input_ids=tokens()).logits, expected)
+    optimizer._noise.step -= 1
+    torch.testing.assert_close(model(input_ids=tokens()).logits, expected)
+
+
+def test_layers_that_are_not_perturbed_are_not_read(monkeypatch):
+    model = tiny_llama(layers=2)
+    optimizer = ggpo(model)
+    asked = []
+    original = BaseWeight.apply_rows
+    monkeypatch.setattr(BaseWeight, "apply_rows", lambda self, x, *rest: asked.append(1) or original(self, x, *rest))
+    model.base_model.model.model.layers[1].eval()
+    for _ in range(3):
+        model(input_ids=tokens())
+    assert len(asked) == len(optimizer._noise.rows) // 2
+
+
+def test_a_model_that_is_moved_or_cast_takes_its_noise_along():
+    model = tiny_llama(layers=1)
+    optimizer = ggpo(model, 1e-2, torch.optim.AdamW, sigma=0.1, beta=5.0)
+    lm_loss(model, tokens()).backward()
+    optimizer.step()
+    model.double()
+    lm_loss(model, tokens()).backward()
+    state = optimizer.state_dict()["flatlora"]["GGPOOptimizer"]["layers"]
+    assert all(one["grad_sq"].untyped_storage().nbytes() == 8 * one["shape"][0] for one in state.values())
 
 
 def test_a_layer_changed_within_a_step_is_computed_anew():

@@ -306,6 +306,19 @@ def test_an_output_that_someone_holds_is_not_written_to():
     torch.testing.assert_close(held[0], F.linear(x, ours.weight, ours.bias))
 
 
+def test_an_int8_matmul_of_a_float_weight_is_not_bypassed():
+    base = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=True)
+    x = torch.randn(3, 64)
+    assert torch.equal(GraLoRALinear(base, r=8, k=4)(x), base(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_an_input_that_the_base_refuses_is_refused(training, dropout):
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer("float32", dropout=dropout).train(training)(torch.randn(3, 16, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("part", ["weight", "bias"])
 def test_a_base_that_is_unfrozen_gets_its_gradient(part):
     ours = layer()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    MLP,
     IntLinear,
     ModuleLoRA,
     Net,
@@ -21,6 +22,7 @@ from helpers import (
     tokens,
     trainable,
 )
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from flatlora import GGPOOptimizer, remove_perturbation
@@ -401,6 +403,45 @@ def test_without_noise_the_fused_path_equals_peft(build, config, dtype, autocast
     assert calls
     for one, other in zip(found, expected, strict=True):
         assert (one - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize("noise", KINDS)
+def test_backward_under_autocast_is_that_outside(noise):
+    model = one_layer().float()
+    ggpo(model, noise)
+    x = torch.randn(5, 7, requires_grad=True)
+
+    def gradients(autocast):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(x).float().square().mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return grads_of(loss, x, trainable(model))
+
+    assert_equal(gradients(True), gradients(False))
+
+
+@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("training", [True, False])
+def test_an_input_that_the_base_refuses_is_refused(noise, training):
+    model = one_layer().float().train(training)
+    ggpo(model, noise)
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(torch.randn(5, 7, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("noise", KINDS)
+def test_another_adapter_between_layer_and_base_still_counts(noise):
+    model = get_peft_model(MLP().double(), LoHaConfig(r=2, target_modules=["up"]), adapter_name="inner", mixed=True)
+    model.add_adapter("outer", LoraConfig(r=4, target_modules=["up"], init_lora_weights=False))
+    model.base_model.set_adapter(["inner", "outer"])
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    model.double().train()
+    x = torch.randn(5, 16, dtype=torch.float64)
+    expected = model(x)
+    params = [p for name, p in model.named_parameters() if "lora_" in name]
+    GGPOOptimizer(torch.optim.SGD(params, 0.1), model, sigma=1e-12, noise=noise)
+    torch.testing.assert_close(model(x), expected)
 
 
 @pytest.mark.parametrize("noise", KINDS)
