@@ -387,13 +387,11 @@ def test_layers_that_are_not_perturbed_are_not_read(monkeypatch):
     assert len(asked) == len(optimizer._noise.rows) // 2
 
 
-def test_a_model_that_is_moved_or_cast_takes_its_noise_along():
-    model = tiny_llama(layers=1)
-    optimizer = ggpo(model, 1e-2, torch.optim.AdamW, sigma=0.1, beta=5.0)
+def test_each_layers_state_is_a_tensor_of_its_own():
+    model = tiny_llama(layers=2)
+    optimizer = ggpo(model)
     lm_loss(model, tokens()).backward()
     optimizer.step()
-    model.double()
-    lm_loss(model, tokens()).backward()
     state = optimizer.state_dict()["flatlora"]["GGPOOptimizer"]["layers"]
     assert all(one["grad_sq"].untyped_storage().nbytes() == 8 * one["shape"][0] for one in state.values())
 
