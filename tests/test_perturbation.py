@@ -443,13 +443,8 @@ def test_another_adapter_between_layer_and_base_still_counts(noise):
     torch.testing.assert_close(model(x), expected)
 
 
-@pytest.mark.parametrize("noise", KINDS)
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3), (0,)], ids=str)
-def test_inputs_of_any_leading_shape(shape, bias, dropout, noise, monkeypatch):
-    model = one_layer(bias=bias, lora_dropout=dropout)
-    x = torch.randn(*shape, 7, dtype=torch.float64, requires_grad=True)
+def fused_and_pefts(model, x, noise, monkeypatch):
+    """Output and gradients with noise of size zero, and without a perturbation; the same elements are dropped."""
 
     def outcome():
         torch.manual_seed(5)
@@ -459,25 +454,25 @@ def test_inputs_of_any_leading_shape(shape, bias, dropout, noise, monkeypatch):
     expected = outcome()
     optimizer = ggpo(model, noise)
     monkeypatch.setattr(optimizer._noise, "std", lambda rows: torch.zeros(rows.layer.shape[0]))
-    assert_equal(outcome(), expected)
+    return outcome(), expected
+
+
+@pytest.mark.parametrize("noise", KINDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3), (0,)], ids=str)
+def test_inputs_of_any_leading_shape(shape, bias, dropout, noise, monkeypatch):
+    x = torch.randn(*shape, 7, dtype=torch.float64, requires_grad=True)
+    assert_equal(*fused_and_pefts(one_layer(bias=bias, lora_dropout=dropout), x, noise, monkeypatch))
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("nf4", 1e-5), ("fp4", 1e-5), ("int8", 3e-2)])
 @pytest.mark.parametrize("noise", KINDS)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_without_noise_quantised_layers_equal_peft(kind, tolerance, noise, dropout, monkeypatch):
-    model = quantised_mlp(kind, lora_dropout=dropout)
     x = torch.randn(3, 5, 64, requires_grad=True)
-
-    def outcome():
-        torch.manual_seed(5)
-        output = model(x)
-        return [output, *grads_of(output, x, trainable(model))]
-
-    expected = outcome()
-    optimizer = ggpo(model, noise)
-    monkeypatch.setattr(optimizer._noise, "std", lambda rows: torch.zeros(rows.layer.shape[0]))
-    for one, other in zip(outcome(), expected, strict=True):
+    model = quantised_mlp(kind, lora_dropout=dropout)
+    for one, other in zip(*fused_and_pefts(model, x, noise, monkeypatch), strict=True):
         assert (one - other).norm() <= tolerance * other.norm()  # int8 also rounds its input, where it computes itself
 
 
