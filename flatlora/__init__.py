@@ -1,13 +1,14 @@
 """Drop-in optimizers for LoRA fine-tuning that generalises."""
 
-from .batches import split_dataset
-from .bilevel import BilevelOptimizer, BilevelStep
+from .bidora.data import split_dataset
+from .bidora.optimizer import BilevelOptimizer, BilevelStep
+from .bidora.parameters import direction_parameters, magnitude_parameters
 from .bilora import BiLoRAOptimizer, attach_auxiliary, detach_auxiliary
-from .dora import direction_parameters, magnitude_parameters
-from .ggpo import GGPOOptimizer
-from .gralora import GraLoRALinear, apply_gralora, merge_gralora, unload_gralora
-from .gralora_io import load_gralora, save_gralora
-from .layers import LoRALayer, lora_layers
+from .ggpo.optimizer import GGPOOptimizer
+from .gralora.files import load_gralora, save_gralora
+from .gralora.layer import GraLoRALinear
+from .gralora.transform import apply_gralora, merge_gralora, unload_gralora
+from .layers.view import LoRALayer, lora_layers
 from .perturbation import remove_perturbation
 from .sharpness import NoiseRise, noise_rise, weight_noise, worst_case_rise
 from .wrapper import OptimizerWrapper

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .base_weight import keep_training_layout, release_layout, whole, wide
-from .layers import Adapter, LoRALayer, lora_layers, plain_name, shared_seed
+from .layers.adapter import Adapter
+from .layers.base import keep_training_layout, release_layout, whole, wide
+from .layers.view import LoRALayer, lora_layers, plain_name
 from .perturbation import Perturbation, stacked
+from .streams import shared_seed
 from .wrapper import OptimizerWrapper
 
 __all__ = ["BiLoRAOptimizer", "attach_auxiliary", "detach_auxiliary"]

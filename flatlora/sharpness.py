@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base_weight import keep_training_layout, release_layout
-from .layers import Adapter, LoRALayer, lora_layers
+from .ggpo.noise import RowNoise
+from .layers.adapter import Adapter
+from .layers.base import keep_training_layout, release_layout
+from .layers.view import LoRALayer, lora_layers
 from .perturbation import Perturbation
-from .row_noise import RowNoise
 
 __all__ = ["NoiseRise", "noise_rise", "weight_noise", "worst_case_rise"]
 

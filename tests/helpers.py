@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from flatlora.perturbation import draw_gaussian, draw_low_rank
+from flatlora.kernels.draw import draw_gaussian, draw_low_rank
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")

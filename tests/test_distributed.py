@@ -14,7 +14,7 @@ from ecosystem import adamw, adapters, difference, frozen, ggpo, lora_mlp, outpu
 from torch.nn.parallel import DistributedDataParallel
 
 import flatlora
-from flatlora.base_weight import BaseWeight
+from flatlora.layers.base import BaseWeight
 
 RANKS = 2
 STEPS = 5

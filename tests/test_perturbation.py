@@ -26,7 +26,7 @@ from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from flatlora import GGPOOptimizer, remove_perturbation
-from flatlora.perturbation import Draw, draw_gaussian, draw_low_rank
+from flatlora.kernels.draw import Draw, draw_gaussian, draw_low_rank
 
 KINDS = ["gaussian", "low_rank"]
 TWO = {"first": {"r": 2, "lora_alpha": 5}, "second": {"r": 3}}

@@ -24,8 +24,8 @@ from flatlora import (
     magnitude_parameters,
     split_dataset,
 )
-from flatlora.base_weight import BaseWeight
-from flatlora.orthogonality import add_orthogonality_gradient, orthogonality
+from flatlora.bidora.orthogonality import add_orthogonality_gradient, orthogonality
+from flatlora.layers.base import BaseWeight
 
 SGD = torch.optim.SGD
 

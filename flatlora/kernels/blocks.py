@@ -1,8 +1,9 @@
 """Products with a grid of k×k low-rank blocks, as GraLoRA's update is.
 
-``A`` is stored as (k, n/k, r) and ``B`` as (k, r, m/k), see `flatlora.layers.block_factors`. On a CPU the six products
-of a training step run nearly as fast per operation as the large ones beside them, so their arithmetic, that of a LoRA
-of rank r, bounds what the adapter costs. Folding ΔW into a copy of W0 would save two and cost as much in writing.
+``A`` is stored as (k, n/k, r) and ``B`` as (k, r, m/k), as `block_factors` of `flatlora.layers.adapter` reads them. On
+a CPU the six products of a training step run nearly as fast per operation as the large ones beside them, so their
+arithmetic, that of a LoRA of rank r, bounds what the adapter costs. Folding ΔW into a copy of W0 would save two and
+cost as much in writing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .perturbation import compute_dtype, product_of
+from .low_rank import compute_dtype, product_of
 
 __all__ = ["AddBlocks", "add_blocks"]
 

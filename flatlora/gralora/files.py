@@ -11,16 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base_weight import linear_base, whole
-from .gralora import (
-    GraLoRALinear,
-    check_fresh,
-    gralora_layers,
-    install,
-    saved_modules,
-)
-from .layers import plain_name
+from ..layers.base import linear_base, whole
+from ..layers.view import plain_name
+from .layer import GraLoRALinear
 from .targets import check_blocks, check_numbers, find_saved
+from .transform import check_fresh, gralora_layers, install, saved_modules
 
 __all__ = ["load_gralora", "save_gralora"]
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .batches import RandomStreams, private_streams
-from .ggpo import GGPOOptimizer
-from .wrapper import OptimizerWrapper
+from ..ggpo.optimizer import GGPOOptimizer
+from ..streams import RandomStreams, private_streams
+from ..wrapper import OptimizerWrapper
 
 Values = dict[Tensor, Tensor]  # of parameters, or their gradients
 

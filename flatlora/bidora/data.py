@@ -1,60 +1,16 @@
-"""Endless batches whose order a seed and a position determine, and random streams that can be replayed."""
+"""Endless batches whose order a seed and a position determine."""
 
 from __future__ import annotations
 
-import hashlib
-import random
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Batches", "RandomStreams", "derived_seed", "private_streams", "split_dataset", "to_device"]
+from ..streams import derived_seed, private_streams
 
-
-class RandomStreams:
-    """Where the global random streams stand at one moment: torch's on the CPU and on `devices`, Python's, NumPy's."""
-
-    def __init__(self, devices: Iterable[torch.device] = ()):
-        self._cpu = torch.get_rng_state()
-        self._cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices if device.type == "cuda"]
-        self._python = random.getstate()
-        self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda:
-            torch.cuda.set_rng_state(state, device)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-
-
-@contextmanager
-def private_streams(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """Within the context the global streams start from `seed`; afterwards they are as if it had not been entered."""
-    devices = list(devices)
-    before = RandomStreams(devices)
-    try:
-        torch.default_generator.manual_seed(seed)
-        for device, _ in before._cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        random.seed(seed)
-        if before._numpy is not None:
-            sys.modules["numpy"].random.seed(seed % 2**32)
-        yield
-    finally:
-        before.restore()
-
-
-def derived_seed(*parts: object) -> int:
-    """A seed that is a function of `parts`, so that nothing but them has to be kept to draw the same again."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+__all__ = ["Batches", "split_dataset", "to_device"]
 
 
 class Batches:

@@ -31,8 +31,9 @@ from peft import get_peft_model_state_dict
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flatlora import GGPOOptimizer, row_noise, weight_noise
-from flatlora.base_weight import BaseWeight
+from flatlora import GGPOOptimizer, weight_noise
+from flatlora.ggpo import rows as row_algebra
+from flatlora.layers.base import BaseWeight
 
 KINDS = ["gaussian", "low_rank"]
 TWO = {"first": {"r": 2, "lora_alpha": 5}, "second": {"r": 3}}
@@ -336,7 +337,7 @@ def test_row_std_after_several_steps(form, base):
 @pytest.mark.parametrize("together", [1, 1 << 19])
 def test_layers_of_many_forms_each_have_their_own_rows(together, monkeypatch):
     """Ranks, scalings and shapes differ from layer to layer, and one layer's gradient may be missing."""
-    monkeypatch.setattr(row_noise, "_BATCH", together)
+    monkeypatch.setattr(row_algebra, "_BATCH", together)
     patterns = {"rank_pattern": {"q_proj": 2, "gate_proj": 3}, "alpha_pattern": {"v_proj": 3}}
     model = tiny_llama(torch.float64, layers=3, **patterns)
     optimizer = ggpo(model, sigma=0.1, beta=5.0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base_weight import BaseWeight, whole
-from .layers import Adapter, LoRALayer
+from ..layers.adapter import Adapter
+from ..layers.base import BaseWeight, whole
+from ..layers.view import LoRALayer
 
 __all__ = ["add_orthogonality_gradient", "orthogonality"]
 

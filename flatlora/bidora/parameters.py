@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .base_weight import whole
+from ..layers.base import whole
 
 __all__ = ["check_levels", "direction_parameters", "is_peft", "magnitude_parameters", "reset_directions"]
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .batches import Batches, derived_seed, to_device
-from .dora import reset_directions
-from .layers import LoRALayer
+from ..layers.view import LoRALayer
+from ..streams import derived_seed
+from .data import Batches, to_device
+from .levels import TwoLevels
 from .loop import LoopWatch
 from .orthogonality import add_orthogonality_gradient
+from .parameters import reset_directions
 from .passes import Noise, batch_loss, check_one_process, devices_of, finite
-from .two_levels import TwoLevels
 
 __all__ = ["Retraining"]
 

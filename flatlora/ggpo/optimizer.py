@@ -11,11 +11,14 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .base_weight import keep_training_layout, release_layout
-from .layers import LoRALayer, lora_layers, shared_seed
-from .perturbation import Draw, Perturbation, stacked
-from .row_noise import RowNoise, Rows
-from .wrapper import OptimizerWrapper
+from ..kernels.draw import Draw
+from ..layers.base import keep_training_layout, release_layout
+from ..layers.view import LoRALayer, lora_layers
+from ..perturbation import Perturbation, stacked
+from ..streams import shared_seed
+from ..wrapper import OptimizerWrapper
+from .noise import RowNoise
+from .rows import Rows
 
 __all__ = ["GGPOOptimizer"]
 

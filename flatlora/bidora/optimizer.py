@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .base_weight import keep_training_layout, release_layout
-from .batches import Batches, RandomStreams, derived_seed
-from .dora import check_levels, is_peft
-from .layers import LoRALayer, lora_layers, shared_seed
+from ..layers.base import keep_training_layout, release_layout
+from ..layers.view import LoRALayer, lora_layers
+from ..streams import RandomStreams, derived_seed, shared_seed
+from .data import Batches
 from .loop import LoopWatch
 from .orthogonality import add_orthogonality_gradient
+from .parameters import check_levels, is_peft
 from .passes import (
     Noise,
     TrainPass,
@@ -33,7 +34,7 @@ from .passes import (
     norm_of,
     traceless,
 )
-from .retraining import Retraining
+from .phase_two import Retraining
 
 __all__ = ["BilevelOptimizer", "BilevelStep"]
 
@@ -87,7 +88,7 @@ class BilevelOptimizer(Retraining):
         upper: a built optimizer of the magnitudes.
         model: the model. Without PEFT adapters any two-level problem will do, whatever `lower` and `upper` hold.
         train_dataloader: batches of the lower level, cycled for ever and reshuffled each epoch (see
-            `flatlora.batches.Batches`). None if a loop of another, such as the Hugging Face Trainer, does forward and
+            `flatlora.bidora.data.Batches`). None if another's loop, such as the Hugging Face Trainer, runs forward and
             backward of the training batches itself and calls `step()`; see below.
         val_dataloader: batches of the upper level.
         loss_fn: ``loss_fn(model, batch)`` returns a scalar tensor; by default ``model(**batch).loss``.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import RandomStreams
+from ..streams import RandomStreams
 from .passes import TrainPass, devices_of, model_loss
 
 __all__ = ["LoopWatch"]

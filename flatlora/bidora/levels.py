@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .wrapper import STATE_KEY
+from ..wrapper import STATE_KEY
 
 __all__ = ["TwoLevels"]
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flatlora import lora_layers
-from flatlora.base_weight import BaseWeight
+from flatlora.layers.base import BaseWeight
 
 
 def test_finds_every_adapted_layer_of_a_llama():

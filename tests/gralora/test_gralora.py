@@ -34,9 +34,9 @@ from flatlora import (
     save_gralora,
     unload_gralora,
 )
-from flatlora.base_weight import linear_base
-from flatlora.perturbation import draw_gaussian
-from flatlora.row_noise import Rows, batches, projected_grad_sq, weight_sq
+from flatlora.ggpo.rows import Rows, batches, projected_grad_sq, weight_sq
+from flatlora.kernels.draw import draw_gaussian
+from flatlora.layers.base import linear_base
 
 bnb = pytest.importorskip("bitsandbytes")
 warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")

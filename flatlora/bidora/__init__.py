@@ -1,0 +1,1 @@
+"""BiDoRA: magnitude and direction on two levels."""

@@ -1,0 +1,1 @@
+"""LoRA-GGPO: train under weight noise."""

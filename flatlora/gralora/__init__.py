@@ -1,0 +1,1 @@
+"""GraLoRA: block-wise low rank."""

@@ -1,0 +1,163 @@
+"""GraLoRA: one low-rank adapter per block of the weight, so that the update's rank is k times that of LoRA."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.blocks import AddBlocks, add_blocks
+from ..kernels.low_rank import add_low_rank, compute_dtype
+from ..layers.adapter import block_factors
+from ..layers.base import BaseWeight, keep_training_layout, linear_base
+from ..perturbation import is_transparent
+from .targets import check_blocks, check_numbers
+
+__all__ = ["GraLoRALinear"]
+
+
+class GraLoRALinear(nn.Module):
+    """A frozen linear layer whose weight (m, n) gets an own low-rank adapter in each of its k×k blocks.
+
+    GraLoRA (arXiv:2505.20355, Section 3) adds ``ΔW_ij = s·B_ij·A_ij`` to block row i, block column j, with ``A_ij``
+    (r/k, n/k), ``B_ij`` (m/k, r/k) and ``s = alpha / (r + hybrid_r)``: the parameters and the arithmetic of a LoRA of
+    rank r, an update of rank up to k·r, and an outlier among the inputs reaches the adapters of its own block column
+    alone. A hybrid has a plain LoRA of rank `hybrid_r` beside the blocks.
+
+    Parameters are named, shaped and initialised as PEFT's: ``gralora_A`` (k, n/k, r), Kaiming-uniform, ``gralora_B``
+    (k, r, m/k), zero; of a hybrid ``gralora_A_general.weight`` (hybrid_r, n) and ``gralora_B_general.weight``
+    (m, hybrid_r). They are float32, or float64 where the base is.
+
+    Args:
+        base: `nn.Linear`, `Conv1D`, or bitsandbytes' `Linear4bit` or `Linear8bitLt`. It is frozen and kept as it is.
+        r: rank of the whole; each block has ``r / k``.
+        k: blocks along each side of the weight. The paper takes 2 up to rank 32, and 4 from rank 64.
+        alpha: numerator of the scaling.
+        hybrid_r: rank of the plain LoRA beside the blocks.
+        dropout: probability of dropping an element of the adapters' input while training.
+
+    Raises:
+        ValueError: r, m or n is not divisible by k; a number out of its range.
+        TypeError: `base` is no such layer.
+    """
+
+    base_layer: Any
+    gralora_A_general: Any
+    gralora_B_general: Any
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        r: int = 32,
+        k: int = 4,
+        alpha: float = 64,
+        hybrid_r: int = 0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        check_numbers(r, k, alpha, hybrid_r, dropout)
+        weight = linear_base(base)
+        if weight is None:
+            raise TypeError(f"base must be nn.Linear, Conv1D, Linear4bit or Linear8bitLt, got {type(base).__name__}")
+        m, n = weight.shape
+        check_blocks({"base": base}, r, k)
+        self.base_layer = base.requires_grad_(False)
+        self.r, self.k, self.alpha, self.hybrid_r = r, k, alpha, hybrid_r
+        self.scaling = alpha / (r + hybrid_r)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+
+        like: Any = base.weight
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        # Drawn from the global stream in PEFT's order: the same seed gives the same adapter.
+        rows = [_kaiming(torch.empty(r, n // k)) for _ in range(k)]
+        self.gralora_A = nn.Parameter(torch.stack(rows).mT.contiguous().to(like.device, dtype))
+        self.gralora_B = nn.Parameter(torch.zeros(k, r, m // k, device=like.device, dtype=dtype))
+        self.gralora_A_general = self.gralora_B_general = None
+        if hybrid_r:
+            self.gralora_A_general = nn.Linear(n, hybrid_r, bias=False)
+            self.gralora_B_general = nn.Linear(hybrid_r, m, bias=False)
+            _kaiming(self.gralora_A_general.weight)
+            nn.init.zeros_(self.gralora_B_general.weight)
+            self.gralora_A_general.to(like.device, dtype)
+            self.gralora_B_general.to(like.device, dtype)
+        self._held = keep_training_layout(base)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = not torch.compiler.is_compiling() and self.base.kind == "float" and is_transparent(self.base, x)
+        if own and not self._dropping:
+            return self.add_update(None, x)
+        # Layers of other libraries may keep their output for backward, or hand out a view of it.
+        return self.add_update(self.base_layer(x), x, in_place=own and type(self.base_layer) is nn.Linear)
+
+    def add_update(self, out: Tensor | None, x: Tensor, in_place: bool = False) -> Tensor:
+        """``out + x·ΔWᵀ`` for x (..., n) and out (..., m), in the dtype of `out`; into `out` itself if `in_place`.
+
+        Without `out` it is the base's output, which saves a temporary; the base must be float, and x not dropped.
+        """
+        dtype = compute_dtype(x, self.gralora_A.dtype)
+        A, B = self.gralora_A, self.gralora_B
+        if torch.compiler.is_compiling():
+            assert out is not None
+            out = add_blocks(out, self._dropped(x), A, B, self.scaling, dtype)
+        else:
+            weight = None if out is not None else self.base.float_weight()
+            bias = None if out is not None else self.base_layer.bias
+            out = AddBlocks.apply(out, in_place, self._dropped(x), weight, bias, A, B, self.scaling, dtype)
+        if self.gralora_A_general is None:
+            return out
+        kept, A, B = self._dropped(x), self.gralora_A_general.weight, self.gralora_B_general.weight
+        if torch.compiler.is_compiling():
+            return out + (self.scaling * (kept.to(dtype) @ A.t().to(dtype) @ B.t().to(dtype))).to(out.dtype)
+        return add_low_rank(out, kept, True, dtype, (self.scaling,), A, B)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """Input of one part of the adapter: blocks and hybrid drop elements each on their own, as in PEFT."""
+        return self.dropout(x.to(self.gralora_A.dtype)) if self._dropping else x
+
+    @property
+    def _dropping(self) -> bool:
+        return self.training and isinstance(self.dropout, nn.Dropout)
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """ΔW of shape (m, n), in the adapter's dtype."""
+        A, B = block_factors(self.gralora_A, self.gralora_B)
+        delta = (B @ A).transpose(1, 2).reshape(self.out_features, self.in_features)
+        if self.gralora_A_general is not None:
+            delta = delta + self.gralora_B_general.weight @ self.gralora_A_general.weight
+        return delta * self.scaling
+
+    @property
+    def base(self) -> BaseWeight:
+        base = linear_base(self.base_layer)
+        assert base is not None
+        return base
+
+    # What models read off their linear layers.
+    @property
+    def in_features(self) -> int:
+        return self.k * self.gralora_A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.k * self.gralora_B.shape[2]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, without the update."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def extra_repr(self) -> str:
+        hybrid = f", hybrid_r={self.hybrid_r}" if self.hybrid_r else ""
+        return f"{self.in_features} -> {self.out_features}, r={self.r}, k={self.k}, alpha={self.alpha}{hybrid}"
+
+
+def _kaiming(weight: Tensor) -> Tensor:
+    return nn.init.kaiming_uniform_(weight, a=math.sqrt(5))

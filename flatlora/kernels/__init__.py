@@ -1,0 +1,1 @@
+"""Autograd functions, each beside its plain reference."""

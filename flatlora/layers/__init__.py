@@ -1,0 +1,1 @@
+"""Adapted linear layers in any model: finding them, and reading their adapters and base weights."""

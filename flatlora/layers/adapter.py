@@ -1,0 +1,75 @@
+"""One low-rank adapter of a layer, however it is stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .base import whole
+
+__all__ = ["Adapter", "block_factors"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One active low-rank adapter of a layer: it adds ``scaling · B·A`` to the weight.
+
+    `A` is (r, n), `B` is (m, r); the parameters behind them may be stored the other way around. GraLoRA's are a grid of
+    k×k blocks, `A` (k, k, r/k, n/k) and `B` (k, k, m/k, r/k), and add ``scaling · B_ij·A_ij`` to block row i, column j.
+    `magnitude` is DoRA's (m,) vector or None. `dropout` acts on the adapter's input.
+    """
+
+    name: str
+    A: Tensor
+    B: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+    dropout: nn.Module | None = None
+    A_param: nn.Parameter | None = None
+    B_param: nn.Parameter | None = None
+
+    @property
+    def has_grads(self) -> bool:
+        return all(param is not None and param.grad is not None for param in (self.A_param, self.B_param))
+
+    def grads(self) -> tuple[Tensor, Tensor]:
+        """(∂L/∂A, ∂L/∂B) in the shapes of A and B; both must be there."""
+        assert self.A_param is not None and self.B_param is not None
+        assert self.A_param.grad is not None and self.B_param.grad is not None
+        grad_a, grad_b = whole(self.A_param.grad), whole(self.B_param.grad)
+        if self.A.dim() == 4:
+            return block_factors(grad_a, grad_b)
+        return (
+            grad_a if grad_a.shape == self.A.shape else grad_a.t(),
+            grad_b if grad_b.shape == self.B.shape else grad_b.t(),
+        )
+
+    @property
+    def k(self) -> int:
+        """Blocks along each side of the weight: 1 for all but GraLoRA."""
+        return self.A.shape[0] if self.A.dim() == 4 else 1
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[-2] * self.k
+
+    def blocks(self, k: int) -> tuple[Tensor, Tensor]:
+        """A (k, k, q, n/k) and B (k, k, m/k, q) of every block of a k×k grid; k is a multiple of the adapter's own."""
+        A, B = (whole(factor)[(None,) * (4 - factor.dim())] for factor in (self.A, self.B))
+        pieces = k // self.k
+        if pieces == 1:
+            return A, B
+        A = A.unflatten(3, (pieces, -1)).movedim(3, 2).flatten(1, 2)
+        B = B.unflatten(2, (pieces, -1)).movedim(2, 1).flatten(0, 1)
+        return A.repeat_interleave(pieces, 0), B.repeat_interleave(pieces, 1)
+
+
+def block_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """GraLoRA's factors block by block, as views: A (k, n/k, r) as (k, k, r/k, n/k), B (k, r, m/k) as (k, k, m/k, r/k).
+
+    [i, j] is the block in block row i and block column j. Stored, A has one matrix per block column, whose r columns
+    belong to the block rows in turn; B has one per block row, whose r rows belong to the block columns in turn.
+    """
+    k = A.shape[0]
+    return A.unflatten(2, (k, -1)).permute(2, 0, 3, 1), B.unflatten(1, (k, -1)).transpose(2, 3)
