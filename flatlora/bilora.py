@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -234,6 +235,27 @@ class BiLoRAOptimizer(OptimizerWrapper):
         """``sqrt(Σ_layers ‖s2·B2·A2‖_F²)`` at present; never above ρ after a step."""
         return float(_norm(self._auxiliaries()))
 
+    def perturbation_parameters(self) -> list[Tensor]:
+        return [p for A, B, _ in self._auxiliaries().values() for p in (A, B)]
+
+    def current_perturbation(self) -> list[Tensor]:
+        """The values of the auxiliaries' parameters."""
+        return [p.detach().clone() for p in self.perturbation_parameters()]
+
+    @contextmanager
+    def perturbed_as(self, perturbation: list[Tensor]) -> Iterator[None]:
+        """Within the context the auxiliaries have these values."""
+        params = self.perturbation_parameters()
+        held = self.current_perturbation()
+        try:
+            _assign(params, perturbation)
+            yield
+        finally:
+            _assign(params, held)
+
+    def unperturbed(self) -> AbstractContextManager[None]:
+        return self.perturbed_as([torch.zeros_like(p) for p in self.perturbation_parameters()])
+
     def _auxiliaries(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         if self._triples is not None:
             return self._triples
@@ -309,6 +331,12 @@ class BiLoRAOptimizer(OptimizerWrapper):
         for name, (A, B, _) in self._auxiliaries().items():
             A.copy_(state["layers"][name]["A"])
             B.copy_(state["layers"][name]["B"])
+
+
+@torch.no_grad()
+def _assign(params: list[Tensor], values: list[Tensor]) -> None:
+    for p, value in zip(params, values, strict=True):
+        p.copy_(value)
 
 
 def _attached(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:

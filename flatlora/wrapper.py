@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["OptimizerWrapper"]
+from . import checks
+
+__all__ = ["Method", "OptimizerWrapper", "chain"]
 
 STATE_KEY = "flatlora"
 
 
-class OptimizerWrapper(Optimizer):
+class Method:
+    """What every method has beside its steps: a part in the checkpoint, and numbers to watch."""
+
+    def method_state(self) -> dict[str, Any]:
+        """The method's own part of the checkpoint: plain Python numbers, strings, dicts and tensors."""
+        return {}
+
+    def check_method_state(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if `state` is incomplete or of another model. Must not change anything."""
+
+    def load_method_state(self, state: dict[str, Any] | None) -> None:
+        """Takes over what `method_state` gave; None if the checkpoint was written by the base optimizer alone."""
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The method's few scalars at present, by name, still on their device: reading them is what costs a sync."""
+        return {}
+
+
+class OptimizerWrapper(Method, Optimizer):
     """Wraps a built optimizer; schedulers, Accelerate, `GradScaler`, hooks and checkpoints see the base through it.
 
     `param_groups`, `state` and `defaults` are the base optimizer's own objects, looked up at every access, so
     whatever replaces them (`load_state_dict`, FSDP, Accelerate) is seen at once by both. Attributes the wrapper does
     not have are the base's; `isinstance` accepts the base's class as well as the wrapper's; `repr` is the base's.
 
-    A method derives from it and overrides `before_step`, `after_step`, `method_state` and `load_method_state`.
+    A method derives from it and overrides `before_step`, `after_step` and what `Method` has. If it perturbs the model,
+    it overrides the four that tell of it too: `perturbation_parameters`, `current_perturbation`, `perturbed_as` and
+    `unperturbed`, by which others run a pass again as it was, or without.
 
     Args:
         optimizer: any built `torch.optim.Optimizer`, also another wrapper.
@@ -37,13 +61,7 @@ class OptimizerWrapper(Optimizer):
 
     def __init__(self, optimizer: Optimizer):
         # Optimizer.__init__ is left out on purpose: it would make a second set of groups, state and hooks.
-        if not isinstance(optimizer, Optimizer):
-            found = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else type(optimizer).__name__
-            raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer instance, got {found}; build it first: "
-                "AdamW(params, lr=...)"
-            )
-        self.__dict__["base_optimizer"] = optimizer
+        self.__dict__["base_optimizer"] = checks.built_optimizer("optimizer", optimizer)
 
     # --- what a method adds ---------------------------------------------------------------------------------------
 
@@ -53,15 +71,23 @@ class OptimizerWrapper(Optimizer):
     def after_step(self) -> None:
         """Called in `step()` after the base optimizer moved the parameters."""
 
-    def method_state(self) -> dict[str, Any]:
-        """The method's own part of the checkpoint: plain Python numbers, strings, dicts and tensors."""
-        return {}
+    # --- what a method that perturbs the model tells of it ----------------------------------------------------------
 
-    def check_method_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if `state` does not belong to this model. Must not change anything."""
+    def perturbation_parameters(self) -> list[Tensor]:
+        """Parameters in `param_groups` that make up the perturbation and are no part of what is trained."""
+        return []
 
-    def load_method_state(self, state: dict[str, Any] | None) -> None:
-        """Takes over what `method_state` gave; None if the checkpoint was written by the base optimizer alone."""
+    def current_perturbation(self) -> Any:
+        """What this method adds to the layers' weights at present, for `perturbed_as`."""
+        return None
+
+    def perturbed_as(self, perturbation: Any) -> AbstractContextManager[None]:
+        """Within the context the layers see `perturbation`, whatever the step and the weights have become."""
+        return nullcontext()
+
+    def unperturbed(self) -> AbstractContextManager[None]:
+        """Within the context this method leaves the layers alone."""
+        return nullcontext()
 
     # --- the base optimizer, as others use it ---------------------------------------------------------------------
 
@@ -104,11 +130,7 @@ class OptimizerWrapper(Optimizer):
 
     def _state_name(self) -> str:
         """The class's name, with a number where the same method is wrapped again, as over a second model."""
-        same = 0
-        base: Any = self.base_optimizer
-        while issubclass(type(base), OptimizerWrapper):
-            same += type(base) is type(self)
-            base = base.base_optimizer
+        same = sum(type(wrapper) is type(self) for wrapper in chain(self.base_optimizer))
         return type(self).__name__ + (f".{same}" if same else "")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -117,8 +139,23 @@ class OptimizerWrapper(Optimizer):
         A checkpoint of the bare base optimizer is accepted: the method then starts afresh and says so in the log.
 
         Raises:
-            ValueError: the state is of another model or method; nothing has been changed then.
+            ValueError: the state is incomplete, or of another model or method; nothing has been changed then.
         """
+        self.check_state_dict(state_dict)
+        base_state, own = self._parts(state_dict)
+        self.base_optimizer.load_state_dict(base_state)
+        self.load_method_state(own)
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError if a method in the chain of wrappers would refuse the state. Changes nothing."""
+        base_state, own = self._parts(state_dict)
+        if own is not None:
+            self.check_method_state(own)
+        if (inner := next(chain(self.base_optimizer), None)) is not None:
+            inner.check_state_dict(base_state)
+
+    def _parts(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The base optimizer's part of a state and the method's own."""
         methods = dict(state_dict.get(STATE_KEY, {}))
         own = methods.pop(self._state_name(), None)
         base_state = {key: value for key, value in state_dict.items() if key != STATE_KEY}
@@ -129,10 +166,7 @@ class OptimizerWrapper(Optimizer):
                     f"{type(self.base_optimizer).__name__}; build the same optimizer as the checkpoint's before loading"
                 )
             base_state[STATE_KEY] = methods
-        if own is not None:
-            self.check_method_state(own)
-        self.base_optimizer.load_state_dict(base_state)
-        self.load_method_state(own)
+        return base_state, own
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -185,3 +219,11 @@ class OptimizerWrapper(Optimizer):
 
 def _new(cls: type[OptimizerWrapper]) -> OptimizerWrapper:
     return cls.__new__(cls)
+
+
+def chain(optimizer: Optimizer) -> Iterator[OptimizerWrapper]:
+    """The wrappers around a base optimizer, outermost first."""
+    level: Any = optimizer
+    while issubclass(type(level), OptimizerWrapper):
+        yield level
+        level = level.base_optimizer

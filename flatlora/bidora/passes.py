@@ -186,10 +186,10 @@ class Noise:
 
     def present(self) -> Any:
         """The ε of this step, for `as_in`. The auxiliary is among the lower's parameters and moves with them."""
-        return None if self._ggpo is None else self._ggpo.current_noise()
+        return None if self._ggpo is None else self._ggpo.current_perturbation()
 
     def as_in(self, draws: Any) -> AbstractContextManager[None]:
-        return nullcontext() if self._ggpo is None else self._ggpo.noise_as(draws)
+        return nullcontext() if self._ggpo is None else self._ggpo.perturbed_as(draws)
 
     @contextmanager
     def off(self, but: Iterable[int] = ()) -> Iterator[None]:

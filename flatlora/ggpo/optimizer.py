@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ class GGPOOptimizer(OptimizerWrapper):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """As the base optimizer's. All evaluations of a `closure` see one ε, wherever they move the parameters."""
-        with nullcontext() if closure is None else self.noise_as(self.current_noise()):
+        with nullcontext() if closure is None else self.perturbed_as(self.current_perturbation()):
             return super().step(closure)
 
     def before_step(self) -> None:
@@ -160,18 +160,21 @@ class GGPOOptimizer(OptimizerWrapper):
         if callable(forward_to):
             forward_to()
 
-    def current_noise(self) -> dict[str, Draw | None]:
+    def current_perturbation(self) -> dict[str, Draw | None]:
         """The ε that each layer sees in this step, by layer name; None where it sees none."""
         return {name: self._noise.draw(rows.layer) for name, rows in self._noise.rows.items()}
 
     @contextmanager
-    def noise_as(self, draws: dict[str, Draw | None]) -> Iterator[None]:
-        """Within the context layers see these ε, whatever the step and the weights have become; with ``{}`` none."""
-        held, self._noise.held = self._noise.held, draws
+    def perturbed_as(self, perturbation: dict[str, Draw | None]) -> Iterator[None]:
+        """Within the context layers see these ε, whatever the step and the weights have become."""
+        held, self._noise.held = self._noise.held, perturbation
         try:
             yield
         finally:
             self._noise.held = held
+
+    def unperturbed(self) -> AbstractContextManager[None]:
+        return self.perturbed_as({})
 
     def remove(self) -> None:
         """Takes everything off the model. Idempotent; the optimizer goes on as its base optimizer."""

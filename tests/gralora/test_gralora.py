@@ -702,7 +702,7 @@ def test_ggpo_adds_its_noise_to_any_layer(kind, hybrid, dropout, noise):
         return out, *torch.autograd.grad(out.float().square().sum() / 2, [x, model[0].gralora_B])
 
     out, grad_x, grad_B = outcome()
-    with optimizer.noise_as({}):
+    with optimizer.perturbed_as({}):
         clean, clean_x, clean_B = outcome()
     assert optimizer._noise.rows["0"].layer.module.training and not torch.equal(grad_B, clean_B)
     epsilon = noise_of(optimizer, dtype=dtype).double()

@@ -1,0 +1,84 @@
+"""What a user may pass wrongly: numbers, options, modules, and checkpoints that belong to another model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["built_optimizer", "integer", "module", "number", "option", "same_layers", "state_fields"]
+
+_T = TypeVar("_T")
+_MOST = 1e6  # the square of a σ or ρ must stay finite in float32, with room for what it multiplies
+
+
+def number(name: str, value: Any, *, above: float | None = None, least: float = 0.0, below: float = math.inf) -> float:
+    """`value` as a float if it is a finite number >= `least` (> `above` where given) and < `below`; else ValueError."""
+    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if real and (value >= least if above is None else value > above) and value < below and abs(value) <= _MOST:
+        return float(value)
+    low = f">= {least:g}" if above is None else f"> {above:g}"
+    high = f"<= {_MOST:g}" if below > _MOST else f"< {below:g}"
+    raise ValueError(f"{name} must be a finite number {low} and {high}, got {value!r}")
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """`value` if it is an integer >= `least`; else ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    return value
+
+
+def option(name: str, value: _T, options: Iterable[_T]) -> _T:
+    """`value` if it is one of `options`; else ValueError."""
+    options = list(options)
+    if value not in options:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, options))}, got {value!r}")
+    return value
+
+
+def module(value: Any) -> nn.Module:
+    """`value` if it is a module; else TypeError."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(value).__name__}")
+    return value
+
+
+def built_optimizer(name: str, value: Any) -> Optimizer:
+    """`value` if it is an optimizer instance; else TypeError."""
+    if not isinstance(value, Optimizer):
+        found = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        raise TypeError(
+            f"{name} must be a torch.optim.Optimizer instance, got {found}; build it first: AdamW(params, lr=...)"
+        )
+    return value
+
+
+def state_fields(method: str, state: Any, *fields: str) -> None:
+    """ValueError unless `state`, a method's part of a checkpoint, is a mapping that has `fields`."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the state_dict's {method} part is a {type(state).__name__}; expected a dict")
+    missing = [field for field in fields if field not in state]
+    if missing:
+        raise ValueError(
+            f"the state_dict's {method} part lacks {', '.join(missing)}; load one that this version of flatlora wrote"
+        )
+
+
+def same_layers(what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """ValueError unless a checkpoint's layers are the model's. The values, compared too, say what each layer is."""
+    if not isinstance(theirs, Mapping):
+        raise ValueError(f"the state_dict's {what} are a {type(theirs).__name__}; expected a dict by layer name")
+    if theirs.keys() != ours.keys():
+        odd = sorted(theirs.keys() ^ ours.keys())
+        raise ValueError(
+            f"the state_dict is of another model: it has {len(theirs)} {what}, this one {len(ours)}; found in one "
+            f"alone: {', '.join(odd[:3])}{' and others' if len(odd) > 3 else ''}. Load the checkpoint that was saved "
+            "with this model's adapters"
+        )
+    for name, own in ours.items():
+        if theirs[name] != own:
+            raise ValueError(f"the state_dict is of another model: {name!r} is {theirs[name]} in it and {own} here")
