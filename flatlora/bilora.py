@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import checks
 from .layers.adapter import Adapter
-from .layers.base import keep_training_layout, release_layout, whole, wide
+from .layers.base import whole, wide
 from .layers.view import LoRALayer, lora_layers, plain_name
-from .perturbation import Perturbation, stacked
+from .perturbation import Attachment, Companions, Source, attachments
+from .perturbing import PerturbingOptimizer
 from .streams import shared_seed
-from .wrapper import OptimizerWrapper
+from .wrapper import chain
 
 __all__ = ["BiLoRAOptimizer", "attach_auxiliary", "detach_auxiliary"]
 
@@ -33,27 +35,34 @@ class Auxiliary(nn.Module):
 
     def __init__(self, layer: LoRALayer, r: int, alpha: float, generator: torch.Generator):
         super().__init__()
-        self.layer_name = layer.name
+        self.layer = layer
         m, n = layer.shape
         like = layer.all_adapters()[0].A
-        a = torch.empty(r, n)
+        a = torch.empty(r, n, device="cpu")
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         self.A = nn.Parameter(a.to(like.device, like.dtype))
         self.B = nn.Parameter(torch.zeros(m, r, device=like.device, dtype=like.dtype))
         self.scaling = alpha / r
-        self.held: list[nn.Module] = []  # see keep_training_layout
-
-    def draw(self, layer: LoRALayer) -> Adapter | None:
-        if not (layer.module.training and layer.active):
-            return None
-        return Adapter("", self.A, self.B, self.scaling)
 
 
-class Branches(nn.ModuleList):
-    """Where a model holds its auxiliaries. Called, it does nothing: `nn.Sequential` calls whatever is in it."""
+class Auxiliaries(Companions):
+    """The auxiliaries of a model, registered in it.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+    `attachment` is theirs until an optimizer takes it over, whose life is then that of the perturbation.
+    """
+
+    attachment: Attachment | None = None
+
+
+class Ascent(Source):
+    """Gives each layer its auxiliary."""
+
+    def __init__(self, auxiliaries: Iterable[Any]):
+        self.auxiliaries: dict[str, Auxiliary] = {auxiliary.layer.name: auxiliary for auxiliary in auxiliaries}
+
+    def draw(self, layer: LoRALayer) -> Adapter:
+        auxiliary = self.auxiliaries[layer.name]
+        return Adapter("", auxiliary.A, auxiliary.B, auxiliary.scaling)
 
 
 def attach_auxiliary(
@@ -84,45 +93,62 @@ def attach_auxiliary(
         ValueError: no adapted layer, an unknown adapter, merged adapters, an auxiliary that is there already, r < 1.
             Nothing is attached then.
     """
-    if not isinstance(r, int) or r < 1:
-        raise ValueError(f"r must be an integer >= 1, got {r!r}")
-    alpha = 2.0 * r if alpha is None else alpha
-    if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha must be a finite number > 0, got {alpha!r}")
+    checks.integer("r", r, 1)
+    alpha = 2.0 * r if alpha is None else checks.number("alpha", alpha, above=0)
     layers = lora_layers(model, adapter)
+    if adapter is None:
+        layers = _without_frozen(layers)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("attach the auxiliary before DistributedDataParallel wraps the model, or it is never reduced")
+    former = {other for layer in layers for other, _ in attachments(layer.module) if isinstance(other.source, Ascent)}
+    if any(not other.used for other in former):
+        raise ValueError(
+            f"{type(model).__name__} has an auxiliary already; call detach_auxiliary(model) before attaching another"
+        )
     for layer in layers:
-        if any(isinstance(other.source, Auxiliary) for other in stacked(layer.module)):
-            raise ValueError(
-                f"layer {layer.name!r} has an auxiliary already; call detach_auxiliary(model) before attaching another"
-            )
         if layer.merged:
             raise ValueError(
                 f"layer {layer.name!r} has merged adapters {sorted(layer.merged)}; unmerge them with "
                 "model.unmerge_adapter() before attaching an auxiliary"
             )
-    generator = torch.Generator().manual_seed(shared_seed() if seed is None else seed)
-    auxiliaries = [Auxiliary(layer, r, alpha, generator) for layer in layers]
-    auxiliaries[0].held = keep_training_layout(model)
-    for layer, auxiliary in zip(layers, auxiliaries, strict=True):
-        Perturbation(layer, auxiliary).attach()
-    model.add_module(NAME, Branches(auxiliaries))
-    return [p for auxiliary in auxiliaries for p in (auxiliary.A, auxiliary.B)]
+    generator = torch.Generator("cpu").manual_seed(shared_seed() if seed is None else seed)
+    auxiliaries = Auxiliaries(Auxiliary(layer, r, alpha, generator) for layer in layers)
+    detach_auxiliary(model)  # what an optimizer that is gone, or one that has had its time, left
+    for other in former:
+        other.superseded = True
+    auxiliaries.attachment = Attachment(model, Ascent(auxiliaries))
+    for layer in layers:
+        auxiliaries.attachment.add(layer)
+    model.add_module(NAME, auxiliaries)
+    return [p for module in auxiliaries for p in (module.A, module.B)]  # type: ignore[misc]
+
+
+def _without_frozen(layers: list[LoRALayer]) -> list[LoRALayer]:
+    """The layers seen through adapters that require a gradient, which a reference policy's do not; all if none does."""
+    found = []
+    for layer in layers:
+        trained = {a.name for a in layer.all_adapters() if a.A.requires_grad or a.B.requires_grad}
+        if trained:
+            found.append(LoRALayer(layer.name, layer.module, layer.base, frozenset(trained)))
+    return found or layers
 
 
 def detach_auxiliary(model: nn.Module) -> None:
-    """Removes every trace of `attach_auxiliary` from the model. Idempotent."""
+    """Removes every trace of `attach_auxiliary` from the model. Idempotent.
+
+    An optimizer over the auxiliary goes on with the rest of its parameters.
+    """
     for module in list(model.modules()):
-        for perturbation in list(stacked(module)):
-            if isinstance(perturbation.source, Auxiliary):
-                perturbation.remove()
-                release_layout(perturbation.source.held)
-        if NAME in module._modules:
+        for attachment, _ in attachments(module):
+            if isinstance(attachment.source, Ascent):
+                attachment.remove()
+        if isinstance(auxiliaries := module._modules.get(NAME), Auxiliaries):
+            if auxiliaries.attachment is not None:
+                auxiliaries.attachment.remove()
             delattr(module, NAME)
 
 
-class BiLoRAOptimizer(OptimizerWrapper):
+class BiLoRAOptimizer(PerturbingOptimizer):
     """Wraps any optimizer; parameter groups marked ``"ascent": True`` climb the loss that the others descend.
 
     Bi-LoRA (arXiv:2508.19564, Eq. 7-9) trains ``min over (B1, A1), max over ‖s2·B2·A2‖_F ≤ ρ`` of the loss at
@@ -141,6 +167,7 @@ class BiLoRAOptimizer(OptimizerWrapper):
         rho: ρ, the largest total Frobenius norm of the perturbation.
         auxiliary: for two-branch layers of your own, the ``(A2 (r, n), B2 (m, r), scaling)`` of each; your layers then
             apply them themselves, in train mode alone. By default those that `attach_auxiliary` made.
+        perturb_no_grad: as in `GGPOOptimizer`.
 
     Raises:
         ValueError: no ascent group; an ascent group that holds a parameter of no auxiliary, or leaves out one of an
@@ -161,16 +188,34 @@ class BiLoRAOptimizer(OptimizerWrapper):
         *,
         rho: float = 0.05,
         auxiliary: Sequence[tuple[Tensor, Tensor, float]] | None = None,
+        perturb_no_grad: bool = False,
     ):
         super().__init__(optimizer)
-        if not (isinstance(rho, int | float) and math.isfinite(rho) and rho > 0):
-            raise ValueError(f"rho must be a finite number > 0, got {rho!r}")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self.rho = float(rho)
-        self._model = model
+        self._settings = {"rho": checks.number("rho", rho, above=0)}
+        self._model, self._no_grad = checks.module(model), perturb_no_grad
         self._triples = None if auxiliary is None else _named_triples(model, auxiliary)
+        self._turned: list[Tensor] = []
         self._check_groups()
+        if auxiliary is None:
+            self.reattach()
+
+    def reattach(self) -> None:
+        for auxiliaries in [module for module in self._model.modules() if isinstance(module, Auxiliaries)]:
+            if auxiliaries.attachment is not None:
+                auxiliaries.attachment.remove()
+                auxiliaries.attachment = None
+        source = Ascent(module for module in self._model.modules() if isinstance(module, Auxiliary))
+        source.no_grad = self._no_grad
+        self.attach(source, [auxiliary.layer for auxiliary in source.auxiliaries.values()])
+
+    @property
+    def rho(self) -> float:
+        """ρ; a change is felt at the next step."""
+        return self._settings["rho"]
+
+    @rho.setter
+    def rho(self, value: float) -> None:
+        self._settings["rho"] = checks.number("rho", value, above=0)
 
     @classmethod
     def for_model(
@@ -208,14 +253,41 @@ class BiLoRAOptimizer(OptimizerWrapper):
 
     # --- the method: turn the ascending gradients, step, turn them back, clip all auxiliaries together ------------
 
-    @torch.no_grad()
-    def before_step(self) -> None:
-        self._turn_ascent()
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """As the base optimizer's; gradients have their own sign for everyone but its update, whatever it raises."""
+
+        def evaluate() -> Any:  # the gradients are new at each evaluation
+            assert closure is not None
+            self._turn_back()
+            loss = closure()
+            self._turn()
+            return loss
+
+        handles = self._turn_within_hooks() if closure is None else []
+        try:
+            return super().step(None if closure is None else evaluate, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._turn_back()
+
+    def _turn_within_hooks(self) -> list[Any]:
+        """Has the base's update alone see turned gradients, and the step hooks that others put around it not."""
+        base: Any = next(reversed([self, *chain(self.base_optimizer)])).base_optimizer
+        if not getattr(type(base).step, "hooked", False):  # it knows no step hooks
+            self._turn()
+            return []
+        first = base.register_step_pre_hook(lambda *_: self._turn())  # the last of them, as the hooks run
+        last = base.register_step_post_hook(lambda *_: self._turn_back())
+        base._optimizer_step_post_hooks.move_to_end(last.id, last=False)
+        return [first, last]
 
     @torch.no_grad()
     def after_step(self) -> None:
-        self._turn_ascent()
+        self._turn_back()
         triples = self._auxiliaries()
+        if not triples:  # they have been detached
+            return
         norm = _norm(triples)
         # On the device, as is the comparison: reading the norm would stall the host at every step.
         factors = [p for A, B, _ in triples.values() for p in (A, B)]
@@ -224,11 +296,18 @@ class BiLoRAOptimizer(OptimizerWrapper):
         for p in factors:
             p.mul_(factor.to(p.device))
 
-    def _turn_ascent(self) -> None:
+    @torch.no_grad()
+    def _turn(self) -> None:
         grads = [p.grad for group in self.param_groups if group.get("ascent") for p in group["params"]]
-        found = [grad for grad in grads if grad is not None]
-        if found:
-            torch._foreach_neg_(found)
+        self._turned = [grad for grad in grads if grad is not None]
+        if self._turned:
+            torch._foreach_neg_(self._turned)
+
+    @torch.no_grad()
+    def _turn_back(self) -> None:
+        if self._turned:
+            torch._foreach_neg_(self._turned)
+        self._turned = []
 
     @torch.no_grad()
     def perturbation_norm(self) -> float:
@@ -245,13 +324,16 @@ class BiLoRAOptimizer(OptimizerWrapper):
     @contextmanager
     def perturbed_as(self, perturbation: list[Tensor]) -> Iterator[None]:
         """Within the context the auxiliaries have these values."""
-        params = self.perturbation_parameters()
-        held = self.current_perturbation()
+        params, values = self.perturbation_parameters(), self.current_perturbation()
+        source = Ascent(()) if self._attachment is None else self._attachment.source
+        before = source.frozen
         try:
+            source.frozen = True
             _assign(params, perturbation)
             yield
         finally:
-            _assign(params, held)
+            source.frozen = before
+            _assign(params, values)
 
     def unperturbed(self) -> AbstractContextManager[None]:
         return self.perturbed_as([torch.zeros_like(p) for p in self.perturbation_parameters()])
@@ -306,21 +388,9 @@ class BiLoRAOptimizer(OptimizerWrapper):
         return {"rho": self.rho, "layers": layers}
 
     def check_method_state(self, state: dict[str, Any]) -> None:
-        ours = self._auxiliaries()
-        theirs = state["layers"]
-        if ours.keys() != theirs.keys():
-            odd = sorted(ours.keys() ^ theirs.keys())
-            raise ValueError(
-                f"the state_dict is of another model: it has {len(theirs)} auxiliaries, this one {len(ours)}; found in "
-                f"one alone: {', '.join(odd[:3])}. Load the checkpoint that was saved with this model"
-            )
-        for name, (A, B, _) in ours.items():
-            found = tuple(theirs[name]["A"].shape), tuple(theirs[name]["B"].shape)
-            if found != (tuple(A.shape), tuple(B.shape)):
-                raise ValueError(
-                    f"the state_dict is of another model: the auxiliary of {name!r} has A, B of shapes {found} in it "
-                    f"and {tuple(A.shape)}, {tuple(B.shape)} here"
-                )
+        checks.state_fields("Bi-LoRA", state, "rho", "layers")
+        checks.number("the state_dict's rho", state["rho"], above=0)
+        checks.same_layers("auxiliaries", _shapes(state["layers"]), _shapes(self.method_state()["layers"]))
 
     @torch.no_grad()
     def load_method_state(self, state: dict[str, Any] | None) -> None:
@@ -333,6 +403,14 @@ class BiLoRAOptimizer(OptimizerWrapper):
             B.copy_(state["layers"][name]["B"])
 
 
+def _shapes(layers: Any) -> dict[str, Any]:
+    """The shapes of A and B of a checkpoint's layers."""
+    try:
+        return {name: {part: tuple(layer[part].shape) for part in ("A", "B")} for name, layer in layers.items()}
+    except (AttributeError, KeyError, TypeError) as reason:
+        raise ValueError("the state_dict's Bi-LoRA part has no tensors A and B for each layer") from reason
+
+
 @torch.no_grad()
 def _assign(params: list[Tensor], values: list[Tensor]) -> None:
     for p, value in zip(params, values, strict=True):
@@ -342,7 +420,7 @@ def _assign(params: list[Tensor], values: list[Tensor]) -> None:
 def _attached(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
     """(A, B, scaling) of every auxiliary on the model, by its layer's name."""
     auxiliaries = [module for module in model.modules() if isinstance(module, Auxiliary)]
-    return {auxiliary.layer_name: (auxiliary.A, auxiliary.B, auxiliary.scaling) for auxiliary in auxiliaries}
+    return {auxiliary.layer.name: (auxiliary.A, auxiliary.B, auxiliary.scaling) for auxiliary in auxiliaries}
 
 
 def _named_triples(

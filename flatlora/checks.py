@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 __all__ = ["built_optimizer", "integer", "module", "number", "option", "same_layers", "state_fields"]
 
 _T = TypeVar("_T")
-_MOST = 1e6  # the square of a σ or ρ must stay finite in float32, with room for what it multiplies
+_MOST = 1e18  # the square of a σ or ρ must stay finite in float32
 
 
 def number(name: str, value: Any, *, above: float | None = None, least: float = 0.0, below: float = math.inf) -> float:
@@ -21,8 +21,8 @@ def number(name: str, value: Any, *, above: float | None = None, least: float = 
     if real and (value >= least if above is None else value > above) and value < below and abs(value) <= _MOST:
         return float(value)
     low = f">= {least:g}" if above is None else f"> {above:g}"
-    high = f"<= {_MOST:g}" if below > _MOST else f"< {below:g}"
-    raise ValueError(f"{name} must be a finite number {low} and {high}, got {value!r}")
+    high = f" and < {below:g}" if below <= _MOST else f" and <= {_MOST:g}" if real and value > _MOST else ""
+    raise ValueError(f"{name} must be a finite number {low}{high}, got {value!r}")
 
 
 def integer(name: str, value: Any, least: int) -> int:
@@ -81,4 +81,7 @@ def same_layers(what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -
         )
     for name, own in ours.items():
         if theirs[name] != own:
-            raise ValueError(f"the state_dict is of another model: {name!r} is {theirs[name]} in it and {own} here")
+            raise ValueError(
+                f"the state_dict is of another model: {name!r} has other shapes or ranks in it, {theirs[name]}, than "
+                f"here, {own}"
+            )

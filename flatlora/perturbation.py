@@ -1,146 +1,318 @@
-"""The one mechanism that adds a training-time perturbation to an adapted layer.
+"""The one mechanism that perturbs adapted layers while they are trained, and in no other pass.
 
-A perturbed layer computes ``x·(W' + ε)ᵀ`` and its exact gradients. Its `forward` is replaced on the instance; where the
-layer is a plain LoRA layer the adapter's small matmuls are fused on the way, and in every other case the layer's own
-`forward` runs untouched and ``x·εᵀ`` is added to what it returns. No weight is ever written to.
+A perturbed layer computes ``x·(W' + ε)ᵀ`` and its exact gradients; no weight is ever written to. One `Hook` stands in
+for the layer's `forward` on the instance and adds what the attached sources give it: fused with the layer's own
+products where the layer is plain LoRA over a known base, and beside the layer's own `forward` in every other case.
+
+Which passes train. A layer is perturbed in a forward pass if it is in train mode, an adapter that the optimizer trains
+is among those that it adds, and the pass records gradients. Recomputation of activations blurs the last point: in its
+first pass, a reentrant checkpoint runs a layer without gradients that it will run again with them. It does so inside
+the `forward(ctx, ...)` of an autograd function whose `ctx` has edges into the graph, which that of a checkpoint under
+`torch.no_grad()` has not. (Code of a checkpointed region that itself switches gradients off can't be told apart from
+it there; such layers are perturbed in the first pass.)
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeGuard
+import operator
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from .kernels.draw import Draw, draw_gaussian, draw_low_rank
-from .kernels.low_rank import Added, compute_dtype
+from .kernels.low_rank import Added, Plan, compute_dtype
 from .layers.adapter import Adapter
-from .layers.base import BaseWeight
+from .layers.base import BaseWeight, keep_training_layout, release_layout
 from .layers.view import LoRALayer
 
-__all__ = ["Perturbation", "is_transparent", "remove_perturbation", "stacked"]
+__all__ = ["Attachment", "Companions", "Source", "attachments", "is_transparent", "perturbs", "remove_perturbation", "trains"]
 
 
-class Source(Protocol):
-    """What decides a layer's perturbation at each forward."""
+class Source:
+    """What decides a layer's ε.
 
-    def draw(self, layer: LoRALayer) -> Draw | Adapter | None:
-        """The ε for this forward of `layer`, drawn or as an adapter that gets gradients; None to leave it alone.
-
-        The same for a whole optimizer step.
-        """
-
-
-class Perturbation:
-    """Stands in for one layer's `forward` from `attach()` to `remove()`.
-
-    Whether and how a call is perturbed is the source's word; unless it draws, the layer's own `forward` is called.
+    Attributes:
+        always: perturb in eval mode, in passes without gradients and under merged adapters too: for measuring.
+        no_grad: perturb passes in train mode that record no gradients too.
+        frozen: perturb beside adapters that require no gradient at present: someone runs a pass again as it was.
     """
 
-    def __init__(self, layer: LoRALayer, source: Source):
-        self.layer = layer
-        self.source = source
-        self.attached = False
-        self._own_forward: Any = None  # an instance's forward that was there before, such as another library's patch
+    always = False
+    no_grad = False
+    frozen = False
 
-    def attach(self) -> None:
-        self.attached = True
-        self._own_forward = self.layer.module.__dict__.get("forward")
-        self.layer.module.forward = self.forward
+    def draw(self, layer: LoRALayer) -> Draw | Adapter | None:
+        """The ε for this forward of `layer`, drawn or as an adapter; None for none. The same for a whole step.
+
+        An adapter whose factors require gradients gets them.
+        """
+        raise NotImplementedError
+
+
+class Attachment:
+    """The layers that a source perturbs, from `add` until `remove` or until nobody holds the attachment any more.
+
+    Whoever perturbs a model owns its attachment, and layers have no more than a weak reference to it: a perturbation
+    lives as long as its optimizer. A copy of an attachment is None, so that no copy of a model is perturbed.
+
+    Attributes:
+        source: what decides the ε.
+        used: whether a step has been taken with it.
+        superseded: whether another optimizer took its layers over.
+    """
+
+    def __init__(self, model: nn.Module, source: Source):
+        self.source = source
+        self.used = self.superseded = False
+        self._hooks: list[Hook] = []
+        self._layout = keep_training_layout(model)
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._hooks)
+
+    def add(self, layer: LoRALayer) -> None:
+        hook = layer.module.__dict__.get("forward")
+        if not isinstance(hook, Hook):
+            hook = Hook(layer.module)
+        hook.entries.append((weakref.ref(self, hook.leave_out), layer))
+        self._hooks.append(hook)
 
     def remove(self) -> None:
-        self.attached = False
-        module = self.layer.module
-        if getattr(module.__dict__.get("forward"), "__self__", None) is not self:
-            return  # someone patched the layer on top: stay in line, as the layer's own forward
-        if self._own_forward is None:
-            del module.forward
-        else:
-            module.forward = self._own_forward
+        """Takes the source off all layers. Idempotent."""
+        for hook in self._hooks:
+            hook.leave_out(self)
+        self._hooks = []
+        release_layout(self._layout)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+class Hook:
+    """Stands in for a module's `forward` while anything is attached to it."""
+
+    def __init__(self, module: nn.Module):
+        self.module: Any = module
+        self.entries: list[tuple[weakref.ref[Attachment], LoRALayer]] = []
+        forward = module.__dict__.get("forward")
+        # Another library's patch; or, in a copy of a perturbed model, the class's own, which is none.
+        self.patch = None if forward == MethodType(type(module).forward, module) else forward
+        module.forward = self
+        module._replicate_for_data_parallel = _NoReplica(module)  # type: ignore[method-assign]
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        if self._own_forward is not None:
-            return self._own_forward(*args, **kwargs)
-        return type(self.layer.module).forward(self.layer.module, *args, **kwargs)
+        if self.patch is not None:
+            return self.patch(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
 
     @torch.compiler.disable  # generators and seeds are Python's; compiled models break the graph here
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        extra = self.source.draw(self.layer) if self.attached else None
-        if extra is None:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        extras: list[Draw | Adapter] = []
+        adapters: list[Adapter] | None = None
+        for ref, layer in self.entries:
+            if (attachment := ref()) is None:
+                continue
+            adapters = layer.adapters() if adapters is None else adapters
+            if perturbs(attachment.source, layer, adapters):
+                extra = attachment.source.draw(layer)
+                extras += [] if extra is None else [extra]
+        if not extras or adapters is None:
             return self.original(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        adapters = self.layer.adapters()
-        if self._own_forward is None and len(args) + len(kwargs) == 1 and _fusable(self.layer, adapters, x):
-            return self._fused(x, extra, adapters)
+        if self.patch is None and len(args) + len(kwargs) == 1 and _fusable(layer, adapters, x):
+            return _fused(layer, x, adapters, extras)
         out = self.original(*args, **kwargs)
-        if not _is_gaussian(extra):
-            return self._add(out, x, [], extra)
-        return self._add(out, x, [], None, matrix=self._noisy(extra, compute_dtype(x, out.dtype), alone=True))
+        return _add(layer, out, x, extras, _noisy(layer, extras, compute_dtype(x, out.dtype), alone=True))
 
-    def _fused(self, x: Tensor, extra: Draw | Adapter, adapters: list[Adapter]) -> Tensor:
-        base = self.layer.base
-        weight = base.float_weight() if base.kind == "float" else None
-        like = weight.dtype if weight is not None else getattr(base.module, "compute_dtype", None) or x.dtype
-        dtype = compute_dtype(x, like)
-        # GraLoRALinear adds its blocks to whatever base output, dropout what it lets through.
-        blocks = getattr(self.layer.module, "add_update", None)
-        plain = [] if blocks else [adapter for adapter in adapters if isinstance(adapter.dropout, nn.Identity)]
-        bias = getattr(base.module, "bias", None)
-        if _is_gaussian(extra):
-            out = self._add(None, x, plain, None, weight, bias, self._noisy(extra, dtype))
-        elif weight is not None:
-            out = self._add(None, x, plain, extra, weight, bias, lambda stored: stored.to(dtype))
-        else:
-            out = base.module(x)
-            # Autograd forbids writing to views, such as bitsandbytes' outputs.
-            out = self._add(out, x, plain, extra, in_place=not out._is_view())
-        if blocks:
-            return blocks(out, x, True)
-        if len(plain) < len(adapters):
-            # Dropout draws from the global stream: cast before it as PEFT does, so that it draws the same.
-            if base.kind == "float" or not torch.is_autocast_enabled(x.device.type):
-                x = x.to(adapters[0].A.dtype)
-            for adapter in adapters:
-                if adapter.dropout is not None and not isinstance(adapter.dropout, nn.Identity):
-                    out = self._add(out, adapter.dropout(x), [adapter], None, in_place=True)
-        return out
+    def leave_out(self, gone: Attachment | weakref.ref[Attachment]) -> None:
+        """Does without an attachment from now on, and leaves the module alone where it was the last."""
+        self.entries = [entry for entry in self.entries if entry[0] is not gone and entry[0]() is not gone]
+        self.go_if_idle()
 
-    def _noisy(self, draw: Draw, dtype: torch.dtype, alone: bool = False) -> Callable[[Tensor | None], Tensor]:
-        """What makes W0 + ε, or ε `alone`, from the stored weight or, without one, from the quantised."""
+    def go_if_idle(self) -> None:
+        # Under another library's patch it stays in line, as the layer's own forward.
+        if not self.entries and self.module.__dict__.get("forward") is self:
+            del self.module.forward
+            del self.module._replicate_for_data_parallel
+            if self.patch is not None:
+                self.module.forward = self.patch
 
-        def make(weight: Tensor | None) -> Tensor:
-            if weight is None and not alone:
-                weight = self.layer.base.dense(dtype)
-            return draw_gaussian(draw, self.layer.shape[1], weight, dtype)
-
-        return make
-
-    def _add(
-        self,
-        out: Tensor | None,
-        x: Tensor,
-        adapters: list[Adapter],
-        extra: Draw | Adapter | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        matrix: Callable[[Any], Tensor] | None = None,
-        in_place: bool = False,
-    ) -> Tensor:
-        """`Added` of these adapters and, unless it is None, of `extra`, which is not Gaussian."""
-        if isinstance(extra, Adapter):
-            adapters = [*adapters, extra]
-        like = adapters[0].A if adapters else x if out is None else out
-        dtype = compute_dtype(x, like.dtype)
-        noise = draw_low_rank(extra, self.layer.shape[1], dtype) if isinstance(extra, Draw) else None
-        factors = [factor for adapter in adapters for factor in (adapter.A, adapter.B)]
-        scalings = tuple(adapter.scaling for adapter in adapters)
-        return Added.apply(out, in_place, x, weight, bias, matrix, noise, dtype, scalings, *factors)
+    def __reduce__(self) -> Any:
+        # In a copy or a file the forward of the module's class stands in its place: loading it needs no flatlora.
+        if self.patch is not None:
+            return operator.getitem, ((self.patch,), 0)
+        return getattr, (self.module, "forward")
 
 
-def _is_gaussian(extra: Draw | Adapter) -> TypeGuard[Draw]:
-    return isinstance(extra, Draw) and extra.kind == "gaussian"
+class _NoReplica:
+    """What `nn.DataParallel` is given instead of a replica, which would compute with the original's tensors."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def __call__(self) -> nn.Module:
+        raise RuntimeError(
+            "nn.DataParallel can't replicate a layer that is perturbed: its replicas would compute with the first "
+            "device's weights. Use DistributedDataParallel (torchrun, accelerate launch), or show the process one GPU"
+        )
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.module, "_replicate_for_data_parallel")
+
+
+class Companions(nn.ModuleList):
+    """Modules that a perturbation keeps in the model it is on. Called, it does nothing, as in an `nn.Sequential`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def attachments(module: nn.Module) -> list[tuple[Attachment, LoRALayer]]:
+    """What is attached to a module at present, with the layer as each sees it."""
+    hook = module.__dict__.get("forward")
+    entries = hook.entries if isinstance(hook, Hook) else []
+    return [(attachment, layer) for ref, layer in entries if (attachment := ref()) is not None]
+
+
+def remove_perturbation(model: nn.Module) -> None:
+    """Takes everything that perturbs `model` off it, auxiliaries included. Idempotent.
+
+    Optimizers that did so go on as their base optimizers.
+    """
+    for module in list(model.modules()):
+        for attachment, _ in attachments(module):
+            attachment.remove()
+        if isinstance(hook := module.__dict__.get("forward"), Hook):
+            hook.go_if_idle()
+        for name, child in list(module.named_children()):
+            if isinstance(child, Companions):
+                delattr(module, name)
+
+
+# --- which passes are perturbed -------------------------------------------------------------------------------------
+
+
+def perturbs(source: Source, layer: LoRALayer, adapters: Iterable[Adapter]) -> bool:
+    """Whether `source` acts on a layer that adds `adapters` at present, in a pass that begins now."""
+    if source.always:
+        return layer.active
+    if not trains(source, layer, adapters):
+        return False
+    return torch.is_grad_enabled() or source.no_grad or _runs_again_with_gradients()
+
+
+def trains(source: Source, layer: LoRALayer, adapters: Iterable[Adapter]) -> bool:
+    """Whether passes that record gradients would be perturbed."""
+    if not layer.module.training:
+        return False
+    seen = [adapter for adapter in adapters if adapter.name in layer.names]
+    return bool(seen) if source.frozen else any(_learns(adapter) for adapter in seen)
+
+
+def _runs_again_with_gradients() -> bool:
+    """Whether a pass without gradients is the first of a checkpoint that records them; see the top of this file."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        # Looked at before the frame's variables, which Python copies for whoever reads them.
+        if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
+            ctx = frame.f_locals["ctx"]
+            if isinstance(ctx, FunctionCtx) and ctx.next_functions:  # type: ignore[attr-defined]
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+# --- how ------------------------------------------------------------------------------------------------------------
+
+
+def _fused(layer: LoRALayer, x: Tensor, adapters: list[Adapter], extras: list[Draw | Adapter]) -> Tensor:
+    """The output of a layer that `_fusable` admits, its base's product and all low-rank terms in one function."""
+    # A layer with `add_update` adds its adapters to whatever base output; dropout acts on an adapter's own input.
+    add_update = getattr(layer.module, "add_update", None)
+    undropped = [] if add_update else [adapter for adapter in adapters if isinstance(adapter.dropout, nn.Identity)]
+    out = _base_output(layer, x, [*undropped, *extras])
+    if add_update:
+        return add_update(out, x, True)
+    if len(undropped) < len(adapters):
+        # Dropout draws from the global stream: cast before it as PEFT does, so that it draws the same.
+        if layer.base.kind == "float" or not torch.is_autocast_enabled(x.device.type):
+            x = x.to(adapters[0].A.dtype)
+        for adapter in adapters:
+            if adapter.dropout is not None and not isinstance(adapter.dropout, nn.Identity):
+                out = _add(layer, out, adapter.dropout(x), [adapter], in_place=True)
+    return out
+
+
+def _base_output(layer: LoRALayer, x: Tensor, terms: list[Draw | Adapter]) -> Tensor:
+    """The base layer's output and `terms`."""
+    base = layer.base
+    weight = base.float_weight() if base.kind == "float" else None
+    like = weight.dtype if weight is not None else getattr(base.module, "compute_dtype", None) or x.dtype
+    dtype = compute_dtype(x, like)
+    bias = getattr(base.module, "bias", None)
+    if noisy := _noisy(layer, terms, dtype):
+        return _add(layer, None, x, terms, noisy, weight, bias)
+    if weight is not None:
+        return _add(layer, None, x, terms, lambda stored: stored.to(dtype), weight, bias)
+    out = base.module(x)
+    # Autograd forbids writing to views, such as bitsandbytes' outputs.
+    return _add(layer, out, x, terms, in_place=not out._is_view())
+
+
+def _noisy(
+    layer: LoRALayer, terms: Iterable[Draw | Adapter], dtype: torch.dtype, alone: bool = False
+) -> Callable[[Tensor | None], Tensor] | None:
+    """What makes W0 + ε, or ε `alone`, from the stored weight or, without one, from the quantised; None without ε."""
+    draws = [term for term in terms if isinstance(term, Draw) and term.kind == "gaussian"]
+
+    def make(weight: Tensor | None) -> Tensor:
+        if weight is None and not alone:
+            weight = layer.base.dense(dtype)
+        for draw in draws:
+            weight = draw_gaussian(draw, layer.shape[1], weight, dtype)
+        assert weight is not None
+        return weight
+
+    return make if draws else None
+
+
+def _add(
+    layer: LoRALayer,
+    out: Tensor | None,
+    x: Tensor,
+    terms: Iterable[Draw | Adapter],
+    make_weight: Callable[[Any], Tensor] | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    in_place: bool = False,
+) -> Tensor:
+    """`Added` of the low-rank ones among `terms`; `make_weight` makes W out of the others."""
+    adapters = [term for term in terms if isinstance(term, Adapter)]
+    learned = [adapter for adapter in adapters if _learns(adapter)]
+    like = learned[0].A if learned else x if out is None else out
+    dtype = compute_dtype(x, like.dtype)
+    draws = [term for term in terms if isinstance(term, Draw) and term.kind == "low_rank"]
+    constant = [draw_low_rank(draw, layer.shape[1], dtype) for draw in draws]
+    constant += [
+        ((adapter.B * adapter.scaling).to(dtype), adapter.A.to(dtype)) for adapter in adapters if not _learns(adapter)
+    ]
+    scalings = tuple(adapter.scaling for adapter in learned)
+    factors = [factor for adapter in learned for factor in (adapter.A, adapter.B)]
+    plan = Plan(dtype, scalings, tuple(constant), make_weight, in_place)
+    return Added.apply(plan, out, x, weight, bias, *factors)
+
+
+def _learns(adapter: Adapter) -> bool:
+    return adapter.A.requires_grad or adapter.B.requires_grad
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -172,7 +344,7 @@ def is_transparent(base: BaseWeight, x: Tensor) -> bool:
 
 
 def _fusable(layer: LoRALayer, adapters: list[Adapter], x: Tensor) -> bool:
-    """Whether the layer is GraLoRALinear or PEFT's plain LoRA right over a known base, with nobody listening in."""
+    """Whether the layer has `add_update`, or is PEFT's plain LoRA right over a known base with nobody listening in."""
     module: Any = layer.module
     if not is_transparent(layer.base, x):
         return False
@@ -190,18 +362,3 @@ def _fusable(layer: LoRALayer, adapters: list[Adapter], x: Tensor) -> bool:
         if any(type(part) is not nn.Linear or _hooked(part) for part in factors) or _hooked(module.lora_dropout[name]):
             return False
     return True
-
-
-def stacked(module: nn.Module) -> Iterator[Perturbation]:
-    """The perturbations that stand in for a module's forward, outermost first."""
-    forward = module.__dict__.get("forward")
-    while isinstance(owner := getattr(forward, "__self__", None), Perturbation):
-        yield owner
-        forward = owner._own_forward
-
-
-def remove_perturbation(model: nn.Module) -> None:
-    """Takes every perturbation of this library off `model`, also those whose optimizer is gone. Idempotent."""
-    for module in model.modules():
-        for perturbation in list(stacked(module)):
-            perturbation.remove()

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from .ggpo.noise import RowNoise
 from .layers.adapter import Adapter
-from .layers.base import keep_training_layout, release_layout
 from .layers.view import LoRALayer, lora_layers
-from .perturbation import Perturbation
+from .perturbation import Attachment, Source
 
 __all__ = ["NoiseRise", "noise_rise", "weight_noise", "worst_case_rise"]
 
@@ -37,17 +36,20 @@ def weight_noise(
     Raises:
         ValueError: no adapted layer, an unknown adapter.
     """
-    noise = RowNoise(lora_layers(model, adapter), sigma, 0.0, "gaussian", 0, seed, everywhere=True)
-    perturbations = [Perturbation(rows.layer, noise) for rows in noise.rows.values()]
-    held = keep_training_layout(model)
-    for perturbation in perturbations:
-        perturbation.attach()
-    try:
+    noise = RowNoise(lora_layers(model, adapter), sigma, 0.0, "gaussian", 0, seed, always=True)
+    with _attached(model, noise, [rows.layer for rows in noise.rows.values()]):
         yield noise
+
+
+@contextmanager
+def _attached(model: nn.Module, source: Source, layers: list[LoRALayer]) -> Iterator[None]:
+    attachment = Attachment(model, source)
+    try:
+        for layer in layers:
+            attachment.add(layer)
+        yield
     finally:
-        for perturbation in perturbations:
-            perturbation.remove()
-        release_layout(held)
+        attachment.remove()
 
 
 @dataclass(frozen=True)
@@ -129,31 +131,24 @@ def worst_case_rise(
         raise ValueError("need at least one batch, got none")
     layers = lora_layers(model, adapter)
     step = _FullStep(layers)
-    perturbations = [Perturbation(layer, step) for layer in layers]
-    held = keep_training_layout(model)
-    for perturbation in perturbations:
-        perturbation.attach()
-    try:
-        with evaluating(model):
-            clean = 0.0
-            for batch in batches:
-                with torch.enable_grad():
-                    loss = loss_fn(model, batch) / len(batches)
-                clean += float(loss)
-                for total, grad in zip(step.grads, torch.autograd.grad(loss, step.weights), strict=True):
-                    total += grad
-            norm = torch.stack([grad.double().square().sum() for grad in step.grads]).sum().sqrt()
-            for weight, grad in zip(step.weights, step.grads, strict=True):
-                weight.copy_(grad * (rho / norm))
-            return _mean_loss(model, loss_fn, batches) - clean
-    finally:
-        for perturbation in perturbations:
-            perturbation.remove()
-        release_layout(held)
+    with evaluating(model), _attached(model, step, layers):
+        clean = 0.0
+        for batch in batches:
+            with torch.enable_grad():
+                loss = loss_fn(model, batch) / len(batches)
+            clean += float(loss)
+            for total, grad in zip(step.grads, torch.autograd.grad(loss, step.weights), strict=True):
+                total += grad
+        norm = torch.stack([grad.double().square().sum() for grad in step.grads]).sum().sqrt()
+        for weight, grad in zip(step.weights, step.grads, strict=True):
+            weight.copy_(grad * (rho / norm))
+        return _mean_loss(model, loss_fn, batches) - clean
 
 
-class _FullStep:
+class _FullStep(Source):
     """ε as an adapter of full rank, ``B·I``: zero at first, so that the gradient of B is the layer's whole G."""
+
+    always = True
 
     def __init__(self, layers: list[LoRALayer]):
         likes = [layer.all_adapters()[0].A for layer in layers]

@@ -40,7 +40,8 @@ class OptimizerWrapper(Method, Optimizer):
 
     `param_groups`, `state` and `defaults` are the base optimizer's own objects, looked up at every access, so
     whatever replaces them (`load_state_dict`, FSDP, Accelerate) is seen at once by both. Attributes the wrapper does
-    not have are the base's; `isinstance` accepts the base's class as well as the wrapper's; `repr` is the base's.
+    not have are the base's, and so is its `repr`. Its class is its own: `isinstance` knows the wrapper, and the base
+    is `base_optimizer`.
 
     A method derives from it and overrides `before_step`, `after_step` and what `Method` has. If it perturbs the model,
     it overrides the four that tell of it too: `perturbation_parameters`, `current_perturbation`, `perturbed_as` and
@@ -57,11 +58,20 @@ class OptimizerWrapper(Method, Optimizer):
     # must unscale them first, as it does for every optimizer that does not claim this.
     _step_supports_amp_scaling = False
 
+    # Nor is its class disguised as the base's. Where libraries branch on the kind of an optimizer, a disguise has the
+    # wrapper replaced or bypassed in silence: Accelerate does nothing in `step` for LOMO, DeepSpeed builds Adagrad and
+    # Muon anew, and Lightning's `self.optimizers()` and torch.distributed.checkpoint look methods up on `__class__`.
+    # Undisguised, it misses some refusals (LBFGS under Lightning's AMP, ZeroRedundancyOptimizer with model averaging).
+    # Schedulers, GradScaler, FSDP, Trainer, TRL, PEFT and the rest of Accelerate ask for a `torch.optim.Optimizer`.
+
     base_optimizer: Optimizer
+    _kind: str
 
     def __init__(self, optimizer: Optimizer):
         # Optimizer.__init__ is left out on purpose: it would make a second set of groups, state and hooks.
         self.__dict__["base_optimizer"] = checks.built_optimizer("optimizer", optimizer)
+        # Lightning derives a class of its own from ours, for an object with this one's attributes.
+        self.__dict__["_kind"] = type(self).__name__
 
     # --- what a method adds ---------------------------------------------------------------------------------------
 
@@ -91,14 +101,14 @@ class OptimizerWrapper(Method, Optimizer):
 
     # --- the base optimizer, as others use it ---------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the base optimizer, with the method around it.
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """One step of the base optimizer, with the method around it; further arguments are the base's.
 
         With a `closure`, the method looks at the gradients after each evaluation of it.
         """
         if closure is None:
             self.before_step()
-            loss = self.base_optimizer.step()
+            loss = self.base_optimizer.step(**kwargs)
         else:
 
             def observed() -> Any:
@@ -107,12 +117,24 @@ class OptimizerWrapper(Method, Optimizer):
                 self.before_step()
                 return loss
 
-            loss = self.base_optimizer.step(observed)
+            loss = self.base_optimizer.step(observed, **kwargs)
         self.after_step()
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        self.base_optimizer.zero_grad(*args, **kwargs)
+
+    def train(self) -> None:
+        """Calls the base optimizer's `train()` if it has one; the method follows the mode of the model."""
+        self._tell("train")
+
+    def eval(self) -> None:
+        """Calls the base optimizer's `eval()` if it has one; the method follows the mode of the model."""
+        self._tell("eval")
+
+    def _tell(self, mode: str) -> None:
+        if callable(tell := getattr(self.base_optimizer, mode, None)):
+            tell()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.base_optimizer.add_param_group(param_group)
@@ -130,8 +152,8 @@ class OptimizerWrapper(Method, Optimizer):
 
     def _state_name(self) -> str:
         """The class's name, with a number where the same method is wrapped again, as over a second model."""
-        same = sum(type(wrapper) is type(self) for wrapper in chain(self.base_optimizer))
-        return type(self).__name__ + (f".{same}" if same else "")
+        same = sum(wrapper._kind == self._kind for wrapper in chain(self.base_optimizer))
+        return self._kind + (f".{same}" if same else "")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the base optimizer and the method.
@@ -160,9 +182,9 @@ class OptimizerWrapper(Method, Optimizer):
         own = methods.pop(self._state_name(), None)
         base_state = {key: value for key, value in state_dict.items() if key != STATE_KEY}
         if methods:
-            if not issubclass(type(self.base_optimizer), OptimizerWrapper):
+            if not isinstance(self.base_optimizer, OptimizerWrapper):
                 raise ValueError(
-                    f"the state_dict was written by {', '.join(methods)}, this optimizer is {type(self).__name__} over "
+                    f"the state_dict was written by {', '.join(methods)}, this optimizer is {self._kind} over "
                     f"{type(self.base_optimizer).__name__}; build the same optimizer as the checkpoint's before loading"
                 )
             base_state[STATE_KEY] = methods
@@ -192,11 +214,6 @@ class OptimizerWrapper(Method, Optimizer):
     def defaults(self, value: dict[str, Any]) -> None:
         self.base_optimizer.defaults = value
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        # isinstance(wrapper, AdamW) holds for code that branches on the optimizer's kind; type() tells the truth.
-        return self.base_optimizer.__class__
-
     def __getattr__(self, name: str) -> Any:
         if name == "base_optimizer":  # not set yet: while unpickling
             raise AttributeError(name)
@@ -205,6 +222,9 @@ class OptimizerWrapper(Method, Optimizer):
     def __repr__(self) -> str:
         return repr(self.base_optimizer)
 
+    def __str__(self) -> str:
+        return str(self.base_optimizer)
+
     def __getstate__(self) -> dict[str, Any]:
         # `step` is in the instance when a scheduler or Accelerate patched it; torch's optimizers drop that as well.
         return {key: value for key, value in self.__dict__.items() if key not in ("step", "_opt_called")}
@@ -212,18 +232,10 @@ class OptimizerWrapper(Method, Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Spelled out because the default one insists that `__class__` and type() agree.
-        return _new, (type(self),), self.__getstate__()
-
-
-def _new(cls: type[OptimizerWrapper]) -> OptimizerWrapper:
-    return cls.__new__(cls)
-
 
 def chain(optimizer: Optimizer) -> Iterator[OptimizerWrapper]:
     """The wrappers around a base optimizer, outermost first."""
     level: Any = optimizer
-    while issubclass(type(level), OptimizerWrapper):
+    while isinstance(level, OptimizerWrapper):
         yield level
         level = level.base_optimizer

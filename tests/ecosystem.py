@@ -133,7 +133,7 @@ def train(
             loss.backward()
             return loss
 
-        if isinstance(optimizer, torch.optim.LBFGS):
+        if isinstance(getattr(optimizer, "base_optimizer", optimizer), torch.optim.LBFGS):
             optimizer.step(closure)
         else:
             closure()
@@ -168,13 +168,12 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
 
 
-@torch.no_grad()
 def outputs(model: nn.Module) -> dict[str, Tensor]:
     """What each adapted layer makes of the unit vectors: its whole effective weight, ε included if there is one.
 
     Only without dropout.
     """
-    return {layer.name: layer.module(torch.eye(layer.shape[1])) for layer in lora_layers(model)}
+    return {layer.name: layer.module(torch.eye(layer.shape[1])).detach() for layer in lora_layers(model)}
 
 
 def epsilon(model: nn.Module) -> dict[str, Tensor]:

@@ -186,8 +186,8 @@ def test_the_norm_never_exceeds_rho_and_the_clip_is_global():
 
 def test_below_rho_nothing_is_scaled():
     model = lora_net()
-    aux = attach_auxiliary(model, r=2, seed=0)
-    twin, twin_aux = copy.deepcopy((model, aux))
+    twin = copy.deepcopy(model)
+    aux, twin_aux = attach_auxiliary(model, r=2, seed=0), attach_auxiliary(twin, r=2, seed=0)
     train(model, BiLoRAOptimizer(torch.optim.SGD(groups(model, aux), lr=1e-3), model, rho=1e6), data(4))
     bare = torch.optim.SGD([{"params": primary(twin)}, {"params": twin_aux, "maximize": True}], lr=1e-3)
     train(twin, bare, data(4))
@@ -221,8 +221,8 @@ def test_any_base_optimizer_descends_and_ascends(cls):
     """The primary moves as under the bare optimizer, the auxiliary as under it with its gradients turned."""
     sizes = (64, 128, 64)  # large enough for 8-bit states
     model = lora_net(torch.float32, sizes=sizes, r=32)
-    aux = attach_auxiliary(model, r=64, seed=0)
-    twin, twin_aux = copy.deepcopy((model, aux))
+    twin = copy.deepcopy(model)
+    aux, twin_aux = attach_auxiliary(model, r=64, seed=0), attach_auxiliary(twin, r=64, seed=0)
     optimizer = BiLoRAOptimizer(cls(groups(model, aux), lr=1e-3), model, rho=1e9)
     bare = cls([{"params": primary(twin)}, {"params": twin_aux, "weight_decay": 0.0}], lr=1e-3)
     batches = list(data(3, sizes, dtype=torch.float32))
@@ -440,11 +440,12 @@ def test_it_is_registered_and_goes_with_the_model():
     assert all(p.dtype == torch.float64 for p in aux)
     clone, clone_aux = pickle.loads(pickle.dumps((model, aux)))
     x, _ = next(data())
-    assert torch.equal(clone(x), model(x))
+    before = model(x)
     with torch.no_grad():
-        for p in clone_aux:
+        for p in (*aux, *clone_aux):
             p.fill_(0.5)
-    assert not torch.allclose(clone(x), model(x))
+    assert torch.equal(clone(x), clone.eval()(x))  # no copy of a model is perturbed
+    assert not torch.allclose(model(x), before)
 
 
 def test_a_sequential_model_goes_on_as_it_was():

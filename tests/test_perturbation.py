@@ -189,10 +189,15 @@ def test_inputs_without_gradients(noise):
     expected = F.linear(x, weight + noise_of(optimizer)) + bias
     found = torch.autograd.grad(model(x).sum(), trainable(model))
     assert_equal(found, torch.autograd.grad(expected.sum(), trainable(model)))
-    with torch.no_grad():
-        assert_equal([model(x)], [expected])
-    with torch.inference_mode():
-        assert_equal([model(x)], [expected])
+    clean = F.linear(x, weight) + bias
+    for no_grad in (torch.no_grad, torch.inference_mode):
+        with no_grad():
+            assert_equal([model(x)], [clean])
+    optimizer.remove()
+    again = ggpo(model, noise, perturb_no_grad=True)
+    for no_grad in (torch.no_grad, torch.inference_mode):
+        with no_grad():
+            assert_equal([model(x)], [F.linear(x, weight + noise_of(again)) + bias])
 
 
 @pytest.mark.parametrize("noise", KINDS)
@@ -408,7 +413,7 @@ def test_without_noise_the_fused_path_equals_peft(build, config, dtype, autocast
 @pytest.mark.parametrize("noise", KINDS)
 def test_backward_under_autocast_is_that_outside(noise):
     model = one_layer().float()
-    ggpo(model, noise)
+    optimizer = ggpo(model, noise)
     x = torch.randn(5, 7, requires_grad=True)
 
     def gradients(autocast):
@@ -417,6 +422,7 @@ def test_backward_under_autocast_is_that_outside(noise):
             return grads_of(loss, x, trainable(model))
 
     assert_equal(gradients(True), gradients(False))
+    assert optimizer.sigma > 0
 
 
 @pytest.mark.parametrize("noise", KINDS)

@@ -34,7 +34,7 @@ from torch.optim.optimizer import (
 )
 
 import flatlora.perturbation
-from flatlora import GGPOOptimizer, OptimizerWrapper, remove_perturbation
+from flatlora import GGPOOptimizer, OptimizerWrapper
 
 torch_optimizer = pytest.importorskip("torch_optimizer")
 
@@ -149,13 +149,13 @@ def test_with_noise_the_base_optimizer_does_what_it_does_with_the_same_gradients
 # --- identity ------------------------------------------------------------------------------------------------------
 
 
-def test_it_is_an_instance_of_its_base_and_of_its_wrapper(wrap):
+def test_it_is_an_optimizer_of_its_own_class_and_reads_as_its_base(wrap):
     model = lora_mlp()
     base = adamw(model)
     optimizer = wrap(base, model)
-    assert isinstance(optimizer, torch.optim.AdamW) and isinstance(optimizer, Optimizer)
-    assert isinstance(optimizer, OptimizerWrapper) and isinstance(optimizer, type(optimizer))
-    assert not isinstance(optimizer, torch.optim.SGD)
+    assert isinstance(optimizer, Optimizer) and isinstance(optimizer, OptimizerWrapper)
+    assert optimizer.__class__ is type(optimizer) and isinstance(optimizer.base_optimizer, Optimizer)
+    assert str(optimizer) == str(base)
     assert repr(optimizer) == repr(base) and "AdamW" in repr(optimizer)
 
 
@@ -497,7 +497,7 @@ def test_a_copy_of_the_optimizer_alone(wrap, how):
     train(model, optimizer, range(2))
     before = adapters(model), outputs(model)
     twin = copied(how, optimizer)
-    assert type(twin) is type(optimizer) and isinstance(twin, torch.optim.AdamW)
+    assert type(twin) is type(optimizer) and type(twin.base_optimizer) is type(optimizer.base_optimizer)
     assert difference(optimizer.state_dict(), twin.state_dict()) is None
     for group in twin.param_groups:
         for param in group["params"]:
@@ -521,9 +521,7 @@ def test_an_averaged_model_evaluates_the_plain_average():
     x = torch.randn(5, 32)
     with torch.no_grad():
         torch.testing.assert_close(average.eval()(x), plain.eval()(x))
-    noise = outputs(model)
-    remove_perturbation(average)
-    assert difference(noise, outputs(model)) is None  # the model keeps its own
+    assert all(e.abs().max() < 1e-6 for e in epsilon(average.train().module).values())  # copies carry none
     assert any(e.abs().max() > 0 for e in epsilon(model).values())
 
 

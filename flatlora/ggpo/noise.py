@@ -1,30 +1,57 @@
-"""Noise whose rows are scaled by the norms of a layer's weight rows and of their gradients, without forming either."""
+"""GGPO's noise: which standard deviation each row has, and what is remembered of the gradients for it."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..kernels.draw import Draw
+from ..layers.adapter import Adapter
+from ..layers.stack import BaseNorms, stacks, weight_sq
+from ..layers.tangent import project
 from ..layers.view import LoRALayer
-from .rows import Batch, Rows, batches, projected_grad_sq, weight_sq
+from ..perturbation import Source, trains
+from ..streams import derived_seed
 
-__all__ = ["RowNoise"]
+__all__ = ["RowNoise", "Rows", "row_variance"]
 
 logger = logging.getLogger("flatlora")
 
 
-class RowNoise:
-    """The noise of all layers: its σ, β and step, and the rows it is scaled by.
+def row_variance(weight_sq: Tensor, grad_sq: Tensor, sigma: float, beta: float, n: int) -> Tensor:
+    """Per element, ``σ²/n · (‖W'_i‖² + β·‖G_i‖²)`` from the squared norms of the rows; LoRA-GGPO's Eq. 6-8."""
+    return (weight_sq + beta * grad_sq).mul(sigma**2 / n)
 
-    `everywhere` perturbs layers in eval mode as well, for measuring.
-    """
+
+@dataclass
+class Rows:
+    """What is remembered of one layer."""
+
+    layer: LoRALayer
+    grad_sq: Tensor | None = None  # squared row norms (m,) of its last gradient
+    std: tuple[Any, Tensor] | None = None  # what it was computed from, and the standard deviations (m,)
+
+    def ranks(self) -> dict[str, int]:
+        ranks: dict[str, int] = {}
+        for adapter in self.layer.all_adapters():  # a hybrid GraLoRA layer has two of a name
+            ranks[adapter.name] = ranks.get(adapter.name, 0) + adapter.rank
+        return ranks
+
+    def at_hand(self, device: torch.device) -> bool:
+        """Whether all its tensors are whole and on `device`, as those of a sharded layer are in its forward alone."""
+        parameters = self.layer.module.parameters()
+        whole_here = all(p.device == device and p.numel() and not hasattr(p, "full_tensor") for p in parameters)
+        return whole_here and self.layer.base.kind != "opaque"
+
+
+class RowNoise(Source):
+    """The noise of all layers: its σ, β and step, and the rows it is scaled by. `always` is for measuring."""
 
     def __init__(
         self,
@@ -34,78 +61,78 @@ class RowNoise:
         kind: Literal["gaussian", "low_rank"],
         rank: int,
         seed: int,
-        everywhere: bool = False,
+        always: bool = False,
     ):
         self.rows = {layer.name: Rows(layer) for layer in layers}
         self.sigma, self.beta, self.kind, self.rank, self.seed = sigma, beta, kind, rank, seed
-        self.everywhere = everywhere
+        self.always = always
         self.step = 0
-        self.on = True
-        self.held: dict[str, Draw | None] | None = None  # given to layers instead of what would be drawn
-        self._observed: list[tuple[Batch, Tensor]] = []
+        self.fixed: dict[str, Draw | None] | None = None  # given to layers instead of what would be drawn
+        self._norms = BaseNorms()
+        self._observed: list[tuple[list[Rows], Tensor]] = []
         self._warned = False
 
     def draw(self, layer: LoRALayer) -> Draw | None:
-        if not self._perturbs(layer):
+        if self.fixed is not None:
+            return self.fixed.get(layer.name)
+        if self.sigma == 0:
             return None
-        if self.held is not None:
-            return self.held.get(layer.name)
-        return Draw(self.kind, self.std(self.rows[layer.name]), self._layer_seed(layer.name), self.rank)
+        # The seed is a function of (seed, step, layer) and no running stream: every micro-batch, every recomputation,
+        # every rank and a resumed run get the same ε, and nothing but these numbers has to be kept.
+        seed = derived_seed(self.seed, self.step, layer.name)
+        return Draw(self.kind, self.std(self.rows[layer.name]), seed, self.rank)
 
-    def _perturbs(self, layer: LoRALayer) -> bool:
-        return self.on and self.sigma > 0 and layer.active and (self.everywhere or layer.module.training)
-
-    def _layer_seed(self, name: str) -> int:
-        # A function of (seed, step, layer) rather than a running stream: every micro-batch, every recomputation, every
-        # rank and a resumed run get the same ε, and nothing but these numbers has to be kept.
-        digest = hashlib.blake2b(f"{self.seed}/{self.step}/{name}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") >> 1
+    def trains(self, layer: LoRALayer) -> bool:
+        return self.sigma > 0 and (layer.active if self.always else trains(self, layer, layer.adapters()))
 
     def std(self, rows: Rows) -> Tensor:
         """Standard deviations (m,) of a layer's rows; the first layer asked in a step has others computed with it."""
-        if rows.cached is None or rows.cached[0] != self._key(rows):
+        if rows.std is None or rows.std[0] != self._key(rows):
             with _exact(rows.layer.base.device):
                 self._compute_stds(rows)
-        assert rows.cached is not None
-        return rows.cached[1]
+        assert rows.std is not None
+        return rows.std[1]
 
     def _key(self, rows: Rows) -> Any:
         """What the standard deviations follow from."""
-        versions = [
-            (
-                a.name,
-                a.scaling,
-                a.A.device,
-                a.A._version,
-                a.B._version,
-                a.magnitude is not None and a.magnitude._version,
-            )
-            for a in rows.layer.adapters()
-        ]
-        return self.step, self.sigma, self.beta, rows.layer.merged, versions
+        adapters = [(a.name, a.scaling, _state(a)) for a in rows.layer.adapters()]
+        return self.step, self.sigma, self.beta, rows.layer.merged, adapters
 
     def _compute_stds(self, asked: Rows) -> None:
         # Of the others those that will be asked themselves and cost no gathering: never a key of a sharded layer, whose
         # parameters are others within its own forward.
         device = asked.layer.base.device
-        ready = [r for r in self.rows.values() if r is asked or (self._perturbs(r.layer) and r.at_hand(device))]
+        ready = [r for r in self.rows.values() if r is asked or (self.trains(r.layer) and r.at_hand(device))]
         keys = {rows.layer.name: self._key(rows) for rows in ready}
-        stale = [rows for rows in ready if rows.cached is None or rows.cached[0] != keys[rows.layer.name]]
-        for batch in batches(stale):
-            row_sq, _ = weight_sq(batch)
+        stale = [rows.layer for rows in ready if rows.std is None or rows.std[0] != keys[rows.layer.name]]
+        for stack in stacks(stale):
+            same = [self.rows[layer.name] for layer in stack.layers]
+            row_sq, _ = weight_sq(stack, self._norms)
             zero = torch.zeros_like(row_sq[0])
-            grads = [zero if rows.grad_sq is None else rows.grad_sq.to(device) for rows in batch.rows]
-            row_sq = row_sq + self.beta * torch.stack(grads)
-            variance = row_sq.mul(self.sigma**2 / batch.rows[0].layer.shape[1])
+            grad_sq = torch.stack([zero if rows.grad_sq is None else rows.grad_sq.to(device) for rows in same])
+            variance = row_variance(row_sq, grad_sq, self.sigma, self.beta, stack.layers[0].shape[1])
             stds = variance.nan_to_num(0.0, posinf=0.0).clamp_(min=0.0).sqrt_()
-            for rows, std in zip(batch.rows, stds, strict=True):
-                rows.cached = keys[rows.layer.name], std
+            for rows, std in zip(same, stds, strict=True):
+                rows.std = keys[rows.layer.name], std
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Within the context standard deviations may be asked for without a trace: layers that are asked for in another
+        order are computed in other company, and differ in the last bits."""
+        kept = [(rows, rows.std) for rows in self.rows.values()]
+        try:
+            yield
+        finally:
+            for rows, std in kept:
+                rows.std = std
 
     def observe_gradients(self) -> None:
         """Notes the norms of the gradients at hand for the next step's noise."""
+        self._observed = []
         with _exact(next(iter(self.rows.values())).layer.base.device):
-            noted = [(batch, projected_grad_sq(batch)) for batch in batches(self.rows.values())]
-        self._observed = [(batch, new) for batch, new in noted if new is not None]
+            for stack in stacks(rows.layer for rows in self.rows.values()):
+                if (projection := project(stack, self._norms)) is not None:
+                    self._observed.append(([self.rows[layer.name] for layer in stack.layers], projection.row_sq()))
         if not self._observed and not self._warned:
             logger.warning("step() found no adapter gradients: the noise goes on without a gradient term")
             self._warned = True
@@ -119,13 +146,28 @@ class RowNoise:
         # Decided on the device: asking the host whether all is finite would stall it at every step.
         sums = [new.sum() for _, new in self._observed]
         finite = torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all()
-        for batch, new in self._observed:
-            old = [
-                torch.zeros_like(new[0]) if rows.grad_sq is None else rows.grad_sq.to(new.device) for rows in batch.rows
-            ]
-            for rows, kept in zip(batch.rows, torch.where(finite.to(new.device), new, torch.stack(old)), strict=True):
+        for same, new in self._observed:
+            zero = torch.zeros_like(new[0])
+            old = torch.stack([zero if rows.grad_sq is None else rows.grad_sq.to(new.device) for rows in same])
+            for rows, kept in zip(same, torch.where(finite.to(new.device), new, old), strict=True):
                 rows.grad_sq = kept
         self._observed = []
+
+
+def _state(adapter: Adapter) -> tuple[Any, ...]:
+    """What tells an adapter's values from others without reading them all.
+
+    Autograd's version counters do not see writes through `.data`, such as those of PEFT's `hotswap_adapter`. Two
+    elements show them, where reading them stalls no device.
+    """
+    versions = [(factor.device, factor._version) for factor in (adapter.A, adapter.B)]
+    corners = [_corner(factor) for factor in (adapter.A, adapter.B)]
+    return versions, corners, adapter.magnitude is not None and adapter.magnitude._version
+
+
+def _corner(factor: Tensor) -> float | None:
+    readable = factor.device.type == "cpu" and factor.numel() and not hasattr(factor, "full_tensor")
+    return float(factor[(0,) * factor.dim()]) if readable else None
 
 
 @contextmanager

@@ -1,15 +1,16 @@
-"""Products with a weight and low-rank terms beside it, as one autograd function."""
+"""A product with a weight and low-rank terms beside it, as one autograd function."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Added", "add_low_rank", "compute_dtype", "product_of"]
+__all__ = ["Added", "Plan", "add_low_rank", "added", "compute_dtype", "product_of"]
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -32,98 +33,143 @@ def product_of(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-class Added(torch.autograd.Function):
-    """``out + x·Wᵀ + bias + Σ_k s_k·x·A_kᵀ·B_kᵀ + x·Aεᵀ·Bεᵀ``, of which any part may be missing.
+@dataclass(frozen=True)
+class Plan:
+    """What `Added` adds up, beside the tensors that autograd has to see.
 
-    W (m, n), such as W0 + ε, lives during each of its two matmuls only: `matrix(weight)` makes it, and makes it again
-    for backward; `weight` is the stored tensor that it is made from, or None. `factors` are A_1, B_1, A_2, B_2, …,
-    which get gradients; `noise` is (Bε, Aε), which does not. All low-rank terms go through one pair of small matmuls in
-    `dtype`, added in place, where PEFT launches two, a scaling and an addition for each.
+    Attributes:
+        dtype: in which the low-rank terms are computed.
+        scalings: s_k of each adapter.
+        constant: factors ``(B (m, k), A (k, n))`` of low-rank terms that get no gradient.
+        weight: makes W (m, n), such as W0 + ε, from the stored weight or from None; None if there is no such product.
+            It is called in forward and again in backward, so that W lives during each of its two products alone.
+        in_place: whether the output that is given may be written to.
+    """
+
+    dtype: torch.dtype
+    scalings: tuple[float, ...] = ()
+    constant: tuple[tuple[Tensor, Tensor], ...] = ()
+    weight: Callable[[Tensor | None], Tensor] | None = None
+    in_place: bool = False
+
+    def factors(self, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """All terms as one: the factors A (R, n) and B (m, R), with B scaled; the learned ones first."""
+        a = [A.to(self.dtype) for A in learned[0::2]] + [A for _, A in self.constant]
+        b = [B.to(self.dtype) * s for B, s in zip(learned[1::2], self.scalings, strict=True)]
+        b += [B for B, _ in self.constant]
+        return torch.cat(a) if len(a) > 1 else a[0], torch.cat(b, 1) if len(b) > 1 else b[0]
+
+
+def added(
+    plan: Plan, out: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, *learned: Tensor
+) -> Tensor:
+    """What `Added` computes, in plain operations: its reference."""
+    if plan.weight is not None:
+        product = torch.nn.functional.linear(x, plan.weight(weight), bias)
+        out = product if out is None else out + product
+    assert out is not None
+    if learned or plan.constant:
+        a, b = plan.factors(learned)
+        out = out + (x.to(plan.dtype) @ a.t() @ b.t()).to(out.dtype)
+    return out
+
+
+class Added(torch.autograd.Function):
+    """``out + x·Wᵀ + bias + Σ_k s_k·x·A_kᵀ·B_kᵀ``, of which any part may be missing.
+
+    `learned` are the adapters' A_1, B_1, A_2, B_2 and so on, which get gradients; `plan` says the rest. All low-rank
+    terms go through one pair of small products, added in place, where PEFT launches two, a scaling and an addition for
+    each.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        plan: Plan,
         out: Tensor | None,
-        in_place: bool,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        matrix: Callable[[Any], Tensor] | None,
-        noise: tuple[Tensor, Tensor] | None,
-        dtype: torch.dtype,
-        scalings: tuple[float, ...],
-        *factors: Tensor,
+        *learned: Tensor,
     ) -> Tensor:
-        ctx.matrix, ctx.scalings, ctx.ranks = matrix, scalings, [A.shape[0] for A in factors[0::2]]
+        ctx.plan, ctx.ranks = plan, [A.shape[0] for A in learned[0::2]]
         ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
-        given, h, a, b = out, None, None, None
+        result, a, b, h = out, None, None, None
         with torch.autocast(x.device.type, enabled=False):
-            if matrix is not None:
-                W = matrix(weight)
-                product = product_of(x, W, bias)
-                # bitsandbytes' layers, whose weight is no float tensor, return the dtype they were given.
-                if out is not None:
-                    out = out + product.to(out.dtype)
-                else:
-                    out = product.to(x.dtype if weight is None else W.dtype)
-                del W, product
-            assert out is not None
-            if factors or noise is not None:
-                a_parts = [A.to(dtype) for A in factors[0::2]]
-                b_parts = [B.to(dtype) * s for B, s in zip(factors[1::2], scalings, strict=True)]
-                if noise is not None:
-                    b_parts.append(noise[0])
-                    a_parts.append(noise[1])
-                a = torch.cat(a_parts) if len(a_parts) > 1 else a_parts[0]
-                b = torch.cat(b_parts, 1) if len(b_parts) > 1 else b_parts[0]
-                h = x.reshape(-1, x.shape[-1]).to(dtype) @ a.t()
-                flat = rows = out.reshape(-1, out.shape[-1])
-                if not (out.is_contiguous() and (in_place or out is not given)):
-                    out = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-                    rows = out.view(flat.shape)
-                if out.dtype != dtype:
-                    rows.copy_(flat + h @ b.t())
-                elif rows is flat:
-                    rows.addmm_(h, b.t())
-                else:
-                    torch.addmm(flat, h, b.t(), out=rows)
-            if out is given:
-                ctx.mark_dirty(out)
-        ctx.save_for_backward(weight, a, b, *((x, h) if any(ctx.needs_input_grad[9:]) else (None, None)))
-        return out
+            if plan.weight is not None:
+                result = _with_product(plan, out, x, weight, bias)
+            assert result is not None
+            if learned or plan.constant:
+                a, b = plan.factors(learned)
+                h = x.reshape(-1, x.shape[-1]).to(plan.dtype) @ a.t()
+                result = _plus_product(result, h, b, writable=plan.in_place or result is not out)
+        if result is out:
+            ctx.mark_dirty(out)
+        # The adapters' own parameters are kept to be looked at: autograd refuses them if they have moved since.
+        trained = (x, h, *learned) if any(ctx.needs_input_grad[5:]) else (None, None)
+        ctx.save_for_backward(weight, a, b, *trained)
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weight, a, b, x, h = ctx.saved_tensors
+        weight, a, b, x, h = ctx.saved_tensors[:5]
+        plan, of_x = ctx.plan, ctx.needs_input_grad[2]
         g = grad.reshape(-1, grad.shape[-1])
         grad_x = None
         grads: list[Tensor | None] = [None] * (2 * len(ctx.ranks))
         with torch.autocast(grad.device.type, enabled=False):
             grad_bias = g.sum(0) if ctx.needs_input_grad[4] else None
-            if ctx.needs_input_grad[2] and ctx.matrix is not None:
-                W = ctx.matrix(weight)
+            if of_x and plan.weight is not None:
+                W = plan.weight(weight)
                 grad_x = g.to(W.dtype) @ W
                 del W
             if a is not None:
                 g = g.to(a.dtype)
                 gh = g @ b
-                if ctx.needs_input_grad[2]:
+                if of_x:
                     grad_x = gh @ a if grad_x is None else grad_x.to(a.dtype).addmm_(gh, a)
                 if x is not None:
                     r = sum(ctx.ranks)
                     grad_a = gh[:, :r].t() @ x.reshape(-1, x.shape[-1]).to(h.dtype)
                     grad_b = g.t() @ h[:, :r]
                     grads[0::2] = grad_a.split(ctx.ranks)
-                    grads[1::2] = [part * s for part, s in zip(grad_b.split(ctx.ranks, 1), ctx.scalings, strict=True)]
+                    grads[1::2] = [part * s for part, s in zip(grad_b.split(ctx.ranks, 1), plan.scalings, strict=True)]
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
-        return grad if ctx.needs_input_grad[0] else None, None, grad_x, None, grad_bias, None, None, None, None, *grads
+        return None, grad if ctx.needs_input_grad[1] else None, grad_x, None, grad_bias, *grads
+
+
+def _with_product(plan: Plan, out: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``out + x·Wᵀ + bias`` in a new tensor."""
+    assert plan.weight is not None
+    W = plan.weight(weight)
+    product = product_of(x, W, bias)
+    if out is not None:
+        return out + product.to(out.dtype)
+    # bitsandbytes' layers, whose weight is no float tensor, return the dtype they were given.
+    return product.to(x.dtype if weight is None else W.dtype)
+
+
+def _plus_product(out: Tensor, h: Tensor, b: Tensor, writable: bool) -> Tensor:
+    """``out + h·bᵀ``, in `out` itself where it may be written to."""
+    flat = out.reshape(-1, out.shape[-1])
+    if writable and out.is_contiguous():
+        target, rows = out, flat
+    else:
+        target = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        rows = target.view(flat.shape)
+    if out.dtype != h.dtype:
+        rows.copy_(flat + h @ b.t())
+    elif target is out:
+        rows.addmm_(h, b.t())
+    else:
+        torch.addmm(flat, h, b.t(), out=rows)
+    return target
 
 
 def add_low_rank(
-    out: Tensor, x: Tensor, in_place: bool, dtype: torch.dtype, scalings: tuple[float, ...], *factors: Tensor
+    out: Tensor, x: Tensor, in_place: bool, dtype: torch.dtype, scalings: tuple[float, ...], *learned: Tensor
 ) -> Tensor:
-    """``out + Σ_k s_k·x·A_kᵀ·B_kᵀ`` for the factors A_1, B_1, …; into `out` itself if `in_place`."""
-    return Added.apply(out, in_place, x, None, None, None, None, dtype, scalings, *factors)
+    """``out + Σ_k s_k·x·A_kᵀ·B_kᵀ`` for the factors A_1, B_1 and so on; into `out` itself if `in_place`."""
+    return Added.apply(Plan(dtype, scalings, in_place=in_place), out, x, None, None, *learned)

@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatlora import GGPOOptimizer, weight_noise
-from flatlora.ggpo import rows as row_algebra
+from flatlora.layers import stack
 from flatlora.layers.base import BaseWeight
 
 KINDS = ["gaussian", "low_rank"]
@@ -186,12 +186,14 @@ def test_merged_adapters_are_not_counted_twice(config, merged_first):
     assert_rows(only(optimizer.row_std()), expected)
 
 
-def test_a_merged_layer_is_perturbed_around_its_merged_weight():
+def test_a_merged_layer_which_nothing_trains_is_unperturbed():
     model = one_layer()
     x = torch.randn(4, 7, dtype=torch.float64)
     weight, bias = dense(fc(model))
     optimizer = ggpo(model, sigma=0.5)
     model.merge_adapter()
+    torch.testing.assert_close(model(x), F.linear(x, weight) + bias, rtol=1e-10, atol=1e-10)
+    model.unmerge_adapter()
     torch.testing.assert_close(model(x), F.linear(x, weight + noise_of(optimizer)) + bias, rtol=1e-10, atol=1e-10)
 
 
@@ -337,7 +339,7 @@ def test_row_std_after_several_steps(form, base):
 @pytest.mark.parametrize("together", [1, 1 << 19])
 def test_layers_of_many_forms_each_have_their_own_rows(together, monkeypatch):
     """Ranks, scalings and shapes differ from layer to layer, and one layer's gradient may be missing."""
-    monkeypatch.setattr(row_algebra, "_BATCH", together)
+    monkeypatch.setattr(stack, "_MOST", together)
     patterns = {"rank_pattern": {"q_proj": 2, "gate_proj": 3}, "alpha_pattern": {"v_proj": 3}}
     model = tiny_llama(torch.float64, layers=3, **patterns)
     optimizer = ggpo(model, sigma=0.1, beta=5.0)
@@ -488,7 +490,7 @@ def loss_rises(kind, rank, draws):
     torch.manual_seed(0)
     model = one_layer(32, 48, bias=False)
     x = torch.randn(64, 48, dtype=torch.float64) * torch.linspace(2, 0.05, 48).double()  # some directions are sharper
-    optimizer = ggpo(model, sigma=0.1, noise=kind, noise_rank=rank)
+    optimizer = ggpo(model, sigma=0.1, noise=kind, noise_rank=rank, perturb_no_grad=True)
     weight, _ = dense(fc(model))
     target = x @ weight.t().detach()
     std = only(optimizer.row_std())
@@ -629,13 +631,17 @@ def test_eval_mode_is_unperturbed():
     assert not same(model(x), clean)
 
 
-def test_the_optimizers_own_eval_and_train():
+def test_the_models_mode_alone_counts():
     model, optimizer, x, clean = clean_and_noisy()
     noisy = model(x)
-    optimizer.eval()
+    optimizer.eval()  # as Accelerate does around an evaluation
+    model.eval()
     assert same(model(x), clean)
-    optimizer.train()
+    model.train()
     assert torch.equal(model(x), noisy)
+    model.eval()
+    optimizer.train()
+    assert same(model(x), clean)
 
 
 def test_train_and_eval_reach_a_base_optimizer_that_has_them():

@@ -34,9 +34,10 @@ from flatlora import (
     save_gralora,
     unload_gralora,
 )
-from flatlora.ggpo.rows import Rows, batches, projected_grad_sq, weight_sq
 from flatlora.kernels.draw import draw_gaussian
 from flatlora.layers.base import linear_base
+from flatlora.layers.stack import BaseNorms, stacks, weight_sq
+from flatlora.layers.tangent import project
 
 bnb = pytest.importorskip("bitsandbytes")
 warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
@@ -637,7 +638,7 @@ def test_row_norms_are_exact(kind, k, hybrid, peft):
     (view,) = lora_layers(nn.Sequential(module))
     assert view.shape == (m, n) and view.base.kind == {"nf4": "4bit", "int8": "8bit"}.get(kind, "float")
     base = view.base.float_weight() if view.base.kind == "float" else view.base.dense(torch.float32)
-    (found,), _ = weight_sq(*batches([Rows(view)]))
+    (found,), _ = weight_sq(*stacks([view]), BaseNorms())
     tolerance = 1e-12 if kind == "float64" else 1e-4
     expected = (base + ours.delta_weight()).double().square().sum(1)
     torch.testing.assert_close(found.detach(), expected.detach(), rtol=tolerance, atol=0)
@@ -652,7 +653,7 @@ def test_projected_gradient_is_exact_block_by_block(k, peft):
     gradients(module, x, upstream)
     (view,) = lora_layers(nn.Sequential(module))
     gradient = upstream.t() @ x
-    (found,) = projected_grad_sq(*batches([Rows(view)]))
+    (found,) = project(*stacks([view]), BaseNorms()).row_sq()
     torch.testing.assert_close(found, projected_rows(ours, gradient), rtol=1e-7, atol=0)
     assert found.sum() < gradient.square().sum()
 
@@ -661,7 +662,7 @@ def test_projected_gradient_of_a_hybrid_is_that_of_its_blocks():
     ours = layer("float64", m=32, n=32, r=8, k=4, hybrid_r=3)
     x, upstream = torch.randn(20, 32, dtype=torch.float64), torch.randn(20, 32, dtype=torch.float64)
     gradients(ours, x, upstream)
-    (found,) = projected_grad_sq(*batches([Rows(lora_layers(nn.Sequential(ours))[0])]))
+    (found,) = project(*stacks(lora_layers(nn.Sequential(ours))), BaseNorms()).row_sq()
     torch.testing.assert_close(found, projected_rows(ours, upstream.t() @ x), rtol=1e-7, atol=0)
 
 
@@ -674,7 +675,7 @@ def test_ggpo_trains_at_the_perturbed_weight(kind, hybrid):
     x = torch.randn(3, 64, dtype=model[0].gralora_A.dtype)
     base = model[0].base
     dense = base.float_weight() if kind == "float64" else base.dense(torch.float32)
-    draw = optimizer._noise.draw(optimizer._perturbations[0].layer)
+    draw = optimizer._noise.draw(optimizer._noise.rows["0"].layer)
     perturbed = draw_gaussian(draw, 64, dense, dense.dtype) + model[0].delta_weight()
     expected = F.linear(x, perturbed, model[0].bias)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,123 @@
+"""Row norms of effective weights, for many layers at once and without forming one.
+
+The algebra of a layer is some forty operations on small matrices. Launching them costs more than their arithmetic, so
+they are launched once for many layers, their tensors stacked along a first dimension L. Everything is done on a grid of
+g×g blocks of the weight, on which GraLoRA's adapters are low-rank adapters like any other; without GraLoRA g is 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter
+from .base import whole
+from .view import LoRALayer
+
+__all__ = ["BaseNorms", "Stack", "by_block", "row_dot", "stacks", "weight_sq"]
+
+_MOST = 1 << 19  # elements of the adapters of layers that are computed together
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers of one form, and the adapters of each: the same number, of the same shapes and scalings."""
+
+    layers: list[LoRALayer]
+    adapters: list[list[Adapter]]
+
+    def columns(self) -> list[tuple[Adapter, ...]]:
+        """The first adapter of every layer, the second of every layer, and so on."""
+        return list(zip(*self.adapters, strict=True))
+
+
+def stacks(layers: Iterable[LoRALayer]) -> Iterator[Stack]:
+    """Layers of one form together, as many as have a bounded size."""
+    alike: dict[tuple, list[tuple[LoRALayer, list[Adapter]]]] = {}
+    for layer in layers:
+        adapters = layer.adapters()
+        forms = tuple((a.name, a.k, a.rank, a.scaling, a.A.dtype, a.magnitude is None, a.has_grads) for a in adapters)
+        alike.setdefault((layer.shape, layer.base.device, layer.names, forms), []).append((layer, adapters))
+    for (shape, _, _, forms), group in alike.items():
+        most = max(1, _MOST // max(1, sum(shape) * sum(rank for _, _, rank, *_ in forms)))
+        for i in range(0, len(group), most):
+            part = group[i : i + most]
+            yield Stack([layer for layer, _ in part], [adapters for _, adapters in part])
+
+
+class BaseNorms:
+    """``‖W0_i‖²`` (m,) of layers, computed once for each unless W0 is not frozen after all."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Tensor] = {}
+
+    def of(self, layer: LoRALayer) -> Tensor:
+        base = layer.base
+        if layer.merged or base.trainable:
+            self._known.pop(layer.name, None)
+            return base.row_sq()
+        known = self._known.get(layer.name)
+        self._known[layer.name] = base.row_sq() if known is None else known.to(base.device)
+        return self._known[layer.name]
+
+
+def weight_sq(stack: Stack, norms: BaseNorms) -> tuple[Tensor, dict[str, Tensor]]:
+    """``‖W'_i‖²`` (L, m) over all active adapters, and DoRA's row factors (L, m) by adapter name.
+
+    With ``W' = diag(a)·W0 + b·A``, where A stacks the adapters' rows and b their columns ``s_k·diag(c_k)·B_k``,
+
+        ‖W'_i‖² = a_i²·‖W0_i‖² + 2·a_i·b_i·(W0·Aᵀ)_iᵀ + b_i·(A·Aᵀ)·b_iᵀ
+
+    so that W0 enters through ``‖W0_i‖²``, which is computed once, and through ``W0·Aᵀ`` alone.
+    """
+    base_sq = torch.stack([norms.of(layer) for layer in stack.layers])
+    columns = stack.columns()
+    if not columns:
+        return base_sq, {}
+    grid = math.lcm(*(same[0].k for same in columns))
+    factors = [stacked_blocks(same, grid) for same in columns]
+    a = torch.cat([a_k for a_k, _ in factors], 3)
+    crossed = torch.stack([layer.base.apply_blocks(own) for layer, own in zip(stack.layers, a, strict=True)])  # W0·Aᵀ
+    # Sums of r products need no more than float32; they go to ‖W0_i‖², of many more, which is wider.
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    a, crossed = a.to(dtype), crossed.to(dtype)
+    ranks = [a_k.shape[3] for a_k, _ in factors]
+    b_parts: list[Tensor] = []
+    base_factor = torch.ones_like(base_sq, dtype=dtype)
+    row_factors = {same[0].name: base_factor for same in columns}
+    for i, same in enumerate(columns):
+        a_k, crossed_k = a.split(ranks, 3)[i], crossed.split(ranks, 4)[i]
+        b_parts.append(factors[i][1].to(dtype) * same[0].scaling)
+        magnitudes = [whole(adapter.magnitude) for adapter in same if adapter.magnitude is not None]
+        if not magnitudes:
+            continue
+        norm_sq = base_sq + row_dot(b_parts[i], 2 * crossed_k + b_parts[i] @ (a_k @ a_k.mT))
+        scale = torch.stack(magnitudes).to(dtype) * norm_sq.rsqrt().to(dtype)
+        # PEFT scales what the layer has computed so far, adapters before this one included.
+        base_factor = base_factor * scale
+        b_parts = [b_k * by_block(scale, grid) for b_k in b_parts]
+        for before in columns[: i + 1]:
+            row_factors[before[0].name] = row_factors[before[0].name] * scale
+    b = torch.cat(b_parts, 4)
+    cross = 2 * by_block(base_factor, grid) * crossed
+    return base_factor.square() * base_sq + row_dot(b, cross + b @ (a @ a.mT)), row_factors
+
+
+def stacked_blocks(same: Iterable[Adapter], grid: int) -> tuple[Tensor, Tensor]:
+    """A (L, g, g, q, n/g) and B (L, g, g, m/g, q) of one adapter of every layer."""
+    a, b = zip(*(adapter.blocks(grid) for adapter in same), strict=True)
+    return torch.stack(a), torch.stack(b)
+
+
+def by_block(rows: Tensor, grid: int) -> Tensor:
+    """Values of rows (L, m) in a shape that multiplies the rows of a grid of blocks (L, g, g, m/g, ·)."""
+    return rows.view(len(rows), grid, 1, -1, 1)
+
+
+def row_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Products of the rows of a and b, grids of blocks (L, g, g, m/g, ·), summed along whole rows: (L, m)."""
+    return (a * b).sum((2, 4)).flatten(1)

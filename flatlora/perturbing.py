@@ -1,0 +1,118 @@
+"""An optimizer wrapper that perturbs the layers whose adapters it trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from .layers.view import LoRALayer, lora_layers
+from .perturbation import Attachment, Source, attachments
+from .wrapper import OptimizerWrapper, chain
+
+__all__ = ["PerturbingOptimizer", "claim", "trained_layers"]
+
+logger = logging.getLogger("flatlora")
+
+
+class PerturbingOptimizer(OptimizerWrapper):
+    """Owns the attachment of its source to the model, and with it the life of the perturbation.
+
+    A copy of the optimizer, made together with its model, is attached to the copy of the model. An optimizer built over
+    adapters that another of its kind has trained takes them over; the other one's next step raises.
+
+    A method calls `attach` in its constructor and overrides `reattach`.
+    """
+
+    _model: nn.Module
+    _attachment: Attachment | None = None
+
+    def attach(self, source: Source, layers: list[LoRALayer]) -> None:
+        claim(source, layers, self.base_optimizer)
+        self._attachment = Attachment(self._model, source)
+        for layer in layers:
+            self._attachment.add(layer)
+
+    def reattach(self) -> None:
+        """Attaches the source of a copied optimizer to the layers of its own model."""
+        raise NotImplementedError
+
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        if self._attachment is not None:
+            if self._attachment.superseded:
+                raise RuntimeError(
+                    f"a {type(self).__name__} that was built later perturbs this model now; step that one, or build a "
+                    "new optimizer"
+                )
+            self._attachment.used = True
+        return super().step(closure, **kwargs)
+
+    def remove(self) -> None:
+        """Takes the perturbation off the model. Idempotent; the optimizer goes on as its base optimizer."""
+        if self._attachment is not None:
+            self._attachment.remove()
+            self._attachment = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        attached = self._attachment is not None and self._attachment.attached
+        return {**super().__getstate__(), "_attachment": None, "_attached": attached}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        attached = state.pop("_attached")
+        super().__setstate__(state)
+        if attached:
+            self.reattach()
+
+
+def claim(source: Source, layers: list[LoRALayer], optimizer: Optimizer) -> None:
+    """Has other sources of the same kind let go of adapters that `source` is to perturb beside.
+
+    Raises:
+        ValueError: one of them is in use: by an optimizer that `optimizer` wraps, or by one that has not stepped yet.
+    """
+    inner = [wrapper._attachment for wrapper in chain(optimizer) if isinstance(wrapper, PerturbingOptimizer)]
+    others: list[Attachment] = []
+    for layer in layers:
+        for other, theirs in attachments(layer.module):
+            alike = type(other.source) is type(source) and not other.source.always
+            if not alike or not theirs.names & layer.names or other in others:
+                continue
+            if other in inner or not other.used:
+                raise ValueError(
+                    f"layer {layer.name!r} is already perturbed by an optimizer of this kind that has not stepped yet; "
+                    "call remove() on that optimizer, or flatlora.remove_perturbation(model) if it is out of reach, "
+                    "and then build this one"
+                )
+            others.append(other)
+    for other in others:
+        logger.warning("the optimizer that perturbed this model is superseded by a new one, and can't step any more")
+        other.remove()
+        other.superseded = True
+
+
+def trained_layers(model: nn.Module, adapter: str | Iterable[str] | None, optimizer: Optimizer) -> list[LoRALayer]:
+    """The adapted layers of `model`, seen through the adapters that the optimizer trains.
+
+    Those are the adapters that it holds parameters of; with ``adapter=None`` they must require a gradient too, which
+    leaves out frozen ones, such as a reference policy's, that were handed over with ``model.parameters()``.
+
+    Raises:
+        ValueError: there are none, or as `lora_layers`.
+    """
+    layers = lora_layers(model, adapter)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"] if adapter or p.requires_grad}
+    found = []
+    for layer in layers:
+        names = {a.name for a in layer.all_adapters() if id(a.A_param) in held or id(a.B_param) in held}
+        if names:
+            found.append(LoRALayer(layer.name, layer.module, layer.base, frozenset(names)))
+    if not found:
+        raise ValueError(
+            f"{type(optimizer).__name__} holds {len(held)} parameters and none of them is an adapter's lora_A or "
+            f"lora_B of the {len(layers)} adapted layers found (first: {layers[0].name!r}); build it from "
+            "[p for p in model.parameters() if p.requires_grad] of this model, after the adapters were added"
+        )
+    return found
