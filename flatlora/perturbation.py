@@ -32,7 +32,7 @@ from .layers.adapter import Adapter
 from .layers.base import BaseWeight, keep_training_layout, release_layout
 from .layers.view import LoRALayer
 
-__all__ = ["Attachment", "Companions", "Source", "attachments", "is_transparent", "perturbs", "remove_perturbation", "trains"]
+__all__ = ["Attachment", "Companions", "Source", "attachments", "is_transparent", "remove_perturbation", "trains"]
 
 
 class Source:
