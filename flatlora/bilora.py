@@ -228,6 +228,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         rho: float = 0.05,
         adapter: str | Iterable[str] | None = None,
         seed: int | None = None,
+        perturb_no_grad: bool = False,
         **kwargs: Any,
     ) -> BiLoRAOptimizer:
         """Attaches an auxiliary and builds the optimizer over it and every parameter that requires a gradient.
@@ -246,7 +247,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
                 {"params": primary},
                 {"params": ascending, "ascent": True, "weight_decay": 0.0},
             ]
-            return cls(optimizer_cls(groups, **kwargs), model, rho=rho)
+            return cls(optimizer_cls(groups, **kwargs), model, rho=rho, perturb_no_grad=perturb_no_grad)
         except BaseException:
             detach_auxiliary(model)
             raise

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from .kernels.draw import Draw, draw_gaussian, draw_low_rank
-from .kernels.low_rank import Added, Plan, compute_dtype
+from .kernels.low_rank import Added, Plan, autocasts, compute_dtype
 from .layers.adapter import Adapter
 from .layers.base import BaseWeight, keep_training_layout, release_layout
 from .layers.view import LoRALayer
@@ -141,7 +141,7 @@ class Hook:
         # Under another library's patch it stays in line, as the layer's own forward.
         if not self.entries and self.module.__dict__.get("forward") is self:
             del self.module.forward
-            del self.module._replicate_for_data_parallel
+            self.module.__dict__.pop("_replicate_for_data_parallel", None)
             if self.patch is not None:
                 self.module.forward = self.patch
 
@@ -244,7 +244,7 @@ def _fused(layer: LoRALayer, x: Tensor, adapters: list[Adapter], extras: list[Dr
         return add_update(out, x, True)
     if len(undropped) < len(adapters):
         # Dropout draws from the global stream: cast before it as PEFT does, so that it draws the same.
-        if layer.base.kind == "float" or not torch.is_autocast_enabled(x.device.type):
+        if layer.base.kind == "float" or not autocasts(x):
             x = x.to(adapters[0].A.dtype)
         for adapter in adapters:
             if adapter.dropout is not None and not isinstance(adapter.dropout, nn.Identity):
@@ -340,7 +340,7 @@ def is_transparent(base: BaseWeight, x: Tensor) -> bool:
     """
     if base.trainable or not base.plain or _hooked(base.module):
         return False
-    return base.kind != "float" or x.dtype == base.module.weight.dtype or torch.is_autocast_enabled(x.device.type)
+    return base.kind != "float" or x.dtype == base.module.weight.dtype or autocasts(x)
 
 
 def _fusable(layer: LoRALayer, adapters: list[Adapter], x: Tensor) -> bool:

@@ -642,3 +642,74 @@ def test_twice_and_the_state_of_another_model():
     assert_equal(optimizer.param_groups[1]["params"], aux)
     with pytest.raises(TypeError, match=r"torch.optim.Optimizer instance"):
         BiLoRAOptimizer(torch.optim.SGD, model)
+
+
+# --- gradients have their own sign for everyone but the update -----------------------------------------------------
+
+
+def signs(optimizer):
+    return [p.grad.clone() for group in optimizer.param_groups if group.get("ascent") for p in group["params"]]
+
+
+def test_step_hooks_see_gradients_as_they_are():
+    model = lora_net()
+    optimizer = BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1, seed=0)
+    with torch.no_grad():
+        for p in optimizer.perturbation_parameters():
+            p.add_(0.1)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(signs(optimizer)))
+    optimizer.register_step_post_hook(lambda *_: seen.append(signs(optimizer)))
+    x, y = next(data())
+    F.mse_loss(model(x), y).backward()
+    expected = signs(optimizer)
+    optimizer.step()
+    assert len(seen) == 2
+    for found in (*seen, signs(optimizer)):
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_an_exception_in_the_update_leaves_gradients_as_they_are(closed):
+    class Failing(torch.optim.SGD):
+        fails = True
+
+        def step(self, closure=None):
+            if closure is not None:
+                closure()
+            if self.fails:
+                self.fails = False
+                raise OSError("full")
+            return super().step()
+
+    model, twin = lora_net(), lora_net()
+    optimizer = BiLoRAOptimizer.for_model(model, Failing, lr=0.1, seed=0)
+    other = BiLoRAOptimizer.for_model(twin, torch.optim.SGD, lr=0.1, seed=0)
+    x, y = next(data())
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        return loss
+
+    closure()
+    before = signs(optimizer)
+    with pytest.raises(OSError):
+        optimizer.step(closure if closed else None)
+    assert all(torch.equal(one, other) for one, other in zip(signs(optimizer), before, strict=True))
+    optimizer.step()
+    F.mse_loss(twin(x), y).backward()
+    other.step()
+    assert_equal(held(optimizer), held(other))
+
+
+def test_after_detaching_the_optimizer_goes_on_with_the_primary():
+    model = lora_net()
+    optimizer = BiLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=0.1, seed=0)
+    detach_auxiliary(model)
+    x, y = next(data())
+    before = [p.detach().clone() for p in primary(model)]
+    F.mse_loss(model(x), y).backward()
+    optimizer.step()
+    assert any(not torch.equal(p, q) for p, q in zip(primary(model), before, strict=True))

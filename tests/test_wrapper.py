@@ -696,3 +696,47 @@ def test_the_wrapper_itself_needs_no_adapters():
             opt.step()
     assert difference(model.state_dict(), twin.state_dict()) is None
     assert optimizer.state_dict().keys() == {"state", "param_groups"}
+
+
+# --- what else a base optimizer takes, and who derives a class from ours ---------------------------------------------
+
+
+def test_further_arguments_of_step_and_zero_grad_are_the_bases(wrap):
+    class Curious(torch.optim.SGD):
+        seen = None
+
+        def step(self, closure=None, *, hessian=None):
+            self.seen = hessian
+            return super().step(closure)
+
+        def zero_grad(self):  # an older signature
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+
+    model = lora_mlp()
+    base = Curious(trained(model), lr=0.1)
+    optimizer = wrap(base, model)
+    loss_of(model, 0).backward()
+    optimizer.step(hessian="diagonal")
+    assert base.seen == "diagonal"
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in trained(model))
+
+
+def test_lightning_reaches_the_method_through_its_own_class():
+    pytest.importorskip("lightning")
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+
+    model = lora_mlp()
+    optimizer = ggpo(model, sigma=0.2)
+    train(model, optimizer, range(2))
+    theirs = LightningOptimizer(optimizer)
+    assert difference(theirs.state_dict(), optimizer.state_dict()) is None and "flatlora" in theirs.state_dict()
+    state = copy.deepcopy(theirs.state_dict())
+    state["flatlora"]["GGPOOptimizer"]["sigma"] = 0.4
+    theirs.load_state_dict(state)
+    assert optimizer.sigma == 0.4
+    extra = nn.Parameter(torch.zeros(3))
+    theirs.add_param_group({"params": [extra]})
+    assert optimizer.base_optimizer.param_groups[-1]["params"][0] is extra

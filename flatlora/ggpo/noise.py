@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.draw import Draw
+from ..kernels.low_rank import without_autocast
 from ..layers.adapter import Adapter
 from ..layers.stack import BaseNorms, stacks, weight_sq
 from ..layers.tangent import project
@@ -167,11 +168,11 @@ def _state(adapter: Adapter) -> tuple[Any, ...]:
 
 def _corner(factor: Tensor) -> float | None:
     readable = factor.device.type == "cpu" and factor.numel() and not hasattr(factor, "full_tensor")
-    return float(factor[(0,) * factor.dim()]) if readable else None
+    return factor[(0,) * factor.dim()].item() if readable else None
 
 
 @contextmanager
 def _exact(device: torch.device) -> Iterator[None]:
     """Out of inference mode, which leaves tensors unfit for autograd, and of autocast, which rounds products."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
         yield

@@ -26,19 +26,21 @@ class Draw:
     rank: int = 0
 
 
-def _generator(draw: Draw) -> torch.Generator:
+def _generator(draw: Draw) -> torch.Generator | None:
+    if draw.std.is_meta:  # shapes alone, and there are no generators of them
+        return None
     return torch.Generator(draw.std.device).manual_seed(draw.seed)
 
 
-def _normal(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+def _normal(shape: tuple[int, ...], draw: Draw, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
     # Half precision would cost the noise its tails; it is drawn in float32 and rounded once, after scaling.
     dtype = dtype if dtype == torch.float64 else torch.float32
-    return torch.empty(shape, dtype=dtype, device=generator.device).normal_(generator=generator)
+    return torch.empty(shape, dtype=dtype, device=draw.std.device).normal_(generator=generator)
 
 
 def draw_gaussian(draw: Draw, n: int, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``W + ε`` of shape (m, n) in a new tensor of `dtype`, or ε alone where `weight` is None."""
-    noise = _normal((draw.std.shape[0], n), _generator(draw), dtype)
+    noise = _normal((draw.std.shape[0], n), draw, _generator(draw), dtype)
     std = draw.std.to(noise.dtype).unsqueeze(1)
     if weight is None:
         noise.mul_(std)
@@ -50,7 +52,7 @@ def draw_gaussian(draw: Draw, n: int, weight: Tensor | None, dtype: torch.dtype)
 def draw_low_rank(draw: Draw, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Factors ``(B, A)`` of ``ε = B·A``, shapes (m, rank) and (rank, n)."""
     generator = _generator(draw)
-    u = _normal((draw.std.shape[0], draw.rank), generator, dtype)
-    v = _normal((draw.rank, n), generator, dtype)
+    u = _normal((draw.std.shape[0], draw.rank), draw, generator, dtype)
+    v = _normal((draw.rank, n), draw, generator, dtype)
     u.mul_((draw.std * draw.rank**-0.5).to(u.dtype).unsqueeze(1))
     return u.to(dtype), v.to(dtype)

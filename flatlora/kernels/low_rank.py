@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Added", "Plan", "add_low_rank", "added", "compute_dtype", "product_of"]
+__all__ = ["Added", "Plan", "add_low_rank", "added", "autocasts", "compute_dtype", "product_of", "without_autocast"]
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """`dtype`, or autocast's where it is on, which leaves float64 alone."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) and dtype != torch.float64 else dtype
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x; there is none on the meta device."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and dtype != torch.float64 else dtype
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def product_of(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
@@ -95,7 +107,7 @@ class Added(torch.autograd.Function):
         ctx.plan, ctx.ranks = plan, [A.shape[0] for A in learned[0::2]]
         ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
         result, a, b, h = out, None, None, None
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             if plan.weight is not None:
                 result = _with_product(plan, out, x, weight, bias)
             assert result is not None
@@ -118,7 +130,7 @@ class Added(torch.autograd.Function):
         g = grad.reshape(-1, grad.shape[-1])
         grad_x = None
         grads: list[Tensor | None] = [None] * (2 * len(ctx.ranks))
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device):
             grad_bias = g.sum(0) if ctx.needs_input_grad[4] else None
             if of_x and plan.weight is not None:
                 W = plan.weight(weight)
