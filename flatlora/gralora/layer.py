@@ -64,12 +64,13 @@ class GraLoRALinear(nn.Module):
             raise TypeError(f"base must be nn.Linear, Conv1D, Linear4bit or Linear8bitLt, got {type(base).__name__}")
         m, n = weight.shape
         check_blocks({"base": base}, r, k)
-        self.base_layer = base.requires_grad_(False)
+        self.base_layer = base
         self.r, self.k, self.alpha, self.hybrid_r = r, k, alpha, hybrid_r
         self.scaling = alpha / (r + hybrid_r)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
         self._add_parameters(m, n)
+        base.requires_grad_(False)
         self._held = keep_training_layout(base)
 
     def _add_parameters(self, m: int, n: int) -> None:
