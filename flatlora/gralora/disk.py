@@ -135,7 +135,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]
     if not weights_file.is_file():
         raise FileNotFoundError(f"{folder} has no {WEIGHTS}; expected a folder that save_gralora or PEFT wrote")
     tensors, header = _read_weights(weights_file)
-    carried = _parsed(header[_CARRIED], weights_file) if _CARRIED in header else None
+    carried = _parsed(header[_CARRIED].encode(), weights_file) if _CARRIED in header else None
     if config_file.is_file():
         config = _parsed(config_file.read_bytes(), config_file)
         if carried is not None:
@@ -160,7 +160,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is no whole safetensors file: {reason}") from reason
 
 
-def _parsed(text: str | bytes, path: Path) -> dict[str, Any]:
+def _parsed(text: bytes, path: Path) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         twice = sorted({key for key in keys if keys.count(key) > 1})
@@ -169,7 +169,7 @@ def _parsed(text: str | bytes, path: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        config = json.loads(text, object_pairs_hook=once)
+        config = json.loads(text.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as reason:
         raise ValueError(f"the configuration in {path} can't be read: {reason}") from reason
     if not isinstance(config, dict):

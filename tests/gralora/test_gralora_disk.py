@@ -181,7 +181,6 @@ def test_a_limit_on_the_size_of_files(tmp_path, limit):
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-@pytest.mark.slow
 def test_kills_at_random_moments_leave_the_old_or_the_new(tmp_path):
     save_gralora(numbered(2, 256), tmp_path)
     (tmp_path / "README.md").write_text("keep me")
