@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +33,8 @@ import torch
 from torch import Tensor
 
 __all__ = ["CONFIG", "FORMER", "WEIGHTS", "read_adapter", "write_adapter"]
+
+logger = logging.getLogger("flatlora")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMER = "adapter_config.former.json"  # the old configuration, while new weights take the place of its own
@@ -142,6 +145,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]
             _check_pair(config, carried, folder)
         return config, tensors, config_file
     if carried is not None:
+        logger.warning("%s has no %s; the weights' own is taken. PEFT finds it once it is saved again", folder, CONFIG)
         return carried, tensors, weights_file
     left = f"{FORMER}, which an interrupted save moved away from these weights: rename it to {CONFIG}"
     raise FileNotFoundError(

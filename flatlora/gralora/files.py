@@ -147,6 +147,8 @@ def load_gralora(model: nn.Module, dir: str | Path) -> nn.Module:
     config, tensors, source = read_adapter(Path(dir))
     settings = _check_config(config, source)
     by_layer, others = _by_layer(tensors)
+    if not by_layer:
+        raise ValueError(f"{dir} has no weights of GraLoRA layers")
     bases = _bases_of_present(present, by_layer, settings) if present else _bases_of_fresh(model, by_layer)
     saved = list(saved_modules(model)) if present else find_saved(model, config.get("modules_to_save"))
     _check_layers(bases, by_layer, settings)

@@ -202,7 +202,7 @@ def test_kills_at_random_moments_leave_the_old_or_the_new(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS]
 
 
-def test_the_files_of_two_adapters_are_told_apart(tmp_path):
+def test_the_files_of_two_adapters_are_told_apart(tmp_path, caplog):
     for number in (2, 3):
         save_gralora(numbered(number), tmp_path / str(number))
     (tmp_path / "2" / CONFIG).replace(tmp_path / "3" / CONFIG)
@@ -212,7 +212,9 @@ def test_the_files_of_two_adapters_are_told_apart(tmp_path):
         load_gralora(model, tmp_path / "3")
     assert model.state_dict().keys() == before.keys() and type(model[0]) is nn.Linear
     (tmp_path / "3" / CONFIG).unlink()  # as the message advises
-    assert found(tmp_path / "3") == 3
+    with caplog.at_level("WARNING", "flatlora"):
+        assert found(tmp_path / "3") == 3
+    assert f"has no {CONFIG}; the weights' own is taken" in caplog.text
     with pytest.raises(FileNotFoundError, match=f"has no {WEIGHTS}"):
         (tmp_path / "2" / WEIGHTS).unlink()
         load_gralora(model, tmp_path / "2")

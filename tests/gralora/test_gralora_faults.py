@@ -133,6 +133,7 @@ BROKEN = [
         "weights for 'up.gralora_A' twice",
     ),
     (weights(lambda tensors: tensors.pop(f"{PREFIX}up.gralora_B")), "does not fit layer 'up'"),
+    (weights(lambda tensors: [tensors.pop(key) for key in list(tensors) if "gralora" in key]), "no weights of GraLoRA"),
     (weights(lambda tensors: tensors.pop(f"{PREFIX}head.bias")), "'head.bias' is missing in the file"),
 ]
 
