@@ -278,10 +278,23 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         if not getattr(type(base).step, "hooked", False):  # it knows no step hooks
             self._turn()
             return []
-        first = base.register_step_pre_hook(lambda *_: self._turn())  # the last of them, as the hooks run
-        last = base.register_step_post_hook(lambda *_: self._turn_back())
-        base._optimizer_step_post_hooks.move_to_end(last.id, last=False)
-        return [first, last]
+        depth = 0  # a class whose `step` calls that of its parent runs the hooks around both
+
+        def before(*_: Any) -> None:
+            nonlocal depth
+            depth += 1
+            if depth == 1:
+                self._turn()
+
+        def after(*_: Any) -> None:
+            nonlocal depth
+            depth -= 1
+            if depth == 0:
+                self._turn_back()
+
+        last_before, first_after = base.register_step_pre_hook(before), base.register_step_post_hook(after)
+        base._optimizer_step_post_hooks.move_to_end(first_after.id, last=False)
+        return [last_before, first_after]
 
     @torch.no_grad()
     def after_step(self) -> None:

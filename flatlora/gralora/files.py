@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..layers.base import linear_base, whole
 from ..layers.view import plain_name
+from .disk import read_adapter, write_adapter
 from .layer import GraLoRALinear
-from .targets import check_blocks, check_numbers, find_saved
+from .targets import check_blocks, check_numbers, find_saved, inside
 from .transform import check_fresh, gralora_layers, install, saved_modules
 
 __all__ = ["load_gralora", "save_gralora"]
 
 logger = logging.getLogger("flatlora")
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_NUMBERS = ("r", "gralora_k", "alpha", "hybrid_r")
 _SHAPES = {  # of a layer (m, n)
     "gralora_A": lambda m, n, r, k, hybrid_r: (k, n // k, r),
     "gralora_B": lambda m, n, r, k, hybrid_r: (k, r, m // k),
     "gralora_A_general.weight": lambda m, n, r, k, hybrid_r: (hybrid_r, n),
     "gralora_B_general.weight": lambda m, n, r, k, hybrid_r: (m, hybrid_r),
 }
-# What PEFT's configuration can hold and these layers can't do.
-_UNSUPPORTED = {"bias": "none"}
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as reason:
-        raise ImportError("adapters are saved as safetensors; install it with: pip install 'flatlora[hf]'") from reason
-    return safetensors.torch
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
@@ -47,42 +39,46 @@ def _safetensors() -> Any:
 def save_gralora(model: nn.Module, dir: str | Path) -> None:
     """Writes the adapters of `model`, and its `modules_to_save`, where ``PeftModel.from_pretrained`` can load them.
 
+    Whatever goes wrong, be it a kill or a full disk, `load_gralora` then finds the old adapter or the new one, whole.
+    Other files in the folder are left alone. A sharded model (FSDP2) is gathered: call it on every rank.
+
     Args:
-        model: a model after `apply_gralora` or `load_gralora`.
+        model: a model after `apply_gralora` or `load_gralora`, also one that DDP or `torch.compile` wraps.
         dir: a folder; it is made if it is not there.
 
     Raises:
-        ValueError: the model has no GraLoRA layers, or layers of different r, k, alpha or hybrid_r, which the format
-            has no words for.
+        ValueError: the model has no GraLoRA layers, or layers of different r, k, alpha, hybrid_r or dropout, which the
+            format has no words for.
+        OSError: the files can't be written.
+        TypeError: `model` is not a module.
         ImportError: safetensors is missing.
     """
-    safetensors = _safetensors()
-    layers = {plain_name(name): layer for name, layer in gralora_layers(model).items()}
+    layers = {plain_name(name): layer for name, layer in gralora_layers(checks.module(model)).items()}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no GraLoRA layers; there is nothing to save")
-    first = next(iter(layers.values()))
-    settings = _settings(first)
-    for name, layer in layers.items():
-        if _settings(layer) != settings:
-            raise ValueError(
-                f"layer {name!r} has {_settings(layer)}, others {settings}; PEFT's format holds one of each"
-            )
+    settings = _common_settings(layers)
     tensors = {
         f"{_PREFIX}{name}.{key}": value
         for name, layer in layers.items()
         for key, value in layer.state_dict(keep_vars=True).items()
         if key in _SHAPES
     }
-    saved = saved_modules(model)
-    for name in saved:
-        for key, value in model.get_submodule(name).state_dict(keep_vars=True).items():
-            tensors[f"{_PREFIX}{plain_name(name)}.{key}"] = value
-    config = _config(model, layers, [plain_name(name) for name in saved])
-    folder = Path(dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    saved = {plain_name(name): model.get_submodule(name) for name in saved_modules(model)}
+    for name, module in saved.items():
+        for key, value in module.state_dict(keep_vars=True).items():
+            tensors[f"{_PREFIX}{name}.{key}"] = value
+    # Copies, as safetensors takes no two tensors that share memory.
     copies = {key: whole(value.detach()).cpu().clone().contiguous() for key, value in tensors.items()}
-    safetensors.save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_adapter(Path(dir), _config(model, layers, settings, list(saved)), copies)
+
+
+def _common_settings(layers: dict[str, GraLoRALinear]) -> dict[str, Any]:
+    found = {name: {**_settings(layer), "gralora_dropout": _dropout(layer)} for name, layer in layers.items()}
+    common = next(iter(found.values()))
+    for name, settings in found.items():
+        if settings != common:
+            raise ValueError(f"layer {name!r} has {settings}, others {common}; PEFT's format holds one of each")
+    return common
 
 
 def _settings(layer: GraLoRALinear) -> dict[str, Any]:
@@ -90,16 +86,25 @@ def _settings(layer: GraLoRALinear) -> dict[str, Any]:
     return {"r": layer.r, "gralora_k": layer.k, "alpha": layer.alpha, "hybrid_r": layer.hybrid_r}
 
 
-def _config(model: nn.Module, layers: dict[str, GraLoRALinear], saved: list[str]) -> dict[str, Any]:
-    first = next(iter(layers.values()))
+def _words(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same in the words of `apply_gralora`."""
+    return {"k" if key == "gralora_k" else key: value for key, value in settings.items()}
+
+
+def _dropout(layer: GraLoRALinear) -> float:
+    return getattr(layer.dropout, "p", 0.0)
+
+
+def _config(
+    model: nn.Module, layers: dict[str, GraLoRALinear], settings: dict[str, Any], saved: list[str]
+) -> dict[str, Any]:
     names = {plain_name(name) for name, _ in model.named_modules()}
     # PEFT adapts whatever ends in a name of the list; where that would be more, a regular expression says it exactly.
     exact = not any(other.endswith(f".{name}") for other in names - layers.keys() for name in layers)
     return {
         "peft_type": "GRALORA",
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        **_settings(first),
-        "gralora_dropout": getattr(first.dropout, "p", 0.0),
+        **settings,
         "target_modules": list(layers) if exact else "|".join(map(re.escape, layers)),
         "modules_to_save": saved or None,
         "fan_in_fan_out": any(type(layer.base_layer).__name__ == "Conv1D" for layer in layers.values()),
@@ -132,64 +137,68 @@ def load_gralora(model: nn.Module, dir: str | Path) -> nn.Module:
         `model` itself.
 
     Raises:
-        ValueError: another kind of adapter; a layer that the model does not have; another shape, r, k, alpha or
-            hybrid_r than the model's layers have; missing or unknown weights.
+        ValueError: another kind of adapter; files that are broken or of two adapters; a layer that the model does not
+            have; another shape, r, k, alpha or hybrid_r than the model's layers have; missing or unknown weights.
         FileNotFoundError: the folder lacks one of the files.
+        TypeError: `model` is not a module.
         ImportError: safetensors is missing.
     """
-    safetensors = _safetensors()
-    folder = Path(dir)
-    for file in (CONFIG, WEIGHTS):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder} has no {file}; expected a folder that save_gralora or PEFT wrote")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    if config.get("peft_type") != "GRALORA":
-        raise ValueError(f"{folder / CONFIG} is of a {config.get('peft_type')} adapter; expected GRALORA")
-    for key, only in _UNSUPPORTED.items():
-        if config.get(key, only) != only:
-            raise ValueError(f"{folder / CONFIG} has {key}={config[key]!r}; only {only!r} can be loaded")
-    tensors = safetensors.load_file(folder / WEIGHTS)
-    settings = {key: config[key] for key in ("r", "gralora_k", "alpha", "hybrid_r")}
+    present = gralora_layers(checks.module(model))
+    config, tensors, source = read_adapter(Path(dir))
+    settings = _check_config(config, source)
     by_layer, others = _by_layer(tensors)
-
-    present = gralora_layers(model)
-    saved = saved_modules(model) if present else find_saved(model, config.get("modules_to_save"))
-    if present:
-        _check_present(present, by_layer, settings)
-        bases: dict[str, nn.Module] = {name: layer.base_layer for name, layer in present.items()}
-    else:
-        check_fresh(model)
-        bases = _bases(model, by_layer)
+    if not by_layer:
+        raise ValueError(f"{dir} has no weights of GraLoRA layers")
+    bases = _bases_of_present(present, by_layer, settings) if present else _bases_of_fresh(model, by_layer)
+    saved = list(saved_modules(model)) if present else find_saved(model, config.get("modules_to_save"))
     _check_layers(bases, by_layer, settings)
-    _check_saved(model, saved, others)
+    _check_saved(model, saved, others, by_layer)
 
-    theirs, ours = config.get("base_model_name_or_path"), getattr(model, "name_or_path", None)
-    if theirs and ours and theirs != ours:
-        logger.warning("the adapter was trained on %r, this model is %r", theirs, ours)
+    _tell_of_another_base(config, model)
     if not present:
-        numbers = {"r": settings["r"], "k": settings["gralora_k"], "alpha": settings["alpha"]}
-        dropout = config.get("gralora_dropout", 0.0)
-        install(model, bases, saved, **numbers, hybrid_r=settings["hybrid_r"], dropout=dropout)
+        install(model, bases, saved, **_words(settings), dropout=config.get("gralora_dropout", 0.0))
     own = {plain_name(key): value for key, value in model.state_dict(keep_vars=True).items()}
     for key, value in tensors.items():
         own[key.removeprefix(_PREFIX)].copy_(value)
     return model
 
 
+def _check_config(config: dict[str, Any], source: Path) -> dict[str, Any]:
+    """The numbers of a GraLoRA configuration that these layers can do, in PEFT's words."""
+    if config.get("peft_type") != "GRALORA":
+        raise ValueError(f"{source} is of a {config.get('peft_type')} adapter; expected GRALORA")
+    missing = [key for key in _NUMBERS if key not in config]
+    if missing:
+        raise ValueError(f"the configuration in {source} lacks {', '.join(missing)}")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{source} has bias={config['bias']!r}; only 'none' can be loaded")
+    settings = {key: config[key] for key in _NUMBERS}
+    try:
+        check_numbers(**_words(settings), dropout=config.get("gralora_dropout", 0.0))
+    except ValueError as reason:
+        raise ValueError(f"the configuration in {source} can't be used: {reason}") from reason
+    return settings
+
+
 def _by_layer(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """The adapters' weights by layer, and the rest, which are those of modules that are saved whole."""
     by_layer: dict[str, dict[str, Tensor]] = {}
     others = {}
-    for key, value in tensors.items():
-        name, found, part = key.removeprefix(_PREFIX).rpartition(".gralora_")
+    for stored, value in tensors.items():
+        key = stored.removeprefix(_PREFIX)
+        if key != stored and key in tensors:
+            raise ValueError(f"the adapter has weights for {key!r} twice, as {key!r} and as {stored!r}")
+        name, found, part = key.rpartition(".gralora_")
         if found:
             by_layer.setdefault(name, {})["gralora_" + part] = value
         else:
-            others[key.removeprefix(_PREFIX)] = value
+            others[key] = value
     return by_layer, others
 
 
-def _bases(model: nn.Module, names: Any) -> dict[str, nn.Module]:
+def _bases_of_fresh(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The layers that `names` are of in a model without adapters, in the model's order."""
+    check_fresh(model)
     modules = dict(model.named_modules())
     for name in names:
         if name not in modules or linear_base(modules[name]) is None:
@@ -198,28 +207,35 @@ def _bases(model: nn.Module, names: Any) -> dict[str, nn.Module]:
     return {name: modules[name] for name in modules if name in names}
 
 
-def _check_present(present: dict[str, GraLoRALinear], by_layer: Any, settings: dict[str, Any]) -> None:
-    if present.keys() != by_layer.keys():
-        odd = sorted(present.keys() ^ by_layer.keys())
+def _bases_of_present(
+    present: dict[str, GraLoRALinear], names: Iterable[str], settings: dict[str, Any]
+) -> dict[str, nn.Module]:
+    """The base layers of a model whose GraLoRA layers are those that the adapter has weights for."""
+    layers = {plain_name(name): layer for name, layer in present.items()}
+    odd = sorted(layers.keys() ^ set(names))
+    if odd:
         raise ValueError(
-            f"the adapter has {len(by_layer)} layers, the model {len(present)}; found in one alone: "
-            f"{', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}. Call unload_gralora(model) and load on the base"
+            f"the adapter has {len(set(names))} layers, the model {len(layers)}; found in one alone: "
+            f"{', '.join(odd[:3])}{' and others' if len(odd) > 3 else ''}. Call unload_gralora(model) and load on the "
+            "base"
         )
-    for name, layer in present.items():
+    for name, layer in layers.items():
         if _settings(layer) != settings:
             raise ValueError(
                 f"the adapter has {settings}, layer {name!r} of the model {_settings(layer)}. Call "
                 "unload_gralora(model) and load on the base"
             )
+    return {name: layer.base_layer for name, layer in layers.items()}
 
 
 def _check_layers(
     bases: dict[str, nn.Module], by_layer: dict[str, dict[str, Tensor]], settings: dict[str, Any]
 ) -> None:
     r, k, hybrid_r = settings["r"], settings["gralora_k"], settings["hybrid_r"]
-    check_numbers(r, k, settings["alpha"], hybrid_r, 0.0)
     check_blocks(bases, r, k)
     for name, base in bases.items():
+        if base.weight.device.type == "meta":
+            raise ValueError(f"layer {name!r} is on the meta device, which holds no values; load the base model first")
         m, n = linear_base(base).shape  # type: ignore[union-attr]
         expected = {part: shape(m, n, r, k, hybrid_r) for part, shape in _SHAPES.items()}
         if not hybrid_r:
@@ -230,18 +246,36 @@ def _check_layers(
                 f"the adapter does not fit layer {name!r} ({n} inputs, {m} outputs) with {settings}: expected "
                 f"{expected}, found {found}"
             )
+        for part, value in by_layer[name].items():
+            _check_dtype(f"{name}.{part}", value, torch.float32)
 
 
-def _check_saved(model: nn.Module, saved: list[str], others: dict[str, Tensor]) -> None:
-    expected = {
-        f"{name}.{key}": tuple(value.shape)
-        for name in saved
-        for key, value in model.get_submodule(name).state_dict().items()
-    }
-    found = {name: tuple(value.shape) for name, value in others.items()}
+def _check_saved(model: nn.Module, saved: list[str], others: dict[str, Tensor], adapted: Iterable[str]) -> None:
+    names = {plain_name(name): model.get_submodule(name) for name in saved}
+    both = next((name for name in adapted if inside(name, names) is not None), None)
+    if both is not None:
+        raise ValueError(f"the adapter has weights for layer {both!r}, which its modules_to_save hold whole as well")
+    own = {f"{name}.{key}": value for name, module in names.items() for key, value in module.state_dict().items()}
+    expected = {key: tuple(value.shape) for key, value in own.items()}
+    found = {key: tuple(value.shape) for key, value in others.items()}
     if found != expected:
         odd = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))[0]
         raise ValueError(
             f"the adapter's modules_to_save do not fit: {odd!r} is {found.get(odd, 'missing')} in the file and "
             f"{expected.get(odd, 'not saved whole')} in the model"
         )
+    for key, value in others.items():
+        _check_dtype(key, value, own[key].dtype)
+
+
+def _check_dtype(key: str, value: Tensor, own: torch.dtype) -> None:
+    """ValueError unless `value` can be copied into a tensor of dtype `own` for what it is."""
+    if value.dtype != own and not (value.is_floating_point() and own.is_floating_point):
+        kind = "a float" if own.is_floating_point else own
+        raise ValueError(f"the adapter's weight {key!r} is of {value.dtype}; expected {kind} dtype")
+
+
+def _tell_of_another_base(config: dict[str, Any], model: nn.Module) -> None:
+    theirs, ours = config.get("base_model_name_or_path"), getattr(model, "name_or_path", None)
+    if theirs and ours and theirs != ours:
+        logger.warning("the adapter was trained on %r, this model is %r", theirs, ours)

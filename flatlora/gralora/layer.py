@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.blocks import AddBlocks, add_blocks
+from ..kernels.blocks import AddBlocks, How, add_blocks
 from ..kernels.low_rank import add_low_rank, compute_dtype
 from ..layers.adapter import block_factors
 from ..layers.base import BaseWeight, keep_training_layout, linear_base
@@ -64,26 +64,30 @@ class GraLoRALinear(nn.Module):
             raise TypeError(f"base must be nn.Linear, Conv1D, Linear4bit or Linear8bitLt, got {type(base).__name__}")
         m, n = weight.shape
         check_blocks({"base": base}, r, k)
-        self.base_layer = base.requires_grad_(False)
+        self.base_layer = base
         self.r, self.k, self.alpha, self.hybrid_r = r, k, alpha, hybrid_r
         self.scaling = alpha / (r + hybrid_r)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
-        like: Any = base.weight
+        self._add_parameters(m, n)
+        base.requires_grad_(False)
+        self._held = keep_training_layout(base)
+
+    def _add_parameters(self, m: int, n: int) -> None:
+        like: Any = self.base_layer.weight
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        # Drawn from the global stream in PEFT's order: the same seed gives the same adapter.
-        rows = [_kaiming(torch.empty(r, n // k)) for _ in range(k)]
+        # Drawn from the CPU's global stream in PEFT's order, whatever the default device: one seed, one adapter.
+        rows = [_kaiming(torch.empty(self.r, n // self.k, device="cpu")) for _ in range(self.k)]
         self.gralora_A = nn.Parameter(torch.stack(rows).mT.contiguous().to(like.device, dtype))
-        self.gralora_B = nn.Parameter(torch.zeros(k, r, m // k, device=like.device, dtype=dtype))
+        self.gralora_B = nn.Parameter(torch.zeros(self.k, self.r, m // self.k, device=like.device, dtype=dtype))
         self.gralora_A_general = self.gralora_B_general = None
-        if hybrid_r:
-            self.gralora_A_general = nn.Linear(n, hybrid_r, bias=False)
-            self.gralora_B_general = nn.Linear(hybrid_r, m, bias=False)
+        if self.hybrid_r:
+            self.gralora_A_general = nn.Linear(n, self.hybrid_r, bias=False, device="cpu")
+            self.gralora_B_general = nn.Linear(self.hybrid_r, m, bias=False, device="cpu")
             _kaiming(self.gralora_A_general.weight)
             nn.init.zeros_(self.gralora_B_general.weight)
             self.gralora_A_general.to(like.device, dtype)
             self.gralora_B_general.to(like.device, dtype)
-        self._held = keep_training_layout(base)
 
     def forward(self, x: Tensor) -> Tensor:
         own = not torch.compiler.is_compiling() and self.base.kind == "float" and is_transparent(self.base, x)
@@ -98,20 +102,26 @@ class GraLoRALinear(nn.Module):
         Without `out` it is the base's output, which saves a temporary; the base must be float, and x not dropped.
         """
         dtype = compute_dtype(x, self.gralora_A.dtype)
-        A, B = self.gralora_A, self.gralora_B
         if torch.compiler.is_compiling():
             assert out is not None
-            out = add_blocks(out, self._dropped(x), A, B, self.scaling, dtype)
-        else:
-            weight = None if out is not None else self.base.float_weight()
-            bias = None if out is not None else self.base_layer.bias
-            out = AddBlocks.apply(out, in_place, self._dropped(x), weight, bias, A, B, self.scaling, dtype)
+            return self._add_update_compiled(out, x, dtype)
+        weight = bias = None
+        if out is None:
+            weight, bias = self.base.float_weight(), self.base_layer.bias
+        how = How(self.scaling, dtype, in_place)
+        out = AddBlocks.apply(how, self._dropped(x), self.gralora_A, self.gralora_B, out, weight, bias)
         if self.gralora_A_general is None:
             return out
-        kept, A, B = self._dropped(x), self.gralora_A_general.weight, self.gralora_B_general.weight
-        if torch.compiler.is_compiling():
-            return out + (self.scaling * (kept.to(dtype) @ A.t().to(dtype) @ B.t().to(dtype))).to(out.dtype)
-        return add_low_rank(out, kept, True, dtype, (self.scaling,), A, B)
+        A, B = self.gralora_A_general.weight, self.gralora_B_general.weight
+        return add_low_rank(out, self._dropped(x), True, dtype, (self.scaling,), A, B)
+
+    def _add_update_compiled(self, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same in plain operations, which the compiler fuses itself."""
+        out = add_blocks(How(self.scaling, dtype), self._dropped(x), self.gralora_A, self.gralora_B, out)
+        if self.gralora_A_general is None:
+            return out
+        A, B = self.gralora_A_general.weight.to(dtype), self.gralora_B_general.weight.to(dtype)
+        return out + (self.scaling * (self._dropped(x).to(dtype) @ A.t() @ B.t())).to(out.dtype)
 
     def _dropped(self, x: Tensor) -> Tensor:
         """Input of one part of the adapter: blocks and hybrid drop elements each on their own, as in PEFT."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from .. import checks
 from ..layers.base import linear_base
 
 __all__ = ["check_blocks", "check_numbers", "find_saved", "find_targets"]
@@ -16,13 +17,11 @@ __all__ = ["check_blocks", "check_numbers", "find_saved", "find_targets"]
 
 def check_numbers(r: int, k: int, alpha: float, hybrid_r: int, dropout: float) -> None:
     """Raises ValueError for a number of `GraLoRALinear` that is out of its range."""
-    for name, value, least in (("r", r, 1), ("k", k, 1), ("hybrid_r", hybrid_r, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-    if not (isinstance(alpha, int | float) and math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha must be a finite number > 0, got {alpha!r}")
-    if not (isinstance(dropout, int | float) and 0 <= dropout < 1):
-        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+    checks.integer("r", r, 1)
+    checks.integer("k", k, 1)
+    checks.number("alpha", alpha, above=0)
+    checks.integer("hybrid_r", hybrid_r, 0)
+    checks.number("dropout", dropout, below=1)
 
 
 def check_blocks(bases: dict[str, nn.Module], r: int, k: int) -> None:
@@ -54,50 +53,74 @@ def no_match(model: nn.Module, entry: str, what: str) -> ValueError:
 
 
 def find_saved(model: nn.Module, modules_to_save: Iterable[str] | None) -> list[str]:
-    """Full names of the modules that are trained whole."""
+    """Full names of the modules that are trained whole; one that lies in another of them goes with that one."""
     found: list[str] = []
-    for entry in modules_to_save or ():
+    for entry in _entries("modules_to_save", modules_to_save or ()):
         names = named(model, entry)
         if not names:
             raise no_match(model, entry, "modules_to_save entry")
         found += [name for name in names if name not in found]
-    return found
+    return [name for name in found if inside(name, found) == name]
+
+
+def inside(name: str, modules: Iterable[str]) -> str | None:
+    """The outermost of `modules` that the module `name` is or lies in."""
+    return min((outer for outer in modules if f"{name}.".startswith(f"{outer}.")), key=len, default=None)
 
 
 def find_targets(model: nn.Module, targets: str | Iterable[str], saved: list[str]) -> dict[str, nn.Module]:
     """The linear layers that `targets` names in PEFT's ways, without those in a saved module."""
-    modules = {name: module for name, module in model.named_modules() if name}
-    free = [name for name in modules if not any(name == s or name.startswith(f"{s}.") for s in saved)]
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        get_head = getattr(model, "get_output_embeddings", None)
-        head = get_head() if callable(get_head) else None
-        names = [name for name in free if linear_base(modules[name]) is not None and modules[name] is not head]
-        if not names:
-            raise ValueError(
-                f"{type(model).__name__} has no linear layer but its output head; there is nothing to adapt"
-            )
-    elif isinstance(targets, str):
-        try:
-            names = [name for name in free if re.fullmatch(targets, name)]
-        except re.error as reason:
-            raise ValueError(f"target_modules {targets!r} is not a regular expression: {reason}") from reason
-        if not names:
-            raise no_match(model, targets, "target_modules, a regular expression for whole names,")
+    free = {name: module for name, module in model.named_modules() if name and inside(name, saved) is None}
+    if not isinstance(targets, str):
+        names = _listed(model, targets, free)
+    elif targets.lower() == "all-linear":
+        names = _all_linear(model, free)
     else:
-        wanted: set[str] = set()
-        for entry in targets:
-            matched = [name for name in named(model, entry) if name in free]
-            if not matched:
-                raise no_match(model, entry, "target_modules entry")
-            wanted.update(matched)
-        names = [name for name in free if name in wanted]
-        if not names:
-            raise ValueError("target_modules is empty; name the layers to adapt, or pass 'all-linear'")
+        names = _matching(model, targets, free)
     for name in names:
-        if linear_base(modules[name]) is None:
-            kind = type(modules[name]).__name__
+        if linear_base(free[name]) is None:
+            kind = type(free[name]).__name__
             raise ValueError(
                 f"target module {name!r} is a {kind}; expected nn.Linear, Conv1D, Linear4bit or Linear8bitLt. Name the "
                 "linear layers alone"
             )
-    return {name: modules[name] for name in names}
+    return {name: free[name] for name in names}
+
+
+def _all_linear(model: nn.Module, free: dict[str, nn.Module]) -> list[str]:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    names = [name for name, module in free.items() if linear_base(module) is not None and module is not head]
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no linear layer but its output head; there is nothing to adapt")
+    return names
+
+
+def _matching(model: nn.Module, pattern: str, free: dict[str, nn.Module]) -> list[str]:
+    try:
+        names = [name for name in free if re.fullmatch(pattern, name)]
+    except re.error as reason:
+        raise ValueError(f"target_modules {pattern!r} is not a regular expression: {reason}") from reason
+    if not names:
+        raise no_match(model, pattern, "target_modules, a regular expression for whole names,")
+    return names
+
+
+def _listed(model: nn.Module, targets: Iterable[str], free: dict[str, nn.Module]) -> list[str]:
+    wanted: set[str] = set()
+    for entry in _entries("target_modules", targets):
+        matched = [name for name in named(model, entry) if name in free]
+        if not matched:
+            raise no_match(model, entry, "target_modules entry")
+        wanted.update(matched)
+    if not wanted:
+        raise ValueError("target_modules is empty; name the layers to adapt, or pass 'all-linear'")
+    return [name for name in free if name in wanted]
+
+
+def _entries(argument: str, names: Iterable[str]) -> list[str]:
+    """`names` as a list if it holds strings and is none itself; else ValueError."""
+    entries = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else None
+    if entries is None or not all(isinstance(entry, str) for entry in entries):
+        raise ValueError(f"{argument} must be a list of module names, got {names!r}")
+    return entries

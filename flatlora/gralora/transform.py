@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..layers.base import BaseWeight, release_layout
+from ..perturbation import remove_perturbation
 from .layer import GraLoRALinear
 from .targets import check_blocks, check_numbers, find_saved, find_targets
 
@@ -27,7 +29,9 @@ def gralora_layers(model: nn.Module) -> dict[str, GraLoRALinear]:
 
 
 def _adapted(model: nn.Module) -> dict[str, GraLoRALinear]:
-    layers = gralora_layers(model)
+    layers = gralora_layers(checks.module(model))
+    if "" in layers:
+        raise ValueError("model is a GraLoRALinear itself; pass the module that holds it")
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no GraLoRA layers; call apply_gralora(model, target_modules) first"
@@ -37,7 +41,7 @@ def _adapted(model: nn.Module) -> dict[str, GraLoRALinear]:
 
 @dataclass
 class _Before:
-    """What `unload_gralora` puts back beside the base layers."""
+    """What `unload_gralora` puts back beside the base layers; held by the module that `apply_gralora` was given."""
 
     trainable: set[str]
     modules: dict[str, nn.Module] = field(default_factory=dict)
@@ -84,8 +88,7 @@ def apply_gralora(
 
 def check_fresh(model: nn.Module) -> None:
     """Raises unless `model` is a module without adapters that nothing distributed wraps yet."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.module(model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("apply GraLoRA before DistributedDataParallel wraps the model, or it is never reduced")
     there = next((name for name, module in model.named_modules() if hasattr(module, "base_layer")), None)
@@ -99,14 +102,23 @@ def check_fresh(model: nn.Module) -> None:
 def install(model: nn.Module, targets: dict[str, nn.Module], saved: list[str], **settings: Any) -> nn.Module:
     """The transform itself, once everything has been checked."""
     before = _Before({name for name, parameter in model.named_parameters() if parameter.requires_grad})
-    layers = {name: GraLoRALinear(base, **settings).train(base.training) for name, base in targets.items()}
+    before.modules = {name: model.get_submodule(name) for name in saved}
+    layers: dict[str, GraLoRALinear] = {}
+    try:
+        for name, base in targets.items():
+            layers[name] = GraLoRALinear(base, **settings).train(base.training)
+        # Copies, so that what is tied to them (input embeddings to the output head) stays frozen.
+        copies = {name: deepcopy(module) for name, module in before.modules.items()}
+    except BaseException:  # such as a lack of memory
+        for layer in layers.values():
+            release_layout(layer._held)
+        _set_trainable(model, before.trainable)
+        raise
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    for name in saved:
-        before.modules[name] = model.get_submodule(name)
-        # A copy, so that what is tied to it (input embeddings to the output head) stays frozen.
-        model.set_submodule(name, deepcopy(before.modules[name]).requires_grad_(True))
+    for name, module in copies.items():
+        model.set_submodule(name, module.requires_grad_(True))
     model._before_gralora = before  # type: ignore[assignment]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -120,22 +132,43 @@ def install(model: nn.Module, targets: dict[str, nn.Module], saved: list[str], *
     return model
 
 
-def saved_modules(model: nn.Module) -> list[str]:
-    """Full names of the modules that are trained whole."""
-    before = model.__dict__.get("_before_gralora")
-    return [] if before is None else list(before.modules)
+def _records(model: nn.Module) -> dict[str, tuple[nn.Module, _Before]]:
+    """The modules that `apply_gralora` was given, by name in `model`, which may be a wrapper around them."""
+    return {
+        name: (module, module.__dict__["_before_gralora"])
+        for name, module in model.named_modules()
+        if "_before_gralora" in module.__dict__
+    }
+
+
+def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that `apply_gralora` found where copies of them are trained whole, by full name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: module
+        for prefix, (_, before) in _records(model).items()
+        for name, module in before.modules.items()
+    }
 
 
 def unload_gralora(model: nn.Module) -> nn.Module:
     """Takes the adapters off: `model` is as it was before `apply_gralora`, bit for bit, and is returned.
 
+    Whatever perturbs the model, such as GGPO's noise or an auxiliary of Bi-LoRA, comes off with them. What has been
+    moved to another device, or put in another mode, stays there.
+
     Raises:
-        ValueError: the model has no GraLoRA layers.
+        ValueError: the model has no GraLoRA layers, or is one itself.
+        TypeError: `model` is not a module.
     """
     layers = _adapted(model)
-    for name in saved_modules(model):
-        model.set_submodule(name, model.__dict__["_before_gralora"].modules[name])
-    return _restore(model, layers)
+    remove_perturbation(model)
+    for name, module in saved_modules(model).items():
+        copy = model.get_submodule(name)
+        device = next((parameter.device for parameter in copy.parameters()), None)
+        model.set_submodule(name, module.to(device).train(copy.training))
+    for name, layer in layers.items():
+        _take_off(model, name, layer)
+    return _forget(model)
 
 
 @torch.no_grad()
@@ -144,10 +177,14 @@ def merge_gralora(model: nn.Module) -> nn.Module:
 
     Float weights become ``W0 + ΔW``, rounded once. 4-bit and 8-bit weights are dequantised, added to and quantised
     again with their own settings, which is not exact; that is said in one warning. Modules that were trained whole
-    stay as trained. The weights are new tensors: what else holds the old ones keeps them.
+    stay as trained. The weights are new tensors: what else holds the old ones keeps them. Whatever perturbs the model,
+    such as GGPO's noise or an auxiliary of Bi-LoRA, comes off first. Should memory run out on the way, each layer is
+    either merged or adapted still, the model computes what it did, and another call merges the rest.
 
     Raises:
-        ValueError: the model has no GraLoRA layers, or a base weight that can't be written; nothing has been merged.
+        ValueError: the model has no GraLoRA layers, is one itself, or has a base weight that can't be written; nothing
+            has been merged.
+        TypeError: `model` is not a module.
     """
     layers = _adapted(model)
     for name, layer in layers.items():
@@ -163,9 +200,11 @@ def merge_gralora(model: nn.Module) -> nn.Module:
             "quantisation error. To merge exactly, load the adapter on the float model",
             stacklevel=2,
         )
-    for layer in layers.values():
+    remove_perturbation(model)
+    for name, layer in layers.items():
         _write(layer.base, layer.delta_weight())
-    return _restore(model, layers)
+        _take_off(model, name, layer)
+    return _forget(model)
 
 
 def _write(base: BaseWeight, delta: Tensor) -> None:
@@ -190,12 +229,19 @@ def _write(base: BaseWeight, delta: Tensor) -> None:
     module.weight = quantised.to(old.device)  # quantises
 
 
-def _restore(model: nn.Module, layers: dict[str, GraLoRALinear]) -> nn.Module:
-    for name, layer in layers.items():
-        release_layout(layer._held)
-        model.set_submodule(name, layer.base_layer.train(layer.training))
-    before = model.__dict__.pop("_before_gralora", None)
-    trainable = set() if before is None else before.trainable
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trainable)
+def _take_off(model: nn.Module, name: str, layer: GraLoRALinear) -> None:
+    release_layout(layer._held)
+    model.set_submodule(name, layer.base_layer.train(layer.training))
+
+
+def _forget(model: nn.Module) -> nn.Module:
+    """Ends a model's time with GraLoRA, once the layers are off: what was trainable before is so again."""
+    for module, before in _records(model).values():
+        _set_trainable(module, before.trainable)
+        del module._before_gralora
     return model
+
+
+def _set_trainable(model: nn.Module, names: set[str]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)

@@ -8,86 +8,98 @@ cost as much in writing.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .low_rank import compute_dtype, product_of
+from .low_rank import compute_dtype, product_of, without_autocast
 
-__all__ = ["AddBlocks", "add_blocks"]
+__all__ = ["AddBlocks", "How", "add_blocks"]
 
 
-def add_blocks(out: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """``out + s·x·ΔWᵀ`` in plain operations: for `torch.compile`, which can't trace the writes of `AddBlocks`."""
-    h = _regroup(torch.bmm(_columns(x, A.shape[0]).to(dtype), A.to(dtype)))
-    update = torch.bmm(h, B.to(dtype)).transpose(0, 1).reshape(out.shape)
-    return out + (scaling * update).to(out.dtype)
+@dataclass(frozen=True)
+class How:
+    """What the product with the blocks is scaled by, what dtype it is computed in, and whether it goes into `out`."""
+
+    scaling: float
+    dtype: torch.dtype
+    in_place: bool = False
+
+
+def add_blocks(how: How, x: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
+    """``out + s·x·ΔWᵀ`` in plain operations.
+
+    The reference for `AddBlocks`, and what `torch.compile` gets, which can't trace the other's writes.
+    """
+    h = _regroup(torch.bmm(_columns(x, A.shape[0]).to(how.dtype), A.to(how.dtype)))
+    update = torch.bmm(h, B.to(how.dtype)).transpose(0, 1).reshape(out.shape)
+    return out + (how.scaling * update).to(out.dtype)
 
 
 class AddBlocks(torch.autograd.Function):
-    """``out + s·x·ΔWᵀ`` through two batched matmuls, of which the second adds straight into its result.
+    """`add_blocks` through two batched matmuls, of which the second adds straight into its result.
 
     Without `out` it is ``x·weightᵀ + bias``, and backward adds the adapter's part of the input's gradient to that of
-    the base.
+    the base. A and B are saved as they were given and cast again in backward: autograd then notices if an optimizer
+    has moved them since, as it could not on casts that autocast asks for.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        out: Tensor | None,
-        in_place: bool,
+        how: How,
         x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
         A: Tensor,
         B: Tensor,
-        scaling: float,
-        dtype: torch.dtype,
+        out: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        ctx.scaling = scaling
-        base_dtype = None if weight is None else compute_dtype(x, weight.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        base_dtype = None if weight is None else compute_dtype(x, weight.dtype)  # asked before autocast is off
+        with without_autocast(x.device):
             if out is None:
                 assert weight is not None and base_dtype is not None
                 out = product_of(x, weight.to(base_dtype), bias)
-            elif in_place and out.is_contiguous():
+            elif how.in_place and out.is_contiguous():
                 ctx.mark_dirty(out)
             else:
                 out = out.clone(memory_format=torch.contiguous_format)
-            A, B = A.to(dtype), B.to(dtype)
-            h = _regroup(torch.bmm(_columns(x, A.shape[0]).to(dtype), A))
+            h = _regroup(torch.bmm(_columns(x, A.shape[0]).to(how.dtype), A.to(how.dtype)))
             columns = _columns(out, B.shape[0])
-            if out.dtype == dtype:
-                columns.baddbmm_(h, B, alpha=scaling)
+            if out.dtype == how.dtype:
+                columns.baddbmm_(h, B.to(how.dtype), alpha=how.scaling)
             else:
-                columns.add_(torch.bmm(h, B), alpha=scaling)
+                columns.add_(torch.bmm(h, B.to(how.dtype)), alpha=how.scaling)
+        ctx.how = how
         ctx.save_for_backward(x, h, A, B, weight)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h, A, B, weight = ctx.saved_tensors
-        grad_x = grad_bias = grad_A = grad_B = None
-        with torch.autocast(x.device.type, enabled=False):
-            g = _columns(grad, B.shape[0]).to(h.dtype)
-            grad_h = _regroup(torch.bmm(g, B.mT * ctx.scaling))
-            if ctx.needs_input_grad[2]:
+        _, wants_x, wants_A, wants_B, wants_out, _, wants_bias = ctx.needs_input_grad
+        scaling, dtype = ctx.how.scaling, ctx.how.dtype
+        grad_x = grad_A = grad_B = None
+        with without_autocast(x.device):
+            g = _columns(grad, B.shape[0]).to(dtype)
+            grad_h = _regroup(torch.bmm(g, B.to(dtype).mT * scaling))
+            if wants_x:
                 if weight is None:
-                    grad_x = torch.empty(x.shape, dtype=h.dtype, device=x.device)
+                    grad_x = torch.empty(x.shape, dtype=dtype, device=x.device)
                 else:
-                    grad_x = (grad @ weight.to(grad.dtype)).to(h.dtype)
-                _columns(grad_x, A.shape[0]).baddbmm_(grad_h, A.mT, beta=0 if weight is None else 1)
+                    grad_x = (grad @ weight.to(grad.dtype)).to(dtype)
+                _columns(grad_x, A.shape[0]).baddbmm_(grad_h, A.to(dtype).mT, beta=0 if weight is None else 1)
                 grad_x = grad_x.to(x.dtype)
-            if ctx.needs_input_grad[4]:
-                grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-            if ctx.needs_input_grad[5]:
-                grad_A = torch.bmm(_columns(x, A.shape[0]).to(h.dtype).mT, grad_h)
-            if ctx.needs_input_grad[6]:
-                grad_B = torch.bmm(h.mT, g).mul_(ctx.scaling)
-        return grad if ctx.needs_input_grad[0] else None, None, grad_x, None, grad_bias, grad_A, grad_B, None, None
+            if wants_A:
+                grad_A = torch.bmm(_columns(x, A.shape[0]).to(dtype).mT, grad_h)
+            if wants_B:
+                grad_B = torch.bmm(h.mT, g).mul_(scaling)
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if wants_bias else None
+        return None, grad_x, grad_A, grad_B, grad if wants_out else None, None, grad_bias
 
 
 def _columns(x: Tensor, k: int) -> Tensor:
