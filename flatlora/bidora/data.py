@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+import copy
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
+from .. import checks
 from ..streams import derived_seed, private_streams
 
-__all__ = ["Batches", "split_dataset", "to_device"]
+__all__ = ["Batches", "Position", "check_position", "split_dataset", "to_device"]
+
+logger = logging.getLogger("flatlora")
+
+_FIELDS = ("seed", "epoch", "index", "length", "generators", "stream")
+
+
+@dataclass(frozen=True, eq=False)
+class Position:
+    """A place in the cycle of epochs: the batch with this `index` in this `epoch` is the next one.
+
+    A stream cannot be indexed. It is taken back to `stream_index`, where its state was `stream`, and read on from
+    there; None while nothing has been read from it.
+    """
+
+    epoch: int = 0
+    index: int = 0
+    stream_index: int = 0
+    stream: Any = None
 
 
 class Batches:
@@ -19,7 +42,13 @@ class Batches:
     Every batch is fetched with the global streams set from (seed, epoch, index), and put back afterwards, so whatever
     draws from them (`shuffle=True` without a generator, random augmentation, the seeds of workers) draws the same
     after a resume. Generators that the loader or its samplers own are seeded anew at each epoch, from the seed they
-    came with and the epoch; samplers with a `set_epoch` are told the epoch.
+    came with and the epoch; samplers and datasets with a `set_epoch` are told the epoch. An error while a batch is
+    fetched leaves the position where it was: the next call opens the loader anew and tries the same batch again.
+
+    A loader is taken to a position by reading up to it. One over an `IterableDataset` is resumed in another process
+    through the `state_dict` and `load_state_dict` of its own (as torchdata's StatefulDataLoader has them) or, if it
+    has no workers and so reads no further than it yields, of its dataset (as those of Hugging Face `datasets` have
+    them). With neither it works, but a checkpoint taken in the middle of it is refused.
 
     Args:
         loader: any iterable of batches that can be iterated again and again. A list has the same order every time.
@@ -39,45 +68,83 @@ class Batches:
                 f"{name} is an iterator, which ends after one epoch; pass a DataLoader or a list of batches"
             )
         self._name = name
-        self._loader: Any = loader
-        if isinstance(loader, Sized) and len(loader) == 0:
+        self.loader: Any = loader
+        if _length(loader) == 0:
             raise self._empty()
         self._seed = seed
         self._generators = [(g, g.initial_seed()) for g in _generators(loader)]
+        self._streams, self._stream = _is_stream(loader), _resumable_stream(loader)
+        self._first: Any = None  # state of the stream before anything was read from it
         self._iterator: Iterator[Any] | None = None
-        self.epoch = self.index = 0
+        self.position = Position()
+
+    # --- batches --------------------------------------------------------------------------------------------------
 
     def next(self) -> Any:
         """The next batch; goes on to the next epoch when there is none left."""
+        before = self.position
+        try:
+            return self._next()
+        except BaseException:
+            self._reopen_at(before)  # an iterator that raised may be at its end, or one batch further
+            raise
+
+    def go_back(self, position: Position) -> None:
+        """Makes the batch at `position`, which this object was at before, the next one."""
+        if position is not self.position:
+            self._reopen_at(position)
+
+    def _reopen_at(self, position: Position) -> None:
+        stream = self._first if position.stream is None else position.stream
+        self.position = Position(position.epoch, position.index, position.stream_index, stream)
+        self._iterator = None
+
+    def _next(self) -> Any:
         if self._iterator is None:
             self._open()
+        at = self.position
         try:
-            batch = self._fetch(self.index)
+            batch = self._fetch(at.index)
         except StopIteration:
-            if self.index == 0:
+            if at.index == 0:
                 raise self._empty() from None
-            self.epoch, self.index = self.epoch + 1, 0
-            self._iterator = None
-            return self.next()
-        self.index += 1
+            self.position, self._iterator = Position(at.epoch + 1), None
+            return self._next()
+        self.position = Position(at.epoch, at.index + 1, at.stream_index, at.stream)
         return batch
 
     def _open(self) -> None:
-        """Begins the epoch and skips the batches before `index`."""
-        samplers = (getattr(self._loader, name, None) for name in ("sampler", "batch_sampler"))
-        for owner in (self._loader, *samplers):
-            if callable(getattr(owner, "set_epoch", None)):
-                owner.set_epoch(self.epoch)
+        """Begins the epoch and skips the batches before the position."""
+        epoch, index = self.position.epoch, self.position.index
+        batch_sampler, dataset = (getattr(self.loader, name, None) for name in ("batch_sampler", "dataset"))
+        for owner in (self.loader, getattr(self.loader, "sampler", None), batch_sampler, dataset):
+            if callable(set_epoch := getattr(owner, "set_epoch", None)):
+                set_epoch(epoch)
         for generator, seed in self._generators:
-            generator.manual_seed(derived_seed(seed, self.epoch))
-        with private_streams(derived_seed(self._seed, self._name, self.epoch)):
-            self._iterator = iter(self._loader)
-        for index in range(self.index):
-            self._fetch(index)
+            generator.manual_seed(derived_seed(seed, epoch))
+        with private_streams(derived_seed(self._seed, self._name, epoch)):
+            if self._stream is not None:
+                self._open_stream()
+            self._iterator = iter(self.loader)
+        for skipped in range(self.position.stream_index, index):
+            try:
+                self._fetch(skipped)
+            except StopIteration:
+                raise self._too_short(index, skipped) from None
+
+    def _open_stream(self) -> None:
+        """Takes the stream back to where it was opened first, or notes where that is."""
+        at = self.position
+        if self._first is None:
+            self._first = copy.deepcopy(self._stream.state_dict())
+        if at.stream is not None:
+            self._stream.load_state_dict(copy.deepcopy(at.stream))
+        else:
+            self.position = Position(at.epoch, at.index, 0, copy.deepcopy(self._stream.state_dict()))
 
     def _fetch(self, index: int) -> Any:
         assert self._iterator is not None
-        with private_streams(derived_seed(self._seed, self._name, self.epoch, index)):
+        with private_streams(derived_seed(self._seed, self._name, self.position.epoch, index)):
             return next(self._iterator)
 
     def _empty(self) -> ValueError:
@@ -85,16 +152,88 @@ class Batches:
             f"{self._name} yields no batch; is its dataset empty, or smaller than batch_size with drop_last=True?"
         )
 
+    def _too_short(self, index: int, length: int) -> ValueError:
+        return ValueError(
+            f"{self._name} is to go on after batch {index} of its epoch and has {length}; give it the dataset and the "
+            "batch size that it had when the checkpoint was saved"
+        )
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
     def state_dict(self) -> dict[str, Any]:
-        seeds = [seed for _, seed in self._generators]
-        return {"seed": self._seed, "epoch": self.epoch, "index": self.index, "generators": seeds}
+        at, stream = self.position, None
+        if self._stream is not None and at.index > 0:
+            if self._iterator is None and at.index != at.stream_index:
+                self._open()
+            stream = at.stream if self._iterator is None else copy.deepcopy(self._stream.state_dict())
+        return {
+            "seed": self._seed,
+            "epoch": at.epoch,
+            "index": at.index,
+            "length": _length(self.loader),
+            "generators": [seed for _, seed in self._generators],
+            "stream": stream,
+        }
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if the state is incomplete, or this loader cannot be taken there. Changes nothing."""
+        check_position(self._name, state)
+        index, length = state["index"], _length(self.loader)
+        if not self._streams and length is not None and index > length:
+            raise self._too_short(index, length)
+        if self._streams and index > 0 and (self._stream is None or state["stream"] is None):
+            whose = "this one" if self._stream is None else "the checkpoint's"
+            raise ValueError(
+                f"{self._name} is a stream and the checkpoint was taken {index} batches into it, but {whose} cannot "
+                "tell where it stood: it needs state_dict() and load_state_dict(), as torchdata's StatefulDataLoader "
+                "has them, or a DataLoader with num_workers=0 over a dataset that has them"
+            )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._seed, self.epoch, self.index = state["seed"], state["epoch"], state["index"]
+        """Goes where `state` says.
+
+        Raises:
+            ValueError: as `check_state_dict`. Nothing has changed then.
+        """
+        self.check_state_dict(state)
+        index = state["index"]
+        if index > 0 and (state["length"], len(state["generators"])) != (_length(self.loader), len(self._generators)):
+            logger.warning(
+                "%s goes on after batch %d of an epoch of %s with %d generators; it now has %s and %d, so the batches "
+                "of this epoch are others than they would have been",
+                *(self._name, index, state["length"], len(state["generators"])),
+                *(_length(self.loader), len(self._generators)),
+            )
         if len(state["generators"]) == len(self._generators):
             pairs = zip(self._generators, state["generators"], strict=True)
             self._generators = [(generator, seed) for (generator, _), seed in pairs]
-        self._iterator = None
+        self._seed, self._iterator = state["seed"], None
+        if self._streams:
+            stream = self._first if state["stream"] is None else state["stream"]
+            self.position = Position(state["epoch"], index, index, stream)
+        else:
+            self.position = Position(state["epoch"], index)
+
+
+def check_position(name: str, state: Any) -> None:
+    """ValueError unless `state` has the form of what `Batches.state_dict` gives."""
+    name = f"position of {name}"
+    checks.state_fields(name, state, *_FIELDS)
+    for field in ("seed", "epoch", "index"):
+        checks.integer(f"{field} in the state_dict's {name}", state[field], 0)
+    if state["length"] is not None:
+        checks.integer(f"length in the state_dict's {name}", state["length"], 0)
+    if not isinstance(state["generators"], list):
+        raise ValueError(f"generators in the state_dict's {name} must be a list, got {state['generators']!r}")
+    for seed in state["generators"]:
+        checks.integer(f"a generator in the state_dict's {name}", seed, 0)
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # also what a DataLoader over an IterableDataset has its __len__ raise
+        return None
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
@@ -102,6 +241,29 @@ def _generators(loader: Any) -> list[torch.Generator]:
     owners = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
     found = [getattr(owner, "generator", None) for owner in owners]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _has_state(thing: Any) -> bool:
+    return all(callable(getattr(thing, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def _is_stream(loader: Any) -> bool:
+    """Whether batches come from where nothing can be indexed."""
+    if (dataset := getattr(loader, "dataset", None)) is None:
+        return isinstance(loader, IterableDataset) or _has_state(loader)
+    return isinstance(dataset, IterableDataset)
+
+
+def _resumable_stream(loader: Any) -> Any:
+    """The loader of a stream, or its dataset, whichever can tell where it stands; None if neither can."""
+    # Accelerate's loaders read one batch ahead of what they yield, and have the methods whether or not they work.
+    if not _is_stream(loader) or not getattr(loader, "use_stateful_dataloader", True):
+        return None
+    if _has_state(loader):
+        return loader
+    # Workers read ahead, in copies of the dataset.
+    dataset = getattr(loader, "dataset", None)
+    return dataset if getattr(loader, "num_workers", 0) == 0 and _has_state(dataset) else None
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -123,20 +285,22 @@ def split_dataset(dataset: Any, val_fraction: float = 0.2, seed: int = 0) -> tup
     Args:
         dataset: anything with a length and an index; a Hugging Face dataset is split by its `select`.
         val_fraction: share of the validation part, rounded to whole examples; neither part is ever empty.
-        seed: of the split alone; no random stream is touched.
+        seed: of the split alone, an integer >= 0; no random stream is touched.
 
     Returns:
         Two `torch.utils.data.Subset`, or two Hugging Face datasets, the examples in their former order.
 
     Raises:
-        ValueError: a fraction outside (0, 1), fewer than two examples.
+        ValueError: a fraction outside (0, 1), a bad seed, fewer than two examples.
     """
-    if not (isinstance(val_fraction, int | float) and 0 < val_fraction < 1):
-        raise ValueError(f"val_fraction must be a number between 0 and 1, got {val_fraction!r}")
+    checks.number("val_fraction", val_fraction, above=0, below=1)
+    checks.integer("seed", seed, 0)
     if len(dataset) < 2:
         raise ValueError(f"a split needs two or more examples, the dataset has {len(dataset)}")
     count = min(max(round(val_fraction * len(dataset)), 1), len(dataset) - 1)
-    order: Tensor = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    # On the CPU whatever the default device, or the split would depend on it.
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order: Tensor = torch.randperm(len(dataset), generator=generator, device="cpu")
     parts = order[count:].sort().values.tolist(), order[:count].sort().values.tolist()
     if callable(getattr(dataset, "select", None)):
         return dataset.select(parts[0]), dataset.select(parts[1])

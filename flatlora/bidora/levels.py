@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
-from ..wrapper import STATE_KEY
+from .. import checks
+from ..wrapper import STATE_KEY, Method, chain
+from .passes import Values, parameters_of
 
-__all__ = ["TwoLevels"]
+__all__ = ["TwoLevels", "check_optimizer_state", "directions_of", "shapes_of", "step_sizes"]
 
 
-class TwoLevels(Optimizer):
-    """The plumbing of an optimizer over two others; a method derives from it and overrides `step` and the own state.
+class TwoLevels(Method, Optimizer):
+    """The plumbing of an optimizer over two others; a method derives from it and overrides `step` and `Method`'s.
 
     `param_groups` are the lower's then the upper's, the groups themselves, looked up at every access: what a scheduler
     writes into one reaches its level. `state_dict()` has the form of an ordinary optimizer's over these groups.
@@ -29,9 +33,8 @@ class TwoLevels(Optimizer):
     upper: Optimizer
 
     def __init__(self, lower: Optimizer, upper: Optimizer):
-        for name, level in (("lower", lower), ("upper", upper)):
-            if not isinstance(level, Optimizer):
-                raise TypeError(f"{name} must be a built torch.optim.Optimizer, such as AdamW(params); got {level!r}")
+        checks.built_optimizer("lower", lower)
+        checks.built_optimizer("upper", upper)
         # Not Optimizer.__init__, which would make groups and state of its own; __setstate__ makes the hooks alone.
         Optimizer.__setstate__(self, {"lower": lower, "upper": upper})
 
@@ -49,8 +52,11 @@ class TwoLevels(Optimizer):
         return self.lower.defaults
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self.lower.zero_grad(set_to_none=set_to_none)
-        self.upper.zero_grad(set_to_none=set_to_none)
+        for level in (self.lower, self.upper):
+            if set_to_none:  # the default, and not every optimizer takes the argument
+                level.zero_grad()
+            else:
+                level.zero_grad(set_to_none=False)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: a group belongs to a level.
@@ -78,20 +84,13 @@ class TwoLevels(Optimizer):
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
-    def own_state(self) -> dict[str, Any]:
-        """The method's part of the checkpoint: plain Python numbers, strings, dicts and tensors."""
-        return {}
-
-    def load_own_state(self, state: dict[str, Any]) -> None:
-        """Takes over what `own_state` gave."""
-
     def state_dict(self) -> dict[str, Any]:
         """``state`` and ``param_groups`` numbered through both levels, and ``["flatlora"][class name]``."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         lower, upper = self.lower.state_dict(), self.upper.state_dict()
         offset = _count(lower["param_groups"])
-        own = {"lower": _rest(lower), "upper": _rest(upper), "own": self.own_state()}
+        own = {"lower": _rest(lower), "upper": _rest(upper), "shapes": shapes_of(self), "own": self.method_state()}
         merged = {
             "state": {**lower["state"], **{offset + i: state for i, state in upper["state"].items()}},
             "param_groups": [*lower["param_groups"], *_shifted(upper["param_groups"], offset)],
@@ -105,33 +104,99 @@ class TwoLevels(Optimizer):
         """Restores both levels and the method.
 
         Raises:
-            ValueError: the state was of another kind of optimizer or of other groups. Nothing has changed then.
+            ValueError: the state is incomplete, or was of another kind of optimizer or of another model. Nothing has
+                changed then.
         """
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        own = state_dict.get(STATE_KEY, {}).get(type(self).__name__)
-        if own is None:
-            raise ValueError(
-                f"the state_dict was not written by {type(self).__name__}; load the state of a level on its own with "
-                "optimizer.lower.load_state_dict or optimizer.upper.load_state_dict"
-            )
-        groups = state_dict["param_groups"]
-        theirs, ours = ([len(g["params"]) for g in found] for found in (groups, self.param_groups))
-        if theirs != ours:
-            raise ValueError(
-                f"the state_dict is of another model: its groups have {theirs} parameters, this optimizer's {ours} "
-                f"({len(self.lower.param_groups)} of them the lower's)"
-            )
-        cut = len(self.lower.param_groups)
-        offset = _count(groups[:cut])
-        state = state_dict["state"]
-        lower = {i: s for i, s in state.items() if i < offset}
-        upper = {i - offset: s for i, s in state.items() if i >= offset}
-        self.lower.load_state_dict({"state": lower, "param_groups": groups[:cut], **own["lower"]})
-        self.upper.load_state_dict({"state": upper, "param_groups": _shifted(groups[cut:], -offset), **own["upper"]})
-        self.load_own_state(own["own"])
+        self.check_state_dict(state_dict)
+        before = [copy.deepcopy(level.state_dict()) for level in (self.lower, self.upper)]
+        try:
+            self._load_levels(*self._split(state_dict))
+        except BaseException:  # of a base optimizer's own checks
+            self._load_levels(*before)
+            raise
+        self.load_method_state(state_dict[STATE_KEY][type(self).__name__]["own"])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _load_levels(self, lower: dict[str, Any], upper: dict[str, Any]) -> None:
+        self.lower.load_state_dict(lower)
+        self.upper.load_state_dict(upper)
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError if a level or the method would refuse the state. Changes nothing."""
+        name = type(self).__name__
+        own = state_dict.get(STATE_KEY, {}).get(name)
+        if own is None:
+            raise ValueError(
+                f"the state_dict was not written by {name}; load the state of a level on its own with "
+                "optimizer.lower.load_state_dict or optimizer.upper.load_state_dict"
+            )
+        checks.state_fields("optimizer", state_dict, "state", "param_groups")
+        checks.state_fields(name, own, "lower", "upper", "shapes", "own")
+        _check_groups(state_dict["param_groups"], own["shapes"], self)
+        for level, state in zip((self.lower, self.upper), self._split(state_dict), strict=True):
+            _check_wrappers(level, state)
+        self.check_method_state(own["own"])
+
+    def _split(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The states of the lower and of the upper in one of both."""
+        own, groups, state = state_dict[STATE_KEY][type(self).__name__], state_dict["param_groups"], state_dict["state"]
+        cut = len(self.lower.param_groups)
+        offset = _count(groups[:cut])
+        lower = {i: s for i, s in state.items() if i < offset}
+        upper = {i - offset: s for i, s in state.items() if i >= offset}
+        return (
+            {"state": lower, "param_groups": groups[:cut], **own["lower"]},
+            {"state": upper, "param_groups": _shifted(groups[cut:], -offset), **own["upper"]},
+        )
+
+
+def directions_of(lower: Optimizer) -> Values:
+    """V by parameter: what `lower` holds, but for what makes up a perturbation, which is part of the function L_tr."""
+    perturbing = {p for wrapper in chain(lower) for p in wrapper.perturbation_parameters()}
+    return {p: p.detach().clone() for p in parameters_of(lower) if p not in perturbing}
+
+
+def step_sizes(lower: Optimizer, xi: float | str) -> dict[Tensor, Any]:
+    """ξ of every parameter that `lower` holds."""
+    return {p: group["lr"] if xi == "lr" else xi for group in lower.param_groups for p in group["params"]}
+
+
+def shapes_of(optimizer: Optimizer) -> list[list[list[int]]]:
+    """The shapes of an optimizer's parameters, by group: what tells a model in a checkpoint from another."""
+    return [[list(p.shape) for p in group["params"]] for group in optimizer.param_groups]
+
+
+def check_optimizer_state(state_dict: Any, shapes: Any, optimizer: Optimizer) -> None:
+    """ValueError unless the state is of parameters with these shapes, and of the optimizer's kind of wrapper."""
+    checks.state_fields(type(optimizer).__name__, state_dict, "state", "param_groups")
+    _check_groups(state_dict["param_groups"], shapes, optimizer)
+    _check_wrappers(optimizer, state_dict)
+
+
+def _check_wrappers(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """ValueError if a wrapper around the base optimizer would refuse the state, or has gone since it was written."""
+    if (outermost := next(chain(optimizer), None)) is not None:
+        outermost.check_state_dict(state_dict)
+    elif methods := state_dict.get(STATE_KEY):
+        raise ValueError(
+            f"the state_dict was written by {', '.join(methods)} and this optimizer is {type(optimizer).__name__} "
+            "alone; build the same optimizer as the checkpoint's before loading"
+        )
+
+
+def _check_groups(groups: list[dict[str, Any]], shapes: Any, optimizer: Optimizer) -> None:
+    theirs, ours = ([len(group["params"]) for group in found] for found in (groups, optimizer.param_groups))
+    if theirs != ours:
+        raise ValueError(
+            f"the state_dict is of another model: its groups have {theirs} parameters, this optimizer's {ours}"
+        )
+    if shapes != (expected := shapes_of(optimizer)):
+        raise ValueError(
+            f"the state_dict is of another model: its parameters have the shapes {shapes}, this optimizer's {expected}"
+        )
 
 
 def _count(groups: list[dict[str, Any]]) -> int:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..streams import RandomStreams
-from .passes import TrainPass, devices_of, model_loss
+from .passes import LossPass, Values, devices_of, model_loss
+from .records import TrainLoss
 
-__all__ = ["LoopWatch"]
+__all__ = ["LoopWatch", "Seen"]
+
+
+@dataclass
+class Seen:
+    """What the loop did since the last step: its forward passes with their losses, and ∂_μ so far."""
+
+    passes: list[tuple[LossPass, Tensor]] = field(default_factory=list)
+    magnitude_grads: Values = field(default_factory=dict)
 
 
 class LoopWatch:
@@ -23,34 +33,40 @@ class LoopWatch:
 
     def __init__(self, model: nn.Module, magnitudes: Iterable[Tensor]):
         self.on = True
-        self._passes: list[TrainPass] = []
-        self._losses: list[Tensor] = []
-        self._magnitude_grads: dict[Tensor, Tensor] = {}
+        self._seen = Seen()
         self._streams: RandomStreams | None = None
         self._handles = [
             model.register_forward_pre_hook(self._before),
             model.register_forward_hook(self._after, with_kwargs=True),
-            # Taken before the loop clips, which would scale them, and which should see the directions alone.
-            *(p.register_post_accumulate_grad_hook(self._take) for p in magnitudes),
+            # Collected before the loop clips, which would scale them, and which should see the directions alone.
+            *(p.register_post_accumulate_grad_hook(self._collect) for p in magnitudes),
         ]
 
-    def take(self) -> tuple[list[TrainPass], Tensor, dict[Tensor, Tensor]]:
-        """The passes that backward went through, their weighted loss and its ∂_μ.
+    def train_loss(self) -> TrainLoss:
+        """L_tr of the passes that backward went through, weighted as the loop weighted them.
 
         Raises:
             RuntimeError: there are none.
         """
-        used = [(one, loss) for one, loss in zip(self._passes, self._losses, strict=True) if one.weight is not None]
+        used = [(one, loss) for one, loss in self._seen.passes if one.weight is not None]
         if not used:
             raise RuntimeError(
                 "step() with train_dataloader=None found no training batch: call model(**batch) with labels, in train "
                 "mode, and backward() on the .loss it returns; or pass a train_dataloader"
             )
-        total = torch.stack([one.part(loss) for one, loss in used]).sum()
-        return [one for one, _ in used], total, self._magnitude_grads
+        value = torch.stack([one.part(loss) for one, loss in used]).sum()
+        return TrainLoss([one for one, _ in used], value, self._seen.magnitude_grads)
 
     def clear(self) -> None:
-        self._passes, self._losses, self._magnitude_grads, self._streams = [], [], {}, None
+        self._seen, self._streams = Seen(), None
+
+    def seen(self) -> Seen:
+        """A copy, for `go_back`."""
+        return Seen(list(self._seen.passes), dict(self._seen.magnitude_grads))
+
+    def go_back(self, seen: Seen) -> None:
+        """Forgets what came after."""
+        self._seen, self._streams = seen, None
 
     @contextmanager
     def away(self) -> Iterator[None]:
@@ -79,17 +95,16 @@ class LoopWatch:
             assert found is not None
             return found
 
-        one = TrainPass(again, streams)
-        self._passes.append(one)
-        self._losses.append(loss.detach())
+        one = LossPass(again, streams)
+        self._seen.passes.append((one, loss.detach()))
 
         def weigh(grad: Tensor) -> None:
             one.weight = grad.detach()
 
         loss.register_hook(weigh)
 
-    def _take(self, p: Tensor) -> None:
+    def _collect(self, p: Tensor) -> None:
         if self.on and p.grad is not None:
-            before = self._magnitude_grads.get(p)
-            self._magnitude_grads[p] = p.grad if before is None else before + p.grad
+            before = self._seen.magnitude_grads.get(p)
+            self._seen.magnitude_grads[p] = p.grad if before is None else before + p.grad
             p.grad = None

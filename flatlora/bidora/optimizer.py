@@ -2,61 +2,47 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .. import checks
 from ..layers.base import keep_training_layout, release_layout
-from ..layers.view import LoRALayer, lora_layers
-from ..streams import RandomStreams, derived_seed, shared_seed
+from ..streams import derived_seed, shared_seed
+from ..wrapper import chain
+from .arguments import check_levels, check_options, warn_of_shared_data
 from .data import Batches
+from .levels import TwoLevels, directions_of, step_sizes
 from .loop import LoopWatch
 from .orthogonality import add_orthogonality_gradient
-from .parameters import check_levels, is_peft
+from .parameters import trained_layers
 from .passes import (
-    Noise,
-    TrainPass,
+    LossPass,
     Values,
-    assign,
+    batch_pass,
     check_one_process,
-    devices_of,
     finite,
     frozen,
     grads_of,
     moved,
     norm_of,
+    parameters_of,
     traceless,
 )
-from .phase_two import Retraining
+from .perturbations import current_perturbations, perturbed_as, unperturbed
+from .phase_two import PhaseTwo
+from .records import BilevelStep, Hypergradient, LowerPoint, TrainLoss, ValLoss
+from .snapshot import undone_on_error
 
 __all__ = ["BilevelOptimizer", "BilevelStep"]
 
 
-@dataclass(frozen=True)
-class BilevelStep:
-    """What one iteration saw.
-
-    Attributes:
-        train_loss: L_tr(V, μ) of the last lower step, without γ·R.
-        val_loss: L_val(V', μ) before the upper step; None where a call of `step()` did not reach the upper level.
-        lower_grad_norm: ‖∇_V (L_tr + γ·R)‖ as the last lower step took it.
-        upper_grad_norm: norm of the hypergradient; None as `val_loss`.
-    """
-
-    train_loss: float
-    val_loss: float | None
-    lower_grad_norm: float
-    upper_grad_norm: float | None
-
-
-class BilevelOptimizer(Retraining):
+class BilevelOptimizer(TwoLevels):
     """Trains directions V on one dataloader and magnitudes μ on another, by gradients through the inner step.
 
     BiDoRA (arXiv:2410.09758, Eq. 6-9 and Algorithm 1; the difference is Eq. 8 of DARTS, arXiv:1806.09055) solves
@@ -69,18 +55,20 @@ class BilevelOptimizer(Retraining):
         ∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v,    v = ∇_V L_val(V', μ)
 
     whose second term is a finite difference of ∂_μ L_tr around V, on the training batch just used, over ``e·v`` with
-    ``e = epsilon/‖v‖``. The passes it subtracts see the same dropout, and the noise of a `GGPOOptimizer` or the
-    auxiliary of a `BiLoRAOptimizer` as `lower` as they were in the lower pass: L_tr is the perturbed loss. L_val is
-    that of the unperturbed model. R does not depend on μ and so is not in the difference.
+    ``e = epsilon/‖v‖``. The passes it subtracts see the same dropout as the lower pass and, if `lower` perturbs the
+    model (any `OptimizerWrapper` that says so), the same perturbation: L_tr is the perturbed loss, and what makes up
+    the perturbation is no part of V. L_val is that of the unperturbed model. R does not depend on μ and so is not in
+    the difference.
 
     PEFT treats DoRA's norm ``‖W0 + s·B·A‖`` as a constant in backward. ∂_μ is exact all the same, and the difference
     moves the norm along with V: the second term is the exact derivative of ∂_μ L_tr along v. But v lacks the part of
     ∇_V L_val through the norm, and so does the gradient that made V': the hypergradient is that of the loss with v
     so defined, not the full derivative of ``L_val(V'(μ), μ)``.
 
-    The random streams end a step as if its lower passes alone had run. If a pass fails or a loss is not finite, every
-    parameter is put back to where it was before `step()`; the moments of `lower` may have advanced by then.
-    It runs in one process: gradients are not averaged over the ranks of a distributed run, which is refused.
+    The random streams end a step as if its lower passes alone had run. If anything in a step fails, or a loss is not
+    finite, everything is as before `step()`: parameters, gradients, both optimizers' states and groups, random streams
+    and positions in the data, so that the next call tries the same again. What a base optimizer keeps outside of its
+    `state` and `param_groups` can't be put back. Gradients are not averaged over ranks: a distributed run is refused.
     Under bfloat16 rounding drowns the difference: keep A, B and μ in float32, as PEFT does, and compute in float32.
 
     Args:
@@ -137,33 +125,25 @@ class BilevelOptimizer(Retraining):
         adapter: str | Iterable[str] | None = None,
     ):
         super().__init__(lower, upper)
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if loss_fn is not None and not callable(loss_fn):
-            raise TypeError(f"loss_fn must be callable as loss_fn(model, batch), got {loss_fn!r}")
-        _check_form(xi, unroll_steps, difference, epsilon, orthogonality)
+        checks.module(model)
+        check_options(loss_fn, xi, unroll_steps, difference, epsilon, orthogonality)
         check_one_process()
-        self.model, self.loss_fn, self.adapter = model, loss_fn, adapter
         check_levels(lower, upper, model, adapter)
-        if train_dataloader is val_dataloader is not None:
-            warnings.warn(
-                "the same object is both train_dataloader and val_dataloader, so magnitudes are trained on the data of "
-                "the directions; split the data, for example with flatlora.split_dataset",
-                stacklevel=2,
-            )
-        self._seed = shared_seed()
-        self._train = None
-        if train_dataloader is not None:
-            self._train = Batches(train_dataloader, "train_dataloader", self._seed)
-        self._val = Batches(val_dataloader, "val_dataloader", self._seed)
+        warn_of_shared_data(train_dataloader, val_dataloader)
+        self.model, self.loss_fn, self.adapter = model, loss_fn, adapter
         self.xi, self.unroll_steps, self.difference = xi, unroll_steps, difference
         self.epsilon, self.orthogonality = epsilon, orthogonality
         self.last_step: BilevelStep | None = None  # for loops that do not hand out what step() returns
+        self._seed = shared_seed()
+        self._train = None if train_dataloader is None else Batches(train_dataloader, "train_dataloader", self._seed)
+        self._val = Batches(val_dataloader, "val_dataloader", self._seed)
         self._lower_steps = 0
-        self._noise = Noise(lower)
-        self._layers = self._trained_layers()
-        self._held = keep_training_layout(model)
-        self._watch = LoopWatch(model, self._magnitudes()) if self._train is None else None
+        self._norms: dict[str, Tensor] = {}
+        # γ = 0 needs no layers, and so takes a model that has none.
+        self._layers = trained_layers(model, adapter, directions_of(self.lower)) if orthogonality > 0 else []
+        self._layout = keep_training_layout(model)
+        self._watch = LoopWatch(model, parameters_of(upper)) if self._train is None else None
+        self._phase_two = PhaseTwo(self.lower, self.upper, model, adapter, self._watch)
 
     # --- the method -----------------------------------------------------------------------------------------------
 
@@ -176,94 +156,109 @@ class BilevelOptimizer(Retraining):
             closure: forward and backward of the training batch, if the loop passes one; ``train_dataloader=None`` only.
 
         Raises:
-            ValueError: a loss that is not a finite scalar, or a batch without labels. Parameters are as before.
+            ValueError: a loss that is not a finite scalar, or a batch without labels. Everything is as before.
             RuntimeError: the second phase has begun, or the loop has given no gradients.
         """
         check_one_process()
         if self.phase == 2:
-            raise RuntimeError(
-                "retrain() has begun the second phase, which freezes the magnitudes; call retrain() again"
-            )
-        if closure is not None:
-            if self._watch is None:
-                raise ValueError("step() runs the training batches itself; a closure needs train_dataloader=None")
-            with torch.enable_grad():
-                closure()
-        start = self._lower_values()
+            raise RuntimeError("retrain() has begun the second phase and frozen the magnitudes; call retrain() again")
+        if closure is not None and self._watch is None:
+            raise ValueError("step() runs the training batches itself; a closure needs train_dataloader=None")
+        lower_steps, norms = self._lower_steps, dict(self._norms)
         try:
-            self.last_step = self._iterate(start)
+            with undone_on_error(self.model, (self.lower, self.upper), (self._train, self._val), self._watch):
+                if closure is not None:
+                    with torch.enable_grad():
+                        closure()
+                self.last_step = self._iterate()
         except BaseException:
-            assign(start)
+            self._lower_steps, self._norms = lower_steps, norms
             raise
-        finally:
-            if self._watch is not None:
-                self._watch.clear()
+        if self._watch is not None:
+            self._watch.clear()
         return self.last_step
 
-    def _iterate(self, before: Values) -> BilevelStep:
-        for i in range(self.unroll_steps if self._watch is None else 1):
-            before, noise = before if i == 0 else self._lower_values(), self._noise.present()
-            passes, train, magnitude_grads = self._lower_pass()
-            if self.orthogonality > 0:
-                add_orthogonality_gradient(self._layers, self.orthogonality)
-            seen = finite("training", train, norm_of(grads_of(self._directions())))
-            self.lower.step()
-            self._lower_steps += 1
-        if self._watch and self._lower_steps % self.unroll_steps:
-            return BilevelStep(seen[0], None, seen[1], None)
-        val, grads = self._validation(self._on_device(self._val.next()))
-        second = self._second_order(grads, before, passes, magnitude_grads, noise)
-        for p, grad in zip(self._magnitudes(), self._difference(grads, second), strict=True):
-            p.grad = grad
-        result = finite("validation", val, norm_of(grads_of(self._magnitudes())))
-        self.upper.step()
-        return BilevelStep(seen[0], result[0], seen[1], result[1])
+    def _iterate(self) -> BilevelStep:
+        for _ in range(self.unroll_steps if self._watch is None else 1):
+            at = self._lower_loss()
+            seen = self._lower_step(at)
+        if self._watch is not None and self._lower_steps % self.unroll_steps:
+            return seen
+        val = self._val_loss(self._val.next())
+        return self._upper_step(seen, val, self._hypergradient(at, val))
 
-    def _lower_pass(self) -> tuple[list[TrainPass], Tensor, Values]:
-        """∇_V L_tr into `.grad`. Returns the passes, L_tr and, where it comes for free and is wanted, ∂_μ L_tr."""
+    def _lower_loss(self) -> LowerPoint:
+        """L_tr(V, μ), with ∇_V of it in `.grad`."""
         if self._watch is not None:
-            return self._watch.take()
+            return self._here(self._watch.train_loss())
         assert self._train is not None
-        batch = self._on_device(self._train.next())
-        passes = [TrainPass(lambda: self._loss(batch, "training"), RandomStreams(devices_of(self.model)))]
-        reuse = self.difference == "forward" and self.xi != 0
-        with nullcontext() if reuse else frozen(self._magnitudes()):
-            loss = self._backward(passes)
-        magnitude_grads = grads_of(self._magnitudes())
+        return self._here(self._take([self._pass(self._train.next(), "training")]))
+
+    def _take(self, passes: list[LossPass]) -> TrainLoss:
+        # The forward difference subtracts ∂_μ of this very pass; the central one has no use for it.
+        wanted = self.difference == "forward" and self.xi != 0
+        with nullcontext() if wanted else frozen(self._magnitudes()):
+            value = self._backward(passes)
+        loss = TrainLoss(passes, value, grads_of(self._magnitudes()))
         self.upper.zero_grad()
-        return passes, loss, magnitude_grads
+        return loss
 
-    def _validation(self, batch: Any) -> tuple[Tensor, Values]:
-        """L_val at the present parameters, unperturbed, and its gradient of both levels."""
+    def _here(self, loss: TrainLoss) -> LowerPoint:
+        return LowerPoint(directions_of(self.lower), current_perturbations(self.lower), loss)
+
+    def _lower_step(self, at: LowerPoint) -> BilevelStep:
+        """V becomes V', by a step of `lower` along ``∇_V (L_tr + γ·R)``."""
+        self._add_orthogonality()
+        norm = norm_of(grads_of(at.V))
+        train_loss, grad_norm = finite("training", at.loss.value, norm)
+        self.lower.step()
+        self._lower_steps += 1
+        self._norms["lower_grad_norm"] = norm
+        return BilevelStep(train_loss, None, grad_norm, None)
+
+    def _val_loss(self, batch: Any) -> ValLoss:
+        """L_val(V', μ) of the unperturbed model, and its gradients."""
         # Dropout in this pass draws from a seed of its own, or it would shift the stream of the lower passes.
-        with self._aside(derived_seed(self._seed, "validation", self._lower_steps)), self._noise.off():
-            loss = self._backward([TrainPass(lambda: self._loss(batch, "validation"))])
-            return loss, grads_of([*self._directions(), *self._magnitudes()])
+        with self._aside(derived_seed(self._seed, "validation", self._lower_steps)), unperturbed(chain(self.lower)):
+            value = self._backward([self._pass(batch, "validation")])
+            return ValLoss(value, grads_of(self._magnitudes()), grads_of(parameters_of(self.lower)))
 
-    def _second_order(
-        self, val_grads: Values, before: Values, passes: list[TrainPass], magnitude_grads: Values, noise: Any
-    ) -> Values:
-        """``ξ·∇²_{μV} L_tr(V, μ)·v`` by finite difference around V = `before`; empty for ξ = 0.
+    def _upper_step(self, seen: BilevelStep, val: ValLoss, hypergradient: Hypergradient) -> BilevelStep:
+        """μ takes a step of `upper` along its hypergradient."""
+        for p in self._magnitudes():
+            p.grad = hypergradient.of(p)
+        norm = norm_of(grads_of(self._magnitudes()))
+        val_loss, grad_norm = finite("validation", val.value, norm)
+        self.upper.step()
+        first, second = norm_of(hypergradient.first), norm_of(hypergradient.second)
+        self._norms |= {"hypergradient_norm": norm, "first_order_norm": first, "second_order_norm": second}
+        return replace(seen, val_loss=val_loss, upper_grad_norm=grad_norm)
+
+    def _hypergradient(self, at: LowerPoint, val: ValLoss) -> Hypergradient:
+        """``∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v``"""
+        return Hypergradient(val.magnitude_grads, self._second_order(at, val.v) if self.xi != 0 else {})
+
+    def _second_order(self, at: LowerPoint, v: Values) -> Values:
+        """``ξ·∇²_{μV} L_tr(V, μ)·v`` by finite difference around V.
 
         ξ may differ between groups, so the difference is taken along ``u = ξ·v``, at ``V ± epsilon·u/‖u‖``.
         """
-        if self.xi == 0:
-            return {}
-        u = {p: xi * val_grads[p] for p, xi in self._step_sizes().items() if p in val_grads}
+        V, xi = at.V, step_sizes(self.lower, self.xi)
+        u = {p: xi[p] * v[p] for p in V if p in v}
         length = norm_of(u)
-        scale = torch.where(length > 0, self.epsilon / length, 0.0)  # v may vanish, and so may a learning rate
+        e = torch.where(length > 0, self.epsilon / length, 0.0)  # v may vanish, and so may a learning rate
 
-        def gradient_at(scale: Tensor) -> Values:
-            point = {p: value + scale.to(value) * u[p] if p in u else value for p, value in before.items()}
-            with moved(point):
-                self._backward(passes)
+        def magnitude_grads(e: Tensor) -> Values:
+            """``∂_μ L_tr(V + e·u, μ)``"""
+            with moved({p: value + e.to(value) * u[p] if p in u else value for p, value in V.items()}):
+                self._backward(at.loss.passes)
             return grads_of(self._magnitudes())
 
-        with self._aside(), self._noise.as_in(noise), frozen(list(before)):
-            ahead = gradient_at(scale)
-            behind = magnitude_grads if self.difference == "forward" else gradient_at(-scale)
-        factor = length / (self.epsilon if self.difference == "forward" else 2 * self.epsilon)
-        return {p: (ahead[p] - behind[p]) * factor.to(ahead[p]) for p in ahead if p in behind}
+        with self._aside(), perturbed_as(self.lower, at.perturbations), frozen(parameters_of(self.lower)):
+            ahead = magnitude_grads(e)
+            behind = at.loss.magnitude_grads if self.difference == "forward" else magnitude_grads(-e)
+        per_e = length / (self.epsilon if self.difference == "forward" else 2 * self.epsilon)
+        return {p: (ahead[p] - behind[p]) * per_e.to(ahead[p]) for p in ahead if p in behind}
 
     def hypergradient(self, train_batch: Any, val_batch: Any, *, virtual_step: bool = True) -> list[Tensor]:
         """``∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v`` at the present V, which stays; nothing at all is changed.
@@ -280,39 +275,71 @@ class BilevelOptimizer(Retraining):
         Raises:
             ValueError: a loss that is not a finite scalar, or a batch without labels.
         """
-        train_batch, val_batch = self._on_device(train_batch), self._on_device(val_batch)
-        before, noise = self._lower_values(), self._noise.present()
-        passes = [TrainPass(lambda: self._loss(train_batch, "training"), RandomStreams(devices_of(self.model)))]
-        there, magnitude_grads = before, {}
-        if virtual_step or self.difference == "forward":
-            with self._aside():
-                train = self._backward(passes)
-                if self.orthogonality > 0:
-                    add_orthogonality_gradient(self._layers, self.orthogonality)
-                finite("training", train)
-                magnitude_grads = grads_of(self._magnitudes())
-                if virtual_step:
-                    steps, grads = self._step_sizes(), grads_of(self._directions())
-                    there = {p: value - steps[p] * grads[p] if p in grads else value for p, value in before.items()}
-        with moved(there):
-            val, grads = self._validation(val_batch)
-        finite("validation", val)
-        second = self._second_order(grads, before, passes, magnitude_grads, noise)
-        return self._difference(grads, second)
+        passes = [self._pass(train_batch, "training")]
+        with self._aside():
+            at = self._here(self._take(passes))
+            self._add_orthogonality()
+            finite("training", at.loss.value)
+            xi, grads = step_sizes(self.lower, self.xi), grads_of(at.V)
+        after = {p: value - xi[p] * grads[p] if p in grads and virtual_step else value for p, value in at.V.items()}
+        with moved(after):
+            val = self._val_loss(val_batch)
+        finite("validation", val.value)
+        return list(map(self._hypergradient(at, val).of, self._magnitudes()))
 
-    def _difference(self, grads: Values, second: Values) -> list[Tensor]:
-        """``∂_μ L_val − second`` per magnitude; either may be missing, where that loss does not depend on it."""
-        parts = [(p, grads.get(p), second.get(p)) for p in self._magnitudes()]
-        zeros = torch.zeros_like
-        return [(zeros(p) if g is None else g) - (zeros(p) if s is None else s) for p, g, s in parts]
+    # --- phase two ------------------------------------------------------------------------------------------------
 
-    # --- what others see ----------------------------------------------------------------------------------------------
+    def retrain(self, dataloader: Any, steps: int, *, optimizer: Optimizer, scheduler: Any = None) -> list[float]:
+        """Phase two: μ is frozen, A and B begin anew, and `optimizer` trains the directions on ``L + γ·R``.
+
+        The first call ends phase one. Called again it goes on where it stopped, so that checkpoints can be taken in
+        between; `state_dict` then covers `optimizer` and the position in `dataloader` too. With ``steps=0`` it freezes
+        and re-initialises alone, for a loop of your own. The perturbations of `lower` are off, but for those that
+        `optimizer` makes too or whose parameters it holds.
+
+        Args:
+            dataloader: batches of all the data, both splits together; cycled like the others.
+            steps: number of optimizer steps to make now, one batch each.
+            optimizer: a new optimizer of the directions. It must not hold magnitudes.
+            scheduler: stepped after every step of `optimizer`.
+
+        Returns:
+            The loss of each step.
+
+        Raises:
+            ValueError: a model without magnitudes, `optimizer` holds some, an empty dataloader, a dataloader or an
+                `optimizer` other than the checkpoint's, a loss that is not a finite scalar. Everything is as before
+                the step that failed; if it was the first of all, phase one has not ended.
+            TypeError: an argument of the wrong type.
+            RuntimeError: one of several distributed processes.
+        """
+        check_one_process()
+        return self._phase_two.run(dataloader, steps, optimizer, scheduler, self._seed, self._retrain_backward)
+
+    def _retrain_backward(self, batch: Any) -> Tensor:
+        """``∇_V (L + γ·R)`` into `.grad`; returns L."""
+        loss = self._pass(batch, "training").backward()
+        self._add_orthogonality()
+        return loss
+
+    @property
+    def phase(self) -> int:
+        """1, or 2 once `retrain` has begun."""
+        return self._phase_two.phase
+
+    # --- what others see ------------------------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Norms of the last step: ``lower_grad_norm``, ``‖∇_V (L_tr + γ·R)‖``; of the last upper step
+        ``hypergradient_norm`` and its two terms, ``first_order_norm`` and ``second_order_norm``, ξ included.
+        """
+        return dict(self._norms)
 
     def remove(self) -> None:
         """Takes everything off the model. Idempotent; the levels are left as they are."""
         if self._watch is not None:
             self._watch.remove()
-        release_layout(self._held)
+        release_layout(self._layout)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -321,78 +348,52 @@ class BilevelOptimizer(Retraining):
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
-    def own_state(self) -> dict[str, Any]:
+    def method_state(self) -> dict[str, Any]:
         return {
             "phase": self.phase,
             "seed": self._seed,
             "lower_steps": self._lower_steps,
             "train": None if self._train is None else self._train.state_dict(),
             "val": self._val.state_dict(),
-            "retrain": self.retraining_state(),
+            "retrain": self._phase_two.state_dict(),
         }
 
-    def load_own_state(self, state: dict[str, Any]) -> None:
-        self._seed, self._lower_steps = state["seed"], state["lower_steps"]
+    def check_method_state(self, state: dict[str, Any]) -> None:
+        checks.state_fields(type(self).__name__, state, "phase", "seed", "lower_steps", "train", "val", "retrain")
+        checks.integer("seed in the state_dict", state["seed"], 0)
+        checks.integer("lower_steps in the state_dict", state["lower_steps"], 0)
+        if self._train is not None and state["train"] is not None:
+            self._train.check_state_dict(state["train"])
+        self._val.check_state_dict(state["val"])
+        self._phase_two.check_state_dict(state["phase"], state["retrain"])
+
+    def load_method_state(self, state: dict[str, Any] | None) -> None:
+        assert state is not None  # `load_state_dict` refuses a checkpoint without it
+        self._seed, self._lower_steps, self._norms = state["seed"], state["lower_steps"], {}
         if self._train is not None and state["train"] is not None:
             self._train.load_state_dict(state["train"])
         self._val.load_state_dict(state["val"])
-        self.load_retraining_state(state["phase"], state["retrain"])
+        self._phase_two.load_state_dict(state["phase"], state["retrain"])
 
     # --- passes ---------------------------------------------------------------------------------------------------
 
-    def _backward(self, passes: list[TrainPass]) -> Tensor:
+    def _pass(self, batch: Any, which: str) -> LossPass:
+        return batch_pass(self.model, batch, which, self.loss_fn)
+
+    def _backward(self, passes: list[LossPass]) -> Tensor:
         """L_tr, or L_val, of the passes; its gradient replaces what is in `.grad`."""
         super().zero_grad()
         return torch.stack([one.backward() for one in passes]).sum()
 
+    def _add_orthogonality(self) -> None:
+        """Adds ``γ·∇_V R`` to `.grad`."""
+        if self.orthogonality > 0:
+            add_orthogonality_gradient(self._layers, self.orthogonality)
+
     @contextmanager
     def _aside(self, seed: int = 0) -> Iterator[None]:
-        with traceless(self.model, seed), self._watch.away() if self._watch else nullcontext():
+        with traceless(self.model, seed), self._watch.away() if self._watch is not None else nullcontext():
             yield
 
-    # --- parameters, looked up each time --------------------------------------------------------------------------
-
-    def _directions(self) -> list[Tensor]:
-        return list(self._step_sizes())
-
-    def _step_sizes(self) -> dict[Tensor, Any]:
-        """V and its ξ. The auxiliary of Bi-LoRA is not part of V but of the function that V descends."""
-        return {
-            p: group["lr"] if self.xi == "lr" else self.xi
-            for group in self.lower.param_groups
-            if not group.get("ascent")
-            for p in group["params"]
-        }
-
-    def _lower_values(self) -> Values:
-        return {p: p.detach().clone() for group in self.lower.param_groups for p in group["params"]}
-
-    def _trained_layers(self) -> list[LoRALayer]:
-        """PEFT's linear layers whose directions `lower` holds; none if γ = 0, which needs none."""
-        if self.orthogonality == 0 or not is_peft(self.model):
-            return []
-        held = {id(p) for p in self._directions()}
-        found = []
-        for layer in lora_layers(self.model, self.adapter):
-            names = frozenset(a.name for a in layer.all_adapters() if id(a.A_param) in held)
-            if names:
-                found.append(LoRALayer(layer.name, layer.module, layer.base, names))
-        return found
-
-
-def _check_form(xi: Any, unroll_steps: Any, difference: Any, epsilon: Any, orthogonality: Any) -> None:
-    if xi != "lr":
-        _check_number("xi", xi, "a finite number >= 0 or 'lr'")
-    if not isinstance(unroll_steps, int) or unroll_steps < 1:
-        raise ValueError(f"unroll_steps must be an integer >= 1, got {unroll_steps!r}")
-    if difference not in ("central", "forward"):
-        raise ValueError(f"difference must be 'central' or 'forward', got {difference!r}")
-    _check_number("epsilon", epsilon)
-    _check_number("orthogonality", orthogonality)
-    if epsilon == 0:
-        raise ValueError("epsilon must be > 0; to leave the second-order term out, set xi=0")
-
-
-def _check_number(name: str, value: Any, expected: str = "a finite number >= 0") -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    def _magnitudes(self) -> list[Tensor]:
+        return parameters_of(self.upper)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
+from .. import checks
 from ..layers.base import whole
+from ..layers.view import LoRALayer, lora_layers
 
-__all__ = ["check_levels", "direction_parameters", "is_peft", "magnitude_parameters", "reset_directions"]
+__all__ = ["direction_parameters", "is_peft", "magnitude_parameters", "reset_directions", "trained_layers"]
 
 
 def direction_parameters(model: nn.Module, adapter: str | Iterable[str] | None = None) -> list[nn.Parameter]:
@@ -39,13 +40,14 @@ def magnitude_parameters(model: nn.Module, adapter: str | Iterable[str] | None =
 @torch.no_grad()
 def reset_directions(model: nn.Module, adapter: str | Iterable[str] | None, seed: int) -> None:
     """A Kaiming-uniform and B zero, as PEFT begins; for an embedding A zero and B normal. Draws from `seed` alone."""
-    generator = torch.Generator().manual_seed(seed)
+    # On the CPU whatever the model's device and the default one, so that every machine begins alike.
+    generator = torch.Generator("cpu").manual_seed(seed)
     for _, A, B in _dora_adapters(model, adapter):
         if isinstance(A, nn.Parameter):
             A.zero_()
-            B.copy_(torch.randn(B.shape, generator=generator))
+            B.copy_(torch.randn(B.shape, generator=generator, device="cpu"))
             continue
-        start = torch.empty(whole(A.weight).shape)
+        start = torch.empty(whole(A.weight).shape, device="cpu")
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         A.weight.copy_(start)
         for p in B.parameters():
@@ -57,29 +59,15 @@ def is_peft(model: nn.Module) -> bool:
     return any(True for _ in _peft_layers(model))
 
 
-def check_levels(lower: Optimizer, upper: Optimizer, model: nn.Module, adapter: str | Iterable[str] | None) -> None:
-    """ValueError unless the levels are apart, of this model and, if it has PEFT's layers, not mixed up."""
-    low, up = ({id(p) for group in level.param_groups for p in group["params"]} for level in (lower, upper))
-    built = "build lower from direction_parameters(model) and upper from magnitude_parameters(model)"
-    if is_peft(model):
-        directions = {id(p) for p in direction_parameters(model, adapter)}
-        magnitudes = {id(p) for p in magnitude_parameters(model, adapter)}
-    else:
-        directions, magnitudes = low, up
-    if low & up:
-        raise ValueError(f"lower and upper overlap: they share {len(low & up)} parameters; {built}")
-    foreign = (low | up) - {id(p) for p in model.parameters()}
-    if foreign:
-        raise ValueError(
-            f"{len(foreign)} parameters of lower and upper are not in the model; build the optimizers from this model, "
-            "after its adapters were added"
-        )
-    if low & magnitudes and up & directions:
-        raise ValueError(f"lower and upper are swapped: lower holds magnitudes and upper directions; {built}")
-    if low & magnitudes:
-        raise ValueError(f"lower holds {len(low & magnitudes)} magnitudes, which belong to upper; {built}")
-    if up - magnitudes:
-        raise ValueError(f"upper holds {len(up - magnitudes)} parameters that are not magnitudes; {built}")
+def trained_layers(
+    model: nn.Module, adapter: str | Iterable[str] | None, directions: Container[Any]
+) -> list[LoRALayer]:
+    """PEFT's linear layers, seen through the adapters whose A is among `directions`."""
+    found = []
+    for layer in lora_layers(model, adapter) if is_peft(model) else []:
+        if names := frozenset(a.name for a in layer.all_adapters() if a.A_param in directions):
+            found.append(LoRALayer(layer.name, layer.module, layer.base, names))
+    return found
 
 
 def _peft_layers(model: nn.Module) -> Iterator[Any]:
@@ -90,8 +78,7 @@ def _peft_layers(model: nn.Module) -> Iterator[Any]:
 
 def _dora_adapters(model: nn.Module, adapter: str | Iterable[str] | None) -> list[tuple[nn.Parameter, Any, Any]]:
     """(magnitude, A, B) of every DoRA adapter; A and B are modules, or parameters in an embedding layer."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.module(model)
     wanted = {adapter} if isinstance(adapter, str) else None if adapter is None else set(adapter)
     found: list[tuple[nn.Parameter, Any, Any]] = []
     known: set[str] = set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..ggpo.optimizer import GGPOOptimizer
 from ..streams import RandomStreams, private_streams
-from ..wrapper import OptimizerWrapper
+from .data import to_device
 
 Values = dict[Tensor, Tensor]  # of parameters, or their gradients
 
 __all__ = [
-    "Noise",
-    "TrainPass",
+    "LossPass",
     "Values",
     "assign",
-    "batch_loss",
+    "batch_pass",
     "check_one_process",
     "devices_of",
     "finite",
@@ -32,25 +30,26 @@ __all__ = [
     "model_loss",
     "moved",
     "norm_of",
+    "parameters_of",
+    "running_statistics",
     "traceless",
 ]
 
 
 @dataclass
-class TrainPass:
+class LossPass:
     """A forward pass that can be run again: what gives its loss, and where the random streams stood.
 
-    `weight` is ∂L_tr/∂loss: None for one, or what a loop made of it, as when it accumulates gradients.
+    `weight` is the derivative by this loss: None for one, or what a loop made of it, as when it accumulates gradients.
     """
 
     loss: Callable[[], Tensor]
-    streams: RandomStreams | None = None
+    streams: RandomStreams
     weight: Tensor | None = None
 
     def backward(self) -> Tensor:
-        """Runs it, adds to the gradients, and returns its part of L_tr."""
-        if self.streams is not None:
-            self.streams.restore()
+        """Runs it, adds to the gradients, and returns its part of the whole loss."""
+        self.streams.restore()
         with torch.enable_grad():
             loss = self.loss()
             loss.backward(self.weight)
@@ -66,10 +65,23 @@ def model_loss(output: Any) -> Tensor | None:
     return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
 
 
-def batch_loss(
-    model: nn.Module, batch: Any, which: str, loss_fn: Callable[[nn.Module, Any], Tensor] | None = None
-) -> Tensor:
-    """``loss_fn(model, batch)`` or ``model(**batch).loss``; ValueError if it is not a scalar to go backward from."""
+def batch_pass(
+    model: nn.Module,
+    batch: Any,
+    which: str,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None,
+) -> LossPass:
+    """``loss_fn(model, batch)``, or ``model(**batch).loss``, from where the random streams stand now.
+
+    The batch goes to the model's first device. `which` batch it is, errors tell.
+    """
+    devices = devices_of(model)
+    batch = to_device(batch, devices[0])
+    return LossPass(lambda: _batch_loss(model, batch, which, loss_fn), RandomStreams(devices))
+
+
+def _batch_loss(model: nn.Module, batch: Any, which: str, loss_fn: Callable[[nn.Module, Any], Tensor] | None) -> Tensor:
+    """ValueError if it is not a scalar to go backward from."""
     loss: Any
     if loss_fn is not None:
         loss = loss_fn(model, batch)
@@ -113,6 +125,14 @@ def finite(which: str, loss: Tensor, *others: Tensor) -> list[float]:
     return values
 
 
+# --- parameters and their gradients -------------------------------------------------------------------------------
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """All that the optimizer holds, in its order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def grads_of(params: Iterable[Tensor]) -> Values:
     """The gradients there are, by parameter."""
     return {p: p.grad for p in params if p.grad is not None}
@@ -121,7 +141,7 @@ def grads_of(params: Iterable[Tensor]) -> Values:
 def norm_of(values: Values) -> Tensor:
     """The norm of all values together."""
     norms = [value.norm() for value in values.values()]
-    return torch.stack([norm.to(norms[0]) for norm in norms]).norm() if norms else torch.zeros(())
+    return torch.stack([norm.to(norms[0]) for norm in norms]).norm() if norms else torch.zeros((), device="cpu")
 
 
 @torch.no_grad()
@@ -155,12 +175,17 @@ def frozen(params: Iterable[Tensor]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def running_statistics(model: nn.Module) -> Values:
+    """The buffers that forward passes in train mode update, as BatchNorm's, and their values."""
+    running = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
+    return {buffer: buffer.clone() for module in running for buffer in module.buffers(recurse=False)}
+
+
 @contextmanager
 def traceless(model: nn.Module, seed: int = 0) -> Iterator[None]:
     """Puts gradients, random streams and running statistics back afterwards; within, the streams start at `seed`."""
     grads = [(p, p.grad) for p in model.parameters() if p.requires_grad]
-    running = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
-    statistics = {buffer: buffer.clone() for module in running for buffer in module.buffers(recurse=False)}
+    statistics = running_statistics(model)
     try:
         for p, _ in grads:
             p.grad = None  # backward would add to it in place
@@ -170,31 +195,3 @@ def traceless(model: nn.Module, seed: int = 0) -> Iterator[None]:
         assign(statistics)
         for p, grad in grads:
             p.grad = grad
-
-
-class Noise:
-    """The perturbation that `lower` (or what it wraps) puts on the model: GGPO's ε, Bi-LoRA's auxiliary."""
-
-    def __init__(self, lower: Optimizer):
-        self._lower = lower
-        self._ggpo: GGPOOptimizer | None = None
-        level: Any = lower
-        while issubclass(type(level), OptimizerWrapper):
-            if issubclass(type(level), GGPOOptimizer):
-                self._ggpo = level
-            level = level.base_optimizer
-
-    def present(self) -> Any:
-        """The ε of this step, for `as_in`. The auxiliary is among the lower's parameters and moves with them."""
-        return None if self._ggpo is None else self._ggpo.current_perturbation()
-
-    def as_in(self, draws: Any) -> AbstractContextManager[None]:
-        return nullcontext() if self._ggpo is None else self._ggpo.perturbed_as(draws)
-
-    @contextmanager
-    def off(self, but: Iterable[int] = ()) -> Iterator[None]:
-        """No ε, and auxiliaries of zero: layers compute with W'. Parameters with an id in `but` stay."""
-        kept = set(but)
-        ascending = [p for group in self._lower.param_groups if group.get("ascent") for p in group["params"]]
-        with self.as_in({}), moved({p: torch.zeros_like(p) for p in ascending if id(p) not in kept}):
-            yield

@@ -2,125 +2,164 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..layers.view import LoRALayer
+from .. import checks
 from ..streams import derived_seed
-from .data import Batches, to_device
-from .levels import TwoLevels
+from ..wrapper import OptimizerWrapper, chain
+from .data import Batches, check_position
+from .levels import check_optimizer_state, shapes_of
 from .loop import LoopWatch
-from .orthogonality import add_orthogonality_gradient
-from .parameters import reset_directions
-from .passes import Noise, batch_loss, check_one_process, devices_of, finite
+from .parameters import direction_parameters, reset_directions
+from .passes import Values, assign, finite, parameters_of
+from .perturbations import unperturbed
+from .snapshot import undone_on_error
 
-__all__ = ["Retraining"]
+__all__ = ["PhaseTwo"]
 
 
-class Retraining(TwoLevels):
-    """The part of `BilevelOptimizer` that both phases share, and the second of them."""
+class PhaseTwo:
+    """Whether the second phase has begun, and how far it has come with which optimizer in which batches.
 
-    model: nn.Module
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None
-    adapter: str | Iterable[str] | None
-    orthogonality: float
-    phase: int = 1
-    _seed: int
-    _layers: list[LoRALayer]
-    _noise: Noise
-    _watch: LoopWatch | None
-    _retraining: tuple[Batches, Optimizer] | None = None
-    _to_resume: dict[str, Any] | None = None  # phase two in a checkpoint, until retrain() is called
+    After a load it waits for `begin`, which gets an optimizer and a dataloader to go on with.
+    """
 
-    def retrain(self, dataloader: Any, steps: int, *, optimizer: Optimizer, scheduler: Any = None) -> list[float]:
-        """Phase two: μ is frozen, A and B begin anew, and `optimizer` trains the directions on ``L + γ·R``.
+    def __init__(
+        self,
+        lower: Optimizer,
+        upper: Optimizer,
+        model: nn.Module,
+        adapter: str | Iterable[str] | None,
+        watch: LoopWatch | None,
+    ) -> None:
+        self._lower, self._upper, self._model, self._adapter, self._watch = lower, upper, model, adapter, watch
+        self.phase = 1
+        self._batches: Batches | None = None
+        self._optimizer: Optimizer | None = None
+        self._loaded: dict[str, Any] | None = None
 
-        The first call ends phase one. Called again it goes on where it stopped, so that checkpoints can be taken in
-        between; `state_dict` then covers `optimizer` and the position in `dataloader` too. With ``steps=0`` it freezes
-        and re-initialises alone, for a loop of your own. A perturbation of `lower` is off, unless `optimizer` is it.
-
-        Args:
-            dataloader: batches of all the data, both splits together; cycled like the others.
-            steps: number of optimizer steps to make now, one batch each.
-            optimizer: a new optimizer of the directions. It must not hold magnitudes.
-            scheduler: stepped after every step of `optimizer`.
-
-        Returns:
-            The loss of each step.
+    def run(
+        self,
+        dataloader: Any,
+        steps: int,
+        optimizer: Optimizer,
+        scheduler: Any,
+        seed: int,
+        backward: Callable[[Any], Tensor],
+    ) -> list[float]:
+        """`steps` steps of `optimizer` along the gradients that ``backward(batch)`` leaves; it returns the loss.
 
         Raises:
-            ValueError: a model without magnitudes, `optimizer` holds some, an empty dataloader, a loss that is not a
-                finite scalar; the step that failed has changed nothing.
-            TypeError: an argument of the wrong type.
-            RuntimeError: one of several distributed processes.
+            ValueError, TypeError: bad arguments, or such as can't go on from the checkpoint. Nothing has changed then.
         """
-        check_one_process()
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a built torch.optim.Optimizer, got {optimizer!r}")
-        if not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"steps must be an integer >= 0, got {steps!r}")
-        magnitudes = {id(p) for p in self._magnitudes()}
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if held & magnitudes:
-            raise ValueError(
-                f"optimizer holds {len(held & magnitudes)} magnitudes, which are frozen in phase two; build it from "
-                "direction_parameters(model)"
-            )
-        batches = Batches(dataloader, "dataloader", self._seed)
-        if self.phase == 1:
-            reset_directions(self.model, self.adapter, derived_seed(self._seed, "retrain"))
-            self._enter_phase(2)
-        elif self._to_resume is not None:
-            batches.load_state_dict(self._to_resume["position"])
-            optimizer.load_state_dict(self._to_resume["optimizer"])
-        elif self._retraining is not None:
-            batches.load_state_dict(self._retraining[0].state_dict())
-        self._to_resume, self._retraining = None, (batches, optimizer)
-        losses = []
-        with nullcontext() if optimizer is self.lower else self._noise.off(but=held):
+        checks.built_optimizer("optimizer", optimizer)
+        checks.integer("steps", steps, 0)
+        if scheduler is not None and not callable(getattr(scheduler, "step", None)):
+            raise TypeError(f"scheduler must have a step() method, got {type(scheduler).__name__}")
+        self._refuse_magnitudes(optimizer)
+        losses: list[float] = []
+        with self._begun(seed, losses), unperturbed(self._not_of(optimizer)):
+            self._take_up(dataloader, optimizer, seed)
             for _ in range(steps):
-                optimizer.zero_grad()
-                batch = self._on_device(batches.next())
-                with torch.enable_grad():
-                    loss = self._loss(batch, "training")
-                    loss.backward()
-                losses += finite("training", loss.detach())
-                if self.orthogonality > 0:
-                    add_orthogonality_gradient(self._layers, self.orthogonality)
-                optimizer.step()
-                if scheduler is not None:
-                    scheduler.step()
+                losses += self._step(backward, scheduler)
         return losses
 
-    def _enter_phase(self, phase: int) -> None:
+    def _step(self, backward: Callable[[Any], Tensor], scheduler: Any) -> list[float]:
+        assert self._batches is not None and self._optimizer is not None
+        with undone_on_error(self._model, [self._optimizer], [self._batches]):
+            self._optimizer.zero_grad()
+            loss = finite("training", backward(self._batches.next()))
+            self._optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+        return loss
+
+    def _refuse_magnitudes(self, optimizer: Optimizer) -> None:
+        if shared := set(parameters_of(optimizer)) & set(parameters_of(self._upper)):
+            raise ValueError(
+                f"optimizer holds {len(shared)} magnitudes, which are frozen in phase two; build it from "
+                "direction_parameters(model)"
+            )
+
+    def _not_of(self, optimizer: Optimizer) -> list[OptimizerWrapper]:
+        """The wrappers of `lower` whose perturbations are no concern of `optimizer`."""
+        own, trained = {id(wrapper) for wrapper in chain(optimizer)}, set(parameters_of(optimizer))
+        others = (wrapper for wrapper in chain(self._lower) if id(wrapper) not in own)
+        return [wrapper for wrapper in others if trained.isdisjoint(wrapper.perturbation_parameters())]
+
+    def _take_up(self, dataloader: Any, optimizer: Optimizer, seed: int) -> None:
+        """Goes on with these where it stopped; the first time, from the first batch."""
+        batches = self._batches
+        if batches is None or batches.loader is not dataloader:
+            batches = Batches(dataloader, "dataloader", seed)
+            if self._loaded is not None:
+                batches.load_state_dict(self._loaded["position"])
+            elif self._batches is not None:
+                batches.load_state_dict(self._batches.state_dict())
+        if self._loaded is not None:
+            check_optimizer_state(self._loaded["optimizer"], self._loaded["shapes"], optimizer)
+            optimizer.load_state_dict(self._loaded["optimizer"])
+        self._batches, self._optimizer, self._loaded = batches, optimizer, None
+
+    @contextmanager
+    def _begun(self, seed: int, losses: list[float]) -> Iterator[None]:
+        """Begins the phase, unless it has; if its very first step fails, it has not begun."""
+        if self.phase == 2:
+            yield
+            return
+        directions: Values = {p: p.detach().clone() for p in direction_parameters(self._model, self._adapter)}
+        grads = [(p, p.grad) for p in parameters_of(self._upper)]
+        reset_directions(self._model, self._adapter, derived_seed(seed, "retrain"))
+        self._enter(2)
+        try:
+            yield
+        except BaseException:
+            if not losses:
+                self.load_state_dict(1, None)
+                assign(directions)
+                for p, grad in grads:
+                    p.grad = grad
+            raise
+
+    def _enter(self, phase: int) -> None:
         self.phase = phase
-        for p in self._magnitudes():
+        for p in parameters_of(self._upper):
             p.requires_grad_(phase == 1)
             p.grad = None
         if self._watch is not None:
             self._watch.on = phase == 1
 
-    def retraining_state(self) -> dict[str, Any] | None:
-        """Phase two's part of the checkpoint."""
-        if self._retraining is None:
-            return self._to_resume
-        batches, optimizer = self._retraining
-        return {"position": batches.state_dict(), "optimizer": optimizer.state_dict()}
+    # --- checkpoints ----------------------------------------------------------------------------------------------
 
-    def load_retraining_state(self, phase: int, state: dict[str, Any] | None) -> None:
-        self._enter_phase(phase)
-        self._to_resume, self._retraining = state, None
+    def state_dict(self) -> dict[str, Any] | None:
+        """None in phase one."""
+        if self._batches is None or self._optimizer is None:
+            return self._loaded
+        return {
+            "position": self._batches.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "shapes": shapes_of(self._optimizer),
+        }
 
-    def _loss(self, batch: Any, which: str) -> Tensor:
-        return batch_loss(self.model, batch, which, self.loss_fn)
+    @staticmethod
+    def check_state_dict(phase: Any, state: Any) -> None:
+        """Raises ValueError unless `state` has the form of what `state_dict` gives in this phase. Changes nothing."""
+        checks.option("phase in the state_dict", checks.integer("phase in the state_dict", phase, 1), (1, 2))
+        if (phase == 2) != (state is not None):
+            raise ValueError(
+                f"the state_dict is of phase {phase} and has {'no' if state is None else 'a'} state of a second phase; "
+                "it is damaged, load another"
+            )
+        if state is not None:
+            checks.state_fields("retrain", state, "position", "optimizer", "shapes")
+            check_position("dataloader", state["position"])
+            checks.state_fields("retrain optimizer's", state["optimizer"], "state", "param_groups")
 
-    def _magnitudes(self) -> list[Tensor]:
-        return [p for group in self.upper.param_groups for p in group["params"]]
-
-    def _on_device(self, batch: Any) -> Any:
-        return to_device(batch, devices_of(self.model)[0])
+    def load_state_dict(self, phase: int, state: dict[str, Any] | None) -> None:
+        self._batches, self._optimizer, self._loaded = None, None, state
+        self._enter(phase)

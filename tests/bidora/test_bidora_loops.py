@@ -1,0 +1,142 @@
+"""Loops of others that feed the lower level, and optimizers of others as the levels."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from problems import (
+    Net,
+    batch,
+    bilevel,
+    levels,
+    net_batch,
+    peft_net,
+    same,
+    state_of,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from flatlora import (
+    BilevelOptimizer,
+    direction_parameters,
+    magnitude_parameters,
+    split_dataset,
+)
+from flatlora.layers.base import BaseWeight
+
+
+@pytest.mark.parametrize("difference", ["central", "forward"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_loop_that_feeds_the_lower_level(difference, micro_batches):
+    """The same updates as when the optimizer pulls its training batches, with dropout, accumulation and clipping."""
+    data, val = [net_batch() for _ in range(4)], [net_batch()]
+
+    def train(fed: bool) -> dict[str, Tensor]:
+        model = peft_net(dropout=0.0 if micro_batches > 1 else 0.2)
+        torch.manual_seed(1)
+        optimizer = BilevelOptimizer(
+            *levels(model), model, None if fed else data, val, difference=difference, epsilon=1e-3, unroll_steps=2
+        )
+        directions = direction_parameters(model)
+        optimizer.lower.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(directions, 0.05) and None)
+        torch.manual_seed(2)
+        for step in range(4 if fed else 2):
+            if not fed:
+                optimizer.step()
+                continue
+            for i in range(micro_batches):
+                part = {key: value.chunk(micro_batches)[i] for key, value in data[step].items()}
+                (model(**part).loss / micro_batches).backward()
+            assert all(p.grad is None for p in magnitude_parameters(model))
+            nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+            optimizer.step()
+            optimizer.zero_grad()
+        return state_of(model)
+
+    found, expected = train(True), train(False)
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-9, atol=1e-12) for name in expected)
+
+
+def test_a_loop_that_gave_nothing():
+    model = peft_net()
+    optimizer = BilevelOptimizer(*levels(model), model, None, [net_batch()])
+    with pytest.raises(RuntimeError, match="no training batch"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="closure"):
+        bilevel(model).step(lambda: None)
+    before = state_of(model)
+    optimizer.step(lambda: model(**net_batch()).loss.backward())
+    assert not same(before, state_of(model))
+    optimizer.remove()
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+@pytest.mark.slow
+def test_trainer_evaluates_saves_and_resumes(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    data = [{"input_ids": torch.randint(0, 50, (8,)), "labels": i % 2} for i in range(24)]
+    train, val = split_dataset(data, 0.25)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+
+    def trainer(folder: str) -> Trainer:
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=2, **shape))
+        config = LoraConfig(r=2, target_modules="all-linear", use_dora=True, modules_to_save=["classifier"])
+        model = get_peft_model(model, config)
+        head = [p for name, p in model.named_parameters() if "modules_to_save" in name]
+        lower = torch.optim.AdamW([*direction_parameters(model), *head], lr=1e-3)
+        upper = torch.optim.AdamW(magnitude_parameters(model), lr=1e-3)
+        optimizer = BilevelOptimizer(lower, upper, model, None, DataLoader(val, 3, shuffle=True))
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 6)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / folder), max_steps=6, save_steps=3, eval_strategy="steps", eval_steps=3,
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, report_to=[], use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        return Trainer(model, arguments, train_dataset=train, eval_dataset=val, optimizers=(optimizer, scheduler))
+
+    whole = trainer("whole")
+    start = state_of(whole.model)
+    whole.train()
+    assert any("eval_loss" in entry for entry in whole.state.log_history)
+    changed = {name for name, tensor in whole.model.state_dict().items() if not torch.equal(tensor, start[name])}
+    assert any("magnitude" in name for name in changed) and all(
+        "lora" in name or "modules_to_save" in name for name in changed
+    )
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert same(state_of(whole.model), state_of(resumed.model))
+
+
+def test_nf4_with_8_bit_optimizers():
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    net = Net(64, 128, 4)
+    for name in ("first", "second"):
+        old = getattr(net, name)
+        new = bnb.nn.Linear4bit(old.in_features, old.out_features, quant_type="nf4", compute_dtype=torch.float32)
+        new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
+        setattr(net, name, new.to("cpu"))
+    config = LoraConfig(r=64, target_modules=["first", "second"], use_dora=True, init_lora_weights=False)
+    model = get_peft_model(net, config).train()
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    data = [batch(8, 64, 4, torch.float32) for _ in range(2)]
+    reads, dense = [], BaseWeight.dense
+    lower = bnb.optim.AdamW8bit(direction_parameters(model), lr=1e-3)
+    upper = bnb.optim.AdamW8bit(magnitude_parameters(model), lr=1e-3)
+    optimizer = BilevelOptimizer(lower, upper, model, data[:1], data[1:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BaseWeight, "dense", lambda base, dtype: reads.append(base) or dense(base, dtype))
+        for _ in range(3):
+            optimizer.step()
+    assert len(reads) == 3 * 2  # once per step and layer
+    assert lower.state[direction_parameters(model)[0]]["state1"].dtype == torch.uint8
+    assert upper.state[magnitude_parameters(model)[0]]["state1"].dtype == torch.float32
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.step()
