@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .layers.adapter import Adapter
-from .layers.base import keep_training_layout, release_layout, whole, wide
+from .layers.base import whole, wide
+from .layers.bnb import TrainingLayout, hold_training_layout
 from .layers.view import LoRALayer, lora_layers, plain_name
 from .perturbation import Perturbation, stacked
 from .streams import shared_seed
@@ -41,7 +42,7 @@ class Auxiliary(nn.Module):
         self.A = nn.Parameter(a.to(like.device, like.dtype))
         self.B = nn.Parameter(torch.zeros(m, r, device=like.device, dtype=like.dtype))
         self.scaling = alpha / r
-        self.held: list[nn.Module] = []  # see keep_training_layout
+        self.layout: TrainingLayout | None = None  # the whole model's, held by its first auxiliary
 
     def draw(self, layer: LoRALayer) -> Adapter | None:
         if not (layer.module.training and layer.active):
@@ -104,7 +105,7 @@ def attach_auxiliary(
             )
     generator = torch.Generator().manual_seed(shared_seed() if seed is None else seed)
     auxiliaries = [Auxiliary(layer, r, alpha, generator) for layer in layers]
-    auxiliaries[0].held = keep_training_layout(model)
+    auxiliaries[0].layout = hold_training_layout(model)
     for layer, auxiliary in zip(layers, auxiliaries, strict=True):
         Perturbation(layer, auxiliary).attach()
     model.add_module(NAME, Branches(auxiliaries))
@@ -117,7 +118,8 @@ def detach_auxiliary(model: nn.Module) -> None:
         for perturbation in list(stacked(module)):
             if isinstance(perturbation.source, Auxiliary):
                 perturbation.remove()
-                release_layout(perturbation.source.held)
+                if perturbation.source.layout is not None:
+                    perturbation.source.layout.release()
         if NAME in module._modules:
             delattr(module, NAME)
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from .kernels.draw import Draw, draw_gaussian, draw_low_rank
 from .kernels.low_rank import Added, compute_dtype
 from .layers.adapter import Adapter
-from .layers.base import BaseWeight
+from .layers.base import hooked
 from .layers.view import LoRALayer
 
-__all__ = ["Perturbation", "is_transparent", "remove_perturbation", "stacked"]
+__all__ = ["Perturbation", "remove_perturbation", "stacked"]
 
 
 class Source(Protocol):
@@ -143,16 +143,6 @@ def _is_gaussian(extra: Draw | Adapter) -> TypeGuard[Draw]:
     return isinstance(extra, Draw) and extra.kind == "gaussian"
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 @functools.cache
 def _peft_linear_forwards() -> frozenset[Any]:
     from peft.tuners.lora import bnb, layer
@@ -161,33 +151,24 @@ def _peft_linear_forwards() -> frozenset[Any]:
     return frozenset(kind.forward for kind in kinds if kind is not None)
 
 
-def is_transparent(base: BaseWeight, x: Tensor) -> bool:
-    """Whether ``x·W0ᵀ + bias`` may stand for the base's forward: it is frozen, known, and nobody listens in on it.
-
-    Nor would it refuse x, as a float layer does one of another dtype.
-    """
-    if base.trainable or not base.plain or _hooked(base.module):
-        return False
-    return base.kind != "float" or x.dtype == base.module.weight.dtype or torch.is_autocast_enabled(x.device.type)
-
-
 def _fusable(layer: LoRALayer, adapters: list[Adapter], x: Tensor) -> bool:
     """Whether the layer is GraLoRALinear or PEFT's plain LoRA right over a known base, with nobody listening in."""
     module: Any = layer.module
-    if not is_transparent(layer.base, x):
+    base = layer.base
+    if not base.fusable(x):
         return False
     if hasattr(module, "add_update"):
         return True
     if not layer.is_peft or not adapters or type(module).forward not in _peft_linear_forwards():
         return False
-    if module.base_layer is not layer.base.module:  # but another adapter's layer
+    if module.base_layer is not base.module:  # but another adapter's layer
         return False
     for adapter in adapters:
         name = adapter.name
         if name in module.lora_variant or module.lora_bias[name] or adapter.A.dtype != adapters[0].A.dtype:
             return False
         factors = (module.lora_A[name], module.lora_B[name])
-        if any(type(part) is not nn.Linear or _hooked(part) for part in factors) or _hooked(module.lora_dropout[name]):
+        if any(type(part) is not nn.Linear or hooked(part) for part in factors) or hooked(module.lora_dropout[name]):
             return False
     return True
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .ggpo.noise import RowNoise
 from .layers.adapter import Adapter
-from .layers.base import keep_training_layout, release_layout
+from .layers.bnb import hold_training_layout
 from .layers.view import LoRALayer, lora_layers
 from .perturbation import Perturbation
 
@@ -39,7 +39,7 @@ def weight_noise(
     """
     noise = RowNoise(lora_layers(model, adapter), sigma, 0.0, "gaussian", 0, seed, everywhere=True)
     perturbations = [Perturbation(rows.layer, noise) for rows in noise.rows.values()]
-    held = keep_training_layout(model)
+    layout = hold_training_layout(model)
     for perturbation in perturbations:
         perturbation.attach()
     try:
@@ -47,7 +47,7 @@ def weight_noise(
     finally:
         for perturbation in perturbations:
             perturbation.remove()
-        release_layout(held)
+        layout.release()
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def worst_case_rise(
     layers = lora_layers(model, adapter)
     step = _FullStep(layers)
     perturbations = [Perturbation(layer, step) for layer in layers]
-    held = keep_training_layout(model)
+    layout = hold_training_layout(model)
     for perturbation in perturbations:
         perturbation.attach()
     try:
@@ -149,7 +149,7 @@ def worst_case_rise(
     finally:
         for perturbation in perturbations:
             perturbation.remove()
-        release_layout(held)
+        layout.release()
 
 
 class _FullStep:

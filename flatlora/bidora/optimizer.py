@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..layers.base import keep_training_layout, release_layout
+from ..layers.bnb import hold_training_layout
 from ..layers.view import LoRALayer, lora_layers
 from ..streams import RandomStreams, derived_seed, shared_seed
 from .data import Batches
@@ -162,7 +162,7 @@ class BilevelOptimizer(Retraining):
         self._lower_steps = 0
         self._noise = Noise(lower)
         self._layers = self._trained_layers()
-        self._held = keep_training_layout(model)
+        self._layout = hold_training_layout(model)
         self._watch = LoopWatch(model, self._magnitudes()) if self._train is None else None
 
     # --- the method -----------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ class BilevelOptimizer(Retraining):
         """Takes everything off the model. Idempotent; the levels are left as they are."""
         if self._watch is not None:
             self._watch.remove()
-        release_layout(self._held)
+        self._layout.release()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..kernels.draw import Draw
-from ..layers.base import keep_training_layout, release_layout
+from ..layers.bnb import hold_training_layout
 from ..layers.view import LoRALayer, lora_layers
 from ..perturbation import Perturbation, stacked
 from ..streams import shared_seed
@@ -91,7 +91,7 @@ class GGPOOptimizer(OptimizerWrapper):
         self._model, self._adapter = model, adapter
         self._noise = RowNoise([], sigma, beta, noise, noise_rank, seed)
         self._perturbations: list[Perturbation] = []
-        self._held = keep_training_layout(model)
+        self._layout = hold_training_layout(model)
         self._attach(layers)
 
     def _attach(self, layers: list[LoRALayer]) -> None:
@@ -180,7 +180,7 @@ class GGPOOptimizer(OptimizerWrapper):
         """Takes everything off the model. Idempotent; the optimizer goes on as its base optimizer."""
         for perturbation in self._perturbations:
             perturbation.remove()
-        release_layout(self._held)
+        self._layout.release()
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.base import linear_base, whole
+from ..layers.base import whole
+from ..layers.kinds import linear_base
 from ..layers.view import plain_name
 from .layer import GraLoRALinear
 from .targets import check_blocks, check_numbers, find_saved

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..layers.base import linear_base
+from ..layers.kinds import linear_base
 
 __all__ = ["check_blocks", "check_numbers", "find_saved", "find_targets"]
 

@@ -36,7 +36,7 @@ from flatlora import (
 )
 from flatlora.ggpo.rows import Rows, batches, projected_grad_sq, weight_sq
 from flatlora.kernels.draw import draw_gaussian
-from flatlora.layers.base import linear_base
+from flatlora.layers.kinds import linear_base
 
 bnb = pytest.importorskip("bitsandbytes")
 warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
