@@ -29,10 +29,11 @@ from torch.autograd.function import FunctionCtx
 from .kernels.draw import Draw, draw_gaussian, draw_low_rank
 from .kernels.low_rank import Added, Plan, autocasts, compute_dtype
 from .layers.adapter import Adapter
-from .layers.base import BaseWeight, keep_training_layout, release_layout
+from .layers.base import BaseWeight, hooked
+from .layers.bnb import hold_training_layout
 from .layers.view import LoRALayer
 
-__all__ = ["Attachment", "Companions", "Source", "attachments", "is_transparent", "remove_perturbation", "trains"]
+__all__ = ["Attachment", "Companions", "Source", "attachments", "remove_perturbation", "trains"]
 
 
 class Source:
@@ -72,7 +73,7 @@ class Attachment:
         self.source = source
         self.used = self.superseded = False
         self._hooks: list[Hook] = []
-        self._layout = keep_training_layout(model)
+        self._layout = hold_training_layout(model)
 
     @property
     def attached(self) -> bool:
@@ -90,7 +91,7 @@ class Attachment:
         for hook in self._hooks:
             hook.leave_out(self)
         self._hooks = []
-        release_layout(self._layout)
+        self._layout.release()
 
     def __reduce__(self) -> Any:
         return type(None), ()
@@ -127,10 +128,11 @@ class Hook:
         if not extras or adapters is None:
             return self.original(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
-        if self.patch is None and len(args) + len(kwargs) == 1 and _fusable(layer, adapters, x):
-            return _fused(layer, x, adapters, extras)
+        base = layer.base
+        if self.patch is None and len(args) + len(kwargs) == 1 and _fusable(layer, base, adapters, x):
+            return _fused(layer, base, x, adapters, extras)
         out = self.original(*args, **kwargs)
-        return _add(layer, out, x, extras, _noisy(layer, extras, compute_dtype(x, out.dtype), alone=True))
+        return _add(base, out, x, extras, _noisy(base, extras, compute_dtype(x, out.dtype), alone=True))
 
     def leave_out(self, gone: Attachment | weakref.ref[Attachment]) -> None:
         """Does without an attachment from now on, and leaves the module alone where it was the last."""
@@ -214,7 +216,7 @@ def trains(source: Source, layer: LoRALayer, adapters: Iterable[Adapter]) -> boo
     if not layer.module.training:
         return False
     seen = [adapter for adapter in adapters if adapter.name in layer.names]
-    return bool(seen) if source.frozen else any(_learns(adapter) for adapter in seen)
+    return bool(seen) if source.frozen else any(adapter.trained for adapter in seen)
 
 
 def _runs_again_with_gradients() -> bool:
@@ -234,51 +236,52 @@ def _runs_again_with_gradients() -> bool:
 # --- how ------------------------------------------------------------------------------------------------------------
 
 
-def _fused(layer: LoRALayer, x: Tensor, adapters: list[Adapter], extras: list[Draw | Adapter]) -> Tensor:
+def _fused(
+    layer: LoRALayer, base: BaseWeight, x: Tensor, adapters: list[Adapter], extras: list[Draw | Adapter]
+) -> Tensor:
     """The output of a layer that `_fusable` admits, its base's product and all low-rank terms in one function."""
     # A layer with `add_update` adds its adapters to whatever base output; dropout acts on an adapter's own input.
     add_update = getattr(layer.module, "add_update", None)
     undropped = [] if add_update else [adapter for adapter in adapters if isinstance(adapter.dropout, nn.Identity)]
-    out = _base_output(layer, x, [*undropped, *extras])
+    out = _base_output(base, x, [*undropped, *extras])
     if add_update:
         return add_update(out, x, True)
     if len(undropped) < len(adapters):
         # Dropout draws from the global stream: cast before it as PEFT does, so that it draws the same.
-        if layer.base.kind == "float" or not autocasts(x):
+        if base.kind == "float" or not autocasts(x):
             x = x.to(adapters[0].A.dtype)
         for adapter in adapters:
             if adapter.dropout is not None and not isinstance(adapter.dropout, nn.Identity):
-                out = _add(layer, out, adapter.dropout(x), [adapter], in_place=True)
+                out = _add(base, out, adapter.dropout(x), [adapter], in_place=True)
     return out
 
 
-def _base_output(layer: LoRALayer, x: Tensor, terms: list[Draw | Adapter]) -> Tensor:
+def _base_output(base: BaseWeight, x: Tensor, terms: list[Draw | Adapter]) -> Tensor:
     """The base layer's output and `terms`."""
-    base = layer.base
     weight = base.float_weight() if base.kind == "float" else None
     like = weight.dtype if weight is not None else getattr(base.module, "compute_dtype", None) or x.dtype
     dtype = compute_dtype(x, like)
     bias = getattr(base.module, "bias", None)
-    if noisy := _noisy(layer, terms, dtype):
-        return _add(layer, None, x, terms, noisy, weight, bias)
+    if noisy := _noisy(base, terms, dtype):
+        return _add(base, None, x, terms, noisy, weight, bias)
     if weight is not None:
-        return _add(layer, None, x, terms, lambda stored: stored.to(dtype), weight, bias)
+        return _add(base, None, x, terms, lambda stored: stored.to(dtype), weight, bias)
     out = base.module(x)
     # Autograd forbids writing to views, such as bitsandbytes' outputs.
-    return _add(layer, out, x, terms, in_place=not out._is_view())
+    return _add(base, out, x, terms, in_place=not out._is_view())
 
 
 def _noisy(
-    layer: LoRALayer, terms: Iterable[Draw | Adapter], dtype: torch.dtype, alone: bool = False
+    base: BaseWeight, terms: Iterable[Draw | Adapter], dtype: torch.dtype, alone: bool = False
 ) -> Callable[[Tensor | None], Tensor] | None:
     """What makes W0 + ε, or ε `alone`, from the stored weight or, without one, from the quantised; None without ε."""
     draws = [term for term in terms if isinstance(term, Draw) and term.kind == "gaussian"]
 
     def make(weight: Tensor | None) -> Tensor:
         if weight is None and not alone:
-            weight = layer.base.dense(dtype)
+            weight = base.dense(dtype)
         for draw in draws:
-            weight = draw_gaussian(draw, layer.shape[1], weight, dtype)
+            weight = draw_gaussian(draw, base.shape[1], weight, dtype)
         assert weight is not None
         return weight
 
@@ -286,7 +289,7 @@ def _noisy(
 
 
 def _add(
-    layer: LoRALayer,
+    base: BaseWeight,
     out: Tensor | None,
     x: Tensor,
     terms: Iterable[Draw | Adapter],
@@ -301,7 +304,7 @@ def _add(
     like = learned[0].A if learned else x if out is None else out
     dtype = compute_dtype(x, like.dtype)
     draws = [term for term in terms if isinstance(term, Draw) and term.kind == "low_rank"]
-    constant = [draw_low_rank(draw, layer.shape[1], dtype) for draw in draws]
+    constant = [draw_low_rank(draw, base.shape[1], dtype) for draw in draws]
     constant += [
         ((adapter.B * adapter.scaling).to(dtype), adapter.A.to(dtype)) for adapter in adapters if not _learns(adapter)
     ]
@@ -315,16 +318,6 @@ def _learns(adapter: Adapter) -> bool:
     return adapter.A.requires_grad or adapter.B.requires_grad
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 @functools.cache
 def _peft_linear_forwards() -> frozenset[Any]:
     from peft.tuners.lora import bnb, layer
@@ -333,32 +326,22 @@ def _peft_linear_forwards() -> frozenset[Any]:
     return frozenset(kind.forward for kind in kinds if kind is not None)
 
 
-def is_transparent(base: BaseWeight, x: Tensor) -> bool:
-    """Whether ``x·W0ᵀ + bias`` may stand for the base's forward: it is frozen, known, and nobody listens in on it.
-
-    Nor would it refuse x, as a float layer does one of another dtype.
-    """
-    if base.trainable or not base.plain or _hooked(base.module):
-        return False
-    return base.kind != "float" or x.dtype == base.module.weight.dtype or autocasts(x)
-
-
-def _fusable(layer: LoRALayer, adapters: list[Adapter], x: Tensor) -> bool:
+def _fusable(layer: LoRALayer, base: BaseWeight, adapters: list[Adapter], x: Tensor) -> bool:
     """Whether the layer has `add_update`, or is PEFT's plain LoRA right over a known base with nobody listening in."""
     module: Any = layer.module
-    if not is_transparent(layer.base, x):
+    if not base.fusable(x):
         return False
     if hasattr(module, "add_update"):
         return True
     if not layer.is_peft or not adapters or type(module).forward not in _peft_linear_forwards():
         return False
-    if module.base_layer is not layer.base.module:  # but another adapter's layer
+    if module.base_layer is not base.module:  # but another adapter's layer
         return False
     for adapter in adapters:
         name = adapter.name
         if name in module.lora_variant or module.lora_bias[name] or adapter.A.dtype != adapters[0].A.dtype:
             return False
         factors = (module.lora_A[name], module.lora_B[name])
-        if any(type(part) is not nn.Linear or _hooked(part) for part in factors) or _hooked(module.lora_dropout[name]):
+        if any(type(part) is not nn.Linear or hooked(part) for part in factors) or hooked(module.lora_dropout[name]):
             return False
     return True

@@ -14,7 +14,7 @@ from ecosystem import adamw, adapters, difference, frozen, ggpo, lora_mlp, outpu
 from torch.nn.parallel import DistributedDataParallel
 
 import flatlora
-from flatlora.layers.base import BaseWeight
+from flatlora.layers.base import FloatBase
 
 RANKS = 2
 STEPS = 5
@@ -112,7 +112,7 @@ def fsdp(case, rank):
 def reads(model, optimizer, x):
     """Whether the base weight was sharded, each time that it was read in the two micro-batches of a step."""
     found = []
-    original = BaseWeight.apply_rows
+    original = FloatBase.apply_rows
 
     def counted(self, *args):
         found.append(hasattr(self.module.weight, "full_tensor"))
@@ -120,7 +120,7 @@ def reads(model, optimizer, x):
 
     optimizer._noise.step += 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BaseWeight, "apply_rows", counted)
+        patch.setattr(FloatBase, "apply_rows", counted)
         for _ in range(2):
             model(x).square().mean().backward()
     return found

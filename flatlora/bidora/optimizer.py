@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import checks
-from ..layers.base import keep_training_layout, release_layout
+from ..layers.bnb import hold_training_layout
 from ..streams import derived_seed, shared_seed
 from ..wrapper import chain
 from .arguments import check_levels, check_options, warn_of_shared_data
@@ -141,7 +141,7 @@ class BilevelOptimizer(TwoLevels):
         self._norms: dict[str, Tensor] = {}
         # γ = 0 needs no layers, and so takes a model that has none.
         self._layers = trained_layers(model, adapter, directions_of(self.lower)) if orthogonality > 0 else []
-        self._layout = keep_training_layout(model)
+        self._layout = hold_training_layout(model)
         self._watch = LoopWatch(model, parameters_of(upper)) if self._train is None else None
         self._phase_two = PhaseTwo(self.lower, self.upper, model, adapter, self._watch)
 
@@ -339,7 +339,7 @@ class BilevelOptimizer(TwoLevels):
         """Takes everything off the model. Idempotent; the levels are left as they are."""
         if self._watch is not None:
             self._watch.remove()
-        release_layout(self._layout)
+        self._layout.release()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

@@ -49,7 +49,7 @@ def _layer_term(base: BaseWeight, adapter: Adapter) -> tuple[Tensor, Tensor, Ten
     """
     dtype = torch.promote_types(adapter.A.dtype, torch.float32)
     A, B, s = whole(adapter.A).detach().to(dtype), whole(adapter.B).detach().to(dtype), adapter.scaling
-    D = torch.addmm(_dense(base, dtype), B, A, alpha=s)
+    D = torch.addmm(base.dense(dtype), B, A, alpha=s)
     norm = D.norm(dim=0).clamp_(min=torch.finfo(dtype).tiny)
     D /= norm
     m, n = D.shape
@@ -91,12 +91,3 @@ def _quadratic(S: Tensor, X: Tensor) -> Tensor:
 def _blocks(size: int, count: int = 8) -> list[tuple[int, int]]:
     step = -(-size // count)
     return [(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-def _dense(base: BaseWeight, dtype: torch.dtype) -> Tensor:
-    """W0 (m, n) in `dtype`; not a copy where it is stored so."""
-    if base.kind == "float":
-        return whole(base.float_weight().detach()).to(dtype)
-    if base.kind == "opaque":
-        return base.apply_rows(torch.eye(base.shape[1], dtype=dtype, device=base.device))
-    return base.dense(dtype)

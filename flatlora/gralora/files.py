@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..layers.base import linear_base, whole
+from ..layers.base import whole
+from ..layers.kinds import linear_base
 from ..layers.view import plain_name
 from .disk import read_adapter, write_adapter
 from .layer import GraLoRALinear

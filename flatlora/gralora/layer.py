@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..kernels.blocks import AddBlocks, How, add_blocks
 from ..kernels.low_rank import add_low_rank, compute_dtype
 from ..layers.adapter import block_factors
-from ..layers.base import BaseWeight, keep_training_layout, linear_base
-from ..perturbation import is_transparent
+from ..layers.base import BaseWeight
+from ..layers.bnb import hold_training_layout
+from ..layers.kinds import linear_base
 from .targets import check_blocks, check_numbers
 
 __all__ = ["GraLoRALinear"]
@@ -71,7 +72,7 @@ class GraLoRALinear(nn.Module):
 
         self._add_parameters(m, n)
         base.requires_grad_(False)
-        self._held = keep_training_layout(base)
+        self._layout = hold_training_layout(base)
 
     def _add_parameters(self, m: int, n: int) -> None:
         like: Any = self.base_layer.weight
@@ -90,7 +91,7 @@ class GraLoRALinear(nn.Module):
             self.gralora_B_general.to(like.device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        own = not torch.compiler.is_compiling() and self.base.kind == "float" and is_transparent(self.base, x)
+        own = not torch.compiler.is_compiling() and (base := self.base).kind == "float" and base.fusable(x)
         if own and not self._dropping:
             return self.add_update(None, x)
         # Layers of other libraries may keep their output for backward, or hand out a view of it.

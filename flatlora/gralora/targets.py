@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from .. import checks
-from ..layers.base import linear_base
+from ..layers.kinds import linear_base
 
 __all__ = ["check_blocks", "check_numbers", "find_saved", "find_targets"]
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import checks
-from ..layers.base import BaseWeight, release_layout
 from ..perturbation import remove_perturbation
 from .layer import GraLoRALinear
 from .targets import check_blocks, check_numbers, find_saved, find_targets
@@ -111,7 +110,7 @@ def install(model: nn.Module, targets: dict[str, nn.Module], saved: list[str], *
         copies = {name: deepcopy(module) for name, module in before.modules.items()}
     except BaseException:  # such as a lack of memory
         for layer in layers.values():
-            release_layout(layer._held)
+            layer._layout.release()
         _set_trainable(model, before.trainable)
         raise
     model.requires_grad_(False)
@@ -202,35 +201,15 @@ def merge_gralora(model: nn.Module) -> nn.Module:
         )
     remove_perturbation(model)
     for name, layer in layers.items():
-        _write(layer.base, layer.delta_weight())
+        base, delta = layer.base, layer.delta_weight()
+        dtype = torch.promote_types(delta.dtype, layer.weight.dtype)
+        base.write(base.dense(dtype) + delta.to(base.device))
         _take_off(model, name, layer)
     return _forget(model)
 
 
-def _write(base: BaseWeight, delta: Tensor) -> None:
-    """Puts a new weight ``W0 + delta`` into the layer, stored as the old one was."""
-    module, old = base.module, base.module.weight
-    if base.kind == "float":
-        new = (base.float_weight() + delta).to(old.dtype)
-        module.weight = nn.Parameter(new.t().contiguous() if base.transposed else new, requires_grad=False)
-        return
-    import bitsandbytes.nn as bnb
-
-    dense = base.dense(delta.dtype) + delta.to(old.device)
-    quantised: Any
-    if base.kind == "4bit":
-        settings = {
-            key: getattr(old, key) for key in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-        }
-        quantised = bnb.Params4bit(dense.to(old.quant_state.dtype), requires_grad=False, module=module, **settings)
-    else:
-        quantised = bnb.Int8Params(dense.cpu(), requires_grad=False, has_fp16_weights=False)
-        module.state.CB = module.state.SCB = None  # the old weight's; the next forward takes the new one's
-    module.weight = quantised.to(old.device)  # quantises
-
-
 def _take_off(model: nn.Module, name: str, layer: GraLoRALinear) -> None:
-    release_layout(layer._held)
+    layer._layout.release()
     model.set_submodule(name, layer.base_layer.train(layer.training))
 
 

@@ -30,6 +30,11 @@ class Adapter:
     B_param: nn.Parameter | None = None
 
     @property
+    def trained(self) -> bool:
+        """Whether a gradient is asked of A or B."""
+        return any(param is not None and param.requires_grad for param in (self.A_param, self.B_param))
+
+    @property
     def has_grads(self) -> bool:
         return all(param is not None and param.grad is not None for param in (self.A_param, self.B_param))
 

@@ -1,18 +1,22 @@
-"""The frozen weight of a linear layer, read without caring how it is stored."""
+"""The frozen weight of a linear layer, read without caring how it is stored: one class for each way."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from itertools import chain
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BaseWeight", "keep_training_layout", "linear_base", "release_layout"]
+from ..kernels.low_rank import autocasts
+
+__all__ = ["BaseWeight", "FloatBase", "OpaqueBase", "hooked", "whole", "wide"]
 
 _BLOCK = 1 << 18  # elements of a base weight that are upcast at a time
-_REPACKS = "support_avx512bf16_for_cpu"
-_QUANTISED = {"Linear4bit", "LinearNF4", "LinearFP4", "Linear8bitLt"}
+_OWN = (nn.Parameter, Tensor)
+_UNITS = 128  # unit vectors that an opaque layer is applied to at a time
 
 
 def wide(device: torch.device) -> torch.dtype:
@@ -26,123 +30,95 @@ def whole(tensor: Tensor) -> Tensor:
     return full() if full is not None else tensor
 
 
-class BaseWeight:
+def hooked(module: nn.Module) -> bool:
+    """Whether someone listens in on a module's forward or backward, or has replaced its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+class BaseWeight(ABC):
     """A frozen linear layer's weight ``W0`` of shape (m, n) = (out_features, in_features), however it is stored.
 
-    `kind` is ``"float"``, ``"4bit"`` or ``"8bit"`` (bitsandbytes), or ``"opaque"`` for a base that can only be applied.
+    There is a class for each way of storing it; `flatlora.layers.kinds.base_weight` finds the one that fits. How a
+    layer stores its weight may change while a model is in use: bitsandbytes quantises on the first `.to()`, torchao
+    replaces the tensor. So a `BaseWeight` is made when the weight is looked at, and is not to be kept.
+
+    Attributes:
+        kind: ``"float"``, ``"4bit"`` or ``"8bit"`` (bitsandbytes), or ``"opaque"`` for a base that can only be applied.
+        module: the layer that holds the weight.
+        shape: (m, n).
+        transposed: whether it is stored as (n, m), as `Conv1D` does.
     """
+
+    kind: ClassVar[Literal["float", "4bit", "8bit", "opaque"]]
 
     def __init__(self, module: nn.Module, shape: tuple[int, int], transposed: bool):
         self.module: Any = module
         self.shape = shape
         self.transposed = transposed
 
-    @property
-    def kind(self) -> str:
-        weight = getattr(self.module, "weight", None)
-        if type(weight).__name__ == "Params4bit":
-            return "4bit"
-        if not isinstance(weight, Tensor):
-            return "opaque"
-        if weight.dtype == torch.int8 and hasattr(self.module, "state"):
-            return "8bit"
-        plain = weight.is_floating_point() and weight.dim() == 2
-        # Quantisers that pose as a float tensor of the right shape (torchao) are tensor subclasses of their own.
-        known = type(weight).__module__.startswith(("torch.", "bitsandbytes.")) or type(weight) is Tensor
-        return "float" if plain and known else "opaque"
+    @staticmethod
+    @abstractmethod
+    def reads(module: nn.Module, weight: Any) -> bool:
+        """Whether this class reads `module`, whose attribute `weight` is given and may be None."""
 
     @property
+    @abstractmethod
     def plain(self) -> bool:
         """Whether the module computes ``x·W0ᵀ + bias`` and nothing else, as far as its class tells."""
-        cls = type(self.module)
-        if self.kind == "float":
-            return cls.forward is nn.Linear.forward or (
-                cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
-            )
-        return cls.__name__ in _QUANTISED and cls.__module__.startswith("bitsandbytes.")
 
     @property
     def trainable(self) -> bool:
         weight = getattr(self.module, "weight", None)
         return isinstance(weight, Tensor) and weight.requires_grad
 
+    @property
+    def device(self) -> torch.device:
+        return self.module.weight.device
+
+    def fault(self) -> str | None:
+        """Why adapters over this weight can't be trained as it is at present, and what to do; None if they can."""
+        return None
+
+    def fusable(self, x: Tensor) -> bool:
+        """Whether ``x·W0ᵀ + bias`` may stand for the module's forward: frozen, plain, and nobody listens in on it."""
+        return self.plain and not self.trainable and not hooked(self.module)
+
     def float_weight(self) -> Tensor:
-        """The stored float weight as (m, n), a view for transposed storage; only for `kind` ``"float"``."""
-        weight = self.module.weight
-        assert isinstance(weight, Tensor)
-        return weight.t() if self.transposed else weight
+        """The stored float weight as (m, n), a view for transposed storage; for `FloatBase` alone."""
+        raise TypeError(
+            f"the weight of a {type(self.module).__name__} is not stored as floats ({self.kind}); read it with dense()"
+        )
 
+    @abstractmethod
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """A dequantised (m, n) copy in `dtype`; only for `kind` ``"4bit"`` and ``"8bit"``."""
-        weight: Any = self.module.weight
-        if self.kind == "4bit":
-            from bitsandbytes.functional import dequantize_4bit
+        """W0 (m, n) in `dtype`: a dequantised copy, or the stored weight itself where it is a tensor of that dtype."""
 
-            return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
-        scale = self._int8_scale()
-        return weight.data.to(dtype).mul_(scale.to(dtype).unsqueeze(1))
+    @abstractmethod
+    def write(self, weight: Tensor) -> None:
+        """Makes `weight` (m, n) the layer's weight, stored as the old one is: transposed, rounded or quantised again.
 
-    def _int8_scale(self) -> Tensor:
-        # bitsandbytes moves the row scales from the weight to the layer's state on the first forward.
-        state = self.module.state
-        scale = state.SCB if getattr(state, "SCB", None) is not None else self.module.weight.SCB
-        return scale.float() / 127
+        The layer gets a new parameter, so that what else holds the old one keeps it.
 
-    def _row_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Consecutive blocks of rows in `dtype`, none larger than a fixed number of elements."""
-        m, n = self.shape
-        rows = max(1, _BLOCK // n)
-        if self.kind == "float":
-            weight = whole(self.float_weight().detach())
-            for i in range(0, m, rows):
-                yield weight[i : i + rows].to(dtype)
-        elif self.kind == "8bit":
-            codes, scale = self.module.weight.data, self._int8_scale()
-            for i in range(0, m, rows):
-                yield codes[i : i + rows].to(dtype) * scale[i : i + rows, None].to(dtype)
-        else:
-            weight = self.dense(torch.float32)
-            for i in range(0, m, rows):
-                yield weight[i : i + rows].to(dtype)
+        Raises:
+            ValueError: `weight` has another shape, or this kind of weight can't be written; nothing has changed.
+        """
 
     def row_sq(self) -> Tensor:
         """``‖W0_i‖²``, shape (m,)."""
-        dtype = wide(self.device)
-        if self.kind != "opaque":
-            return torch.cat([block.square().sum(1) for block in self._row_blocks(dtype)])
-        n = self.shape[1]  # the columns of W0 are what the layer makes of the unit vectors
-        total = torch.zeros(self.shape[0], dtype=dtype, device=self.device)
-        for i in range(0, n, 128):
-            units = torch.zeros(min(128, n - i), n, device=self.device)
-            units[:, i:].fill_diagonal_(1.0)
-            total += self.apply_rows(units).to(dtype).square().sum(1)
-        return total
+        return torch.cat([block.square().sum(1) for block in self._row_blocks(wide(self.device))])
 
+    @abstractmethod
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
         """``W0·xᵀ`` of shape (m, r) for the rows of x (r, n), without the bias and without an (m, n) temporary.
 
         With `columns`, x has as many and it is ``W0[:, columns]·xᵀ``.
         """
-        if self.kind == "float":
-            weight = whole(self.float_weight().detach())
-            if weight.dtype == x.dtype:
-                return weight[:, columns] @ x.t()
-        if self.kind in ("float", "8bit"):
-            return torch.cat([block[:, columns] @ x.t() for block in self._row_blocks(x.dtype)])
-        if x.shape[1] < self.shape[1]:
-            padded = x.new_zeros(x.shape[0], self.shape[1])
-            padded[:, columns] = x
-            x = padded
-        if self.kind == "4bit":
-            from bitsandbytes import matmul_4bit
-
-            # Not module(x): that would round x to the layer's compute dtype.
-            return matmul_4bit(x, self.module.weight.data, quant_state=self.module.weight.quant_state).t()
-        # The layer is affine and nothing more is known of it: its answer to zero is the bias.
-        tensors = (*self.module.parameters(), *self.module.buffers())
-        dtype = next((t.dtype for t in tensors if t.is_floating_point()), x.dtype)
-        y = self.module(torch.cat([x, x.new_zeros(1, x.shape[1])]).to(dtype))
-        return (y[:-1] - y[-1:]).t().to(x.dtype)
 
     def apply_blocks(self, x: Tensor) -> Tensor:
         """``W0_ij·X_ijᵀ`` of shape (k, k, m/k, r) for a grid of k×k blocks X_ij, shape (k, k, r, n/k)."""
@@ -156,36 +132,151 @@ class BaseWeight:
             parts.append(crossed.reshape(k, -1, k, r).diagonal(dim1=0, dim2=2).permute(2, 0, 1))
         return torch.stack(parts, 1)
 
+    def _row_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Consecutive blocks of rows in `dtype`, none larger than a fixed number of elements."""
+        weight = self.dense(torch.float32)
+        for rows in self._row_slices():
+            yield weight[rows].to(dtype)
+
+    def _row_slices(self) -> list[slice]:
+        m, n = self.shape
+        rows = max(1, _BLOCK // n)
+        return [slice(i, i + rows) for i in range(0, m, rows)]
+
+    def _check_shape(self, weight: Tensor) -> None:
+        if tuple(weight.shape) != tuple(self.shape):
+            raise ValueError(
+                f"a weight of shape {tuple(weight.shape)} can't be written to a {type(self.module).__name__} whose "
+                f"weight is {tuple(self.shape)}"
+            )
+
+    def _padded(self, x: Tensor, columns: slice) -> Tensor:
+        """x (r, n) with zeros wherever it is not in `columns`, for layers that multiply by all of W0."""
+        if x.shape[1] == self.shape[1]:
+            return x
+        padded = x.new_zeros(x.shape[0], self.shape[1])
+        padded[:, columns] = x
+        return padded
+
+
+class FloatBase(BaseWeight):
+    """A tensor of floats: `nn.Linear`, what is derived from it, and `Conv1D`, which stores it transposed."""
+
+    kind = "float"
+
+    @staticmethod
+    def reads(module: nn.Module, weight: Any) -> bool:
+        # Quantisers that pose as a float tensor of the right shape (torchao) are tensor subclasses of their own.
+        return (
+            isinstance(weight, Tensor)
+            and weight.is_floating_point()
+            and weight.dim() == 2
+            and (type(weight) in _OWN or type(weight).__module__.startswith(("torch.", "bitsandbytes.")))
+        )
+
+    @property
+    def plain(self) -> bool:
+        cls = type(self.module)
+        return cls.forward is nn.Linear.forward or (
+            cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
+        )
+
+    def fusable(self, x: Tensor) -> bool:
+        # A float layer refuses an input of another dtype, and so must what stands for it.
+        fits = x.dtype == self.module.weight.dtype or autocasts(x)
+        return fits and super().fusable(x)
+
+    def float_weight(self) -> Tensor:
+        weight: Tensor = self.module.weight
+        return weight.t() if self.transposed else weight
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return whole(self.float_weight().detach()).to(dtype)
+
+    def write(self, weight: Tensor) -> None:
+        self._check_shape(weight)
+        old = self.module.weight
+        if type(old) not in _OWN:
+            raise ValueError(
+                f"the weight of a {type(self.module).__name__} is a {type(old).__name__} and can't be written as it "
+                "is; gather it if it is sharded, or move the model to its device first if it is still to be quantised"
+            )
+        new = weight.detach().to(old.device, old.dtype)
+        new = new.t().contiguous() if self.transposed else new
+        self.module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+
+    def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
+        weight = whole(self.float_weight().detach())
+        if weight.dtype == x.dtype:
+            return weight[:, columns] @ x.t()
+        return torch.cat([block[:, columns] @ x.t() for block in self._row_blocks(x.dtype)])
+
+    def _row_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        weight = whole(self.float_weight().detach())
+        for rows in self._row_slices():
+            yield weight[rows].to(dtype)
+
+
+class OpaqueBase(BaseWeight):
+    """A layer of which nothing more is known than that it is affine: AWQ, GPTQ, HQQ, torchao and others.
+
+    Its weight is what it makes of the unit vectors, less what it makes of zero, which is the bias. It need not have an
+    attribute `weight`, nor any parameter. A layer that rounds its input too, as torchao's dynamic quantisation does, is
+    affine up to that rounding.
+    """
+
+    kind = "opaque"
+    plain = False
+
+    @staticmethod
+    def reads(module: nn.Module, weight: Any) -> bool:
+        return True
+
     @property
     def device(self) -> torch.device:
-        return next(p.device for p in self.module.parameters())
+        found = next((tensor.device for tensor in self._tensors()), None)
+        if found is None:
+            raise ValueError(
+                f"{type(self.module).__name__} holds no parameter and no buffer, so there is no telling which device "
+                "it computes on; register one of its tensors as a buffer"
+            )
+        return found
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return torch.cat([columns.to(dtype) for columns in self._columns()], 1)
 
-def linear_base(module: Any) -> BaseWeight | None:
-    """The weight of an `nn.Linear`, one derived from it, or a `Conv1D`; None for any other module."""
-    if type(module).__name__ == "Conv1D":
-        n, m = module.weight.shape
-        return BaseWeight(module, (m, n), transposed=True)
-    # Attention reads the weight of the one left out and never calls it.
-    if not isinstance(module, nn.Linear) or type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        return None
-    return BaseWeight(module, (module.out_features, module.in_features), transposed=False)
+    def write(self, weight: Tensor) -> None:
+        self._check_shape(weight)
+        raise ValueError(
+            f"the weight of a {type(self.module).__name__} can't be written: all that is known of it is how to apply "
+            "it. Change the float model that it was quantised from"
+        )
 
+    def row_sq(self) -> Tensor:
+        dtype = wide(self.device)
+        total = torch.zeros(self.shape[0], dtype=dtype, device=self.device)
+        for columns in self._columns():
+            total += columns.to(dtype).square().sum(1)
+        return total
 
-def keep_training_layout(model: nn.Module) -> list[nn.Module]:
-    """Keeps bitsandbytes from repacking the 4-bit weights of `model` on the CPU; returns the modules it holds so.
+    def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
+        x = self._padded(x, columns)
+        y = self.module(torch.cat([x, x.new_zeros(1, x.shape[1])]).to(self._dtype() or x.dtype))
+        return (y[:-1] - y[-1:]).t().to(x.dtype)
 
-    On a CPU with AVX512-BF16, the first forward in eval mode repacks a `Linear4bit` for inference and never undoes it:
-    from then on the layer passes no gradient and its weight dequantises to something else. A model that is evaluated
-    in between would train on silently broken.
-    """
-    held = [module for module in model.modules() if getattr(module, _REPACKS, False)]
-    for module in held:
-        setattr(module, _REPACKS, False)
-    return held
+    def _columns(self) -> Iterator[Tensor]:
+        """W0 (m, n) as blocks of consecutive columns, in the layer's own dtype."""
+        n, dtype = self.shape[1], self._dtype() or torch.float32
+        for i in range(0, n, _UNITS):
+            units = torch.zeros(min(_UNITS, n - i), n, dtype=dtype, device=self.device)
+            units[:, i:].fill_diagonal_(1.0)
+            yield self.apply_rows(units)
 
+    def _dtype(self) -> torch.dtype | None:
+        """The dtype that the layer computes in, as far as it tells."""
+        stored = next((tensor.dtype for tensor in self._tensors() if tensor.is_floating_point()), None)
+        said = getattr(self.module, "compute_dtype", None)  # HQQ, whose scales are not registered
+        return said if stored is None and isinstance(said, torch.dtype) else stored
 
-def release_layout(held: list[nn.Module]) -> None:
-    """Undoes `keep_training_layout`."""
-    while held:
-        setattr(held.pop(), _REPACKS, True)
+    def _tensors(self) -> Iterator[Tensor]:
+        return chain(self.module.parameters(), self.module.buffers())

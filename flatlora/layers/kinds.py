@@ -1,63 +1,171 @@
-"""How each kind of adapter layer is recognised and read."""
+"""How each kind of adapter layer, and of base weight, is recognised and read: two tables.
+
+To add a kind of adapter, write a `Reader` and put it into `READERS`. To add a kind of base, derive a class from
+`BaseWeight` and put it into `BASES`. The first entry that recognises a module reads it.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .adapter import Adapter, block_factors
-from .base import BaseWeight, whole
+from .base import BaseWeight, FloatBase, OpaqueBase, whole
+from .bnb import Bnb4bitBase, Bnb8bitBase
 
-# What a LoRA layer of other libraries calls the layer it adapts, in the order they are looked for.
-_BASE_NAMES = ("base_layer", "linear", "base", "original", "original_layer", "org_module")
-
-
-# --- PEFT ---------------------------------------------------------------------------------------------------------
+__all__ = ["BASES", "READERS", "Reader", "base_weight", "linear_base", "reader_of"]
 
 
-def _is_peft(module: nn.Module) -> bool:
-    return hasattr(module, "base_layer") and isinstance(getattr(module, "lora_A", None), nn.ModuleDict)
+# --- base weights -------------------------------------------------------------------------------------------------
 
 
-def _peft_base(module: Any) -> BaseWeight | None:
-    """The base weight of a PEFT layer whose active form is LoRA or DoRA on a linear layer, else None."""
-    base = module.get_base_layer()
-    names = list(module.lora_A)
-    variants = [module.lora_variant[name] for name in names if name in getattr(module, "lora_variant", {})]
-    if not names or any(type(variant).__name__ != "DoraLinearVariant" for variant in variants):
+BASES: tuple[type[BaseWeight], ...] = (Bnb4bitBase, Bnb8bitBase, FloatBase, OpaqueBase)
+
+
+def base_weight(module: Any, shape: tuple[int, int], transposed: bool = False) -> BaseWeight:
+    """The (m, n) weight of a linear layer, by the class that reads what the layer stores at present."""
+    weight = getattr(module, "weight", None)
+    return next(kind for kind in BASES if kind.reads(module, weight))(module, shape, transposed)
+
+
+def linear_base(module: Any) -> BaseWeight | None:
+    """The weight of an `nn.Linear`, one derived from it, or a `Conv1D`; None for any other module."""
+    if type(module).__name__ == "Conv1D":
+        n, m = module.weight.shape
+        return base_weight(module, (m, n), transposed=True)
+    # Attention reads the weight of the one left out and never calls it.
+    if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
         return None
-    if not all(type(module.lora_A[name]).__name__ == "Linear" for name in names):
-        return None  # convolutions
-    m, n = module.lora_B[names[0]].weight.shape[0], module.lora_A[names[0]].weight.shape[1]
-    if type(base).__name__ in ("MultiheadAttention", "NonDynamicallyQuantizableLinear") or not callable(base):
-        return None
-    weight = getattr(base, "weight", None)
-    if isinstance(weight, Tensor) and weight.dim() != 2:
-        return None
-    return BaseWeight(base, (m, n), transposed=bool(getattr(module, "fan_in_fan_out", False)))
+    return base_weight(module, (module.out_features, module.in_features))
 
 
-# --- GraLoRA, this library's and PEFT's -----------------------------------------------------------------------------
+# --- adapters -----------------------------------------------------------------------------------------------------
 
 
-def _is_gralora(module: nn.Module) -> bool:
-    return hasattr(module, "base_layer") and isinstance(getattr(module, "gralora_A", None), Tensor | nn.ParameterDict)
+class Reader(ABC):
+    """Reads one kind of adapter layer. It keeps nothing: every question is about the module as it is at present."""
+
+    is_peft = False
+
+    @abstractmethod
+    def reads(self, module: nn.Module) -> bool:
+        """Whether a module is of this kind."""
+
+    @abstractmethod
+    def names(self, module: Any) -> Iterable[str]:
+        """The adapters that the module holds."""
+
+    @abstractmethod
+    def base(self, module: Any) -> BaseWeight | None:
+        """The weight that they adapt; None where they are not low-rank updates of a linear layer's weight."""
+
+    @abstractmethod
+    def adapters(self, module: Any, name: str, shape: tuple[int, int]) -> list[Adapter]:
+        """What the adapter of that name consists of, for a base weight (m, n); nothing if there is none here."""
+
+    def enabled(self, module: Any) -> bool:
+        """Whether the module adds its adapters at all."""
+        return True
+
+    def active(self, module: Any) -> Sequence[str]:
+        """Names of the adapters that the module adds while it is enabled and they are not merged."""
+        return ("default",)
+
+    def merged(self, module: Any) -> Sequence[str]:
+        """Names of the adapters that are folded into the base weight."""
+        return ()
 
 
-def _is_peft_gralora(module: nn.Module) -> bool:
-    return _is_gralora(module) and isinstance(module.gralora_A, nn.ParameterDict)
+class _Peft(Reader):
+    """What all of PEFT's layers have in common."""
+
+    is_peft = True
+
+    def enabled(self, module: Any) -> bool:
+        return not module.disable_adapters
+
+    def active(self, module: Any) -> Sequence[str]:
+        return module.active_adapters
+
+    def merged(self, module: Any) -> Sequence[str]:
+        return module.merged_adapters
 
 
-def _gralora_adapters(module: Any, name: str) -> list[Adapter]:
-    """The adapter made of blocks, and the plain one beside it where the layer is a hybrid."""
-    parts: list[Any] = [getattr(module, f"gralora_{part}", None) for part in ("A", "B", "A_general", "B_general")]
-    scaling = module.scaling
-    if _is_peft_gralora(module):
+class PeftLoRA(_Peft):
+    """PEFT's LoRA, rsLoRA and DoRA."""
+
+    def reads(self, module: nn.Module) -> bool:
+        return hasattr(module, "base_layer") and isinstance(getattr(module, "lora_A", None), nn.ModuleDict)
+
+    def names(self, module: Any) -> Iterable[str]:
+        return (*module.lora_A, *module.lora_embedding_A)
+
+    def base(self, module: Any) -> BaseWeight | None:
+        base, names = module.get_base_layer(), list(module.lora_A)
+        variants = [module.lora_variant[name] for name in names if name in getattr(module, "lora_variant", {})]
+        if not names or any(type(variant).__name__ != "DoraLinearVariant" for variant in variants):
+            return None
+        if not all(type(module.lora_A[name]).__name__ == "Linear" for name in names):
+            return None  # convolutions
+        if isinstance(base, nn.MultiheadAttention | NonDynamicallyQuantizableLinear) or not callable(base):
+            return None
+        weight = getattr(base, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() != 2:
+            return None
+        m, n = module.lora_B[names[0]].weight.shape[0], module.lora_A[names[0]].weight.shape[1]
+        return base_weight(base, (m, n), bool(getattr(module, "fan_in_fan_out", False)))
+
+    def adapters(self, module: Any, name: str, shape: tuple[int, int]) -> list[Adapter]:
+        factors, magnitudes = module.lora_A, module.lora_magnitude_vector
+        if name not in factors:
+            return []
+        magnitude = magnitudes[name].weight if name in magnitudes else None
+        A, B = factors[name].weight, module.lora_B[name].weight
+        return [Adapter(name, A, B, module.scaling[name], magnitude, module.lora_dropout[name], A, B)]
+
+
+class PeftGraLoRA(_Peft):
+    """PEFT's GraLoRA: a grid of blocks, and beside it, in a hybrid, a plain adapter."""
+
+    def reads(self, module: nn.Module) -> bool:
+        return hasattr(module, "base_layer") and isinstance(getattr(module, "gralora_A", None), nn.ParameterDict)
+
+    def names(self, module: Any) -> Iterable[str]:
+        return module.gralora_A
+
+    def base(self, module: Any) -> BaseWeight | None:
+        return linear_base(module.base_layer)
+
+    def adapters(self, module: Any, name: str, shape: tuple[int, int]) -> list[Adapter]:
         if name not in module.gralora_A:
             return []
-        parts, scaling = [part[name] for part in parts], scaling[name]
-    A, B, general_A, general_B = parts
+        general = module.gralora_A_general[name], module.gralora_B_general[name]
+        return _blocks(name, module.gralora_A[name], module.gralora_B[name], *general, module.scaling[name])
+
+
+class OwnGraLoRA(Reader):
+    """`GraLoRALinear`, of which there is one to a layer."""
+
+    def reads(self, module: nn.Module) -> bool:
+        return hasattr(module, "base_layer") and isinstance(getattr(module, "gralora_A", None), Tensor)
+
+    def names(self, module: Any) -> Iterable[str]:
+        return ("default",)
+
+    def base(self, module: Any) -> BaseWeight | None:
+        return linear_base(module.base_layer)
+
+    def adapters(self, module: Any, name: str, shape: tuple[int, int]) -> list[Adapter]:
+        general = module.gralora_A_general, module.gralora_B_general
+        return _blocks(name, module.gralora_A, module.gralora_B, *general, module.scaling)
+
+
+def _blocks(name: str, A: Any, B: Any, general_A: Any, general_B: Any, scaling: float) -> list[Adapter]:
     found = [Adapter(name, *block_factors(whole(A), whole(B)), scaling, A_param=A, B_param=B)]
     if hasattr(general_A, "weight"):
         A, B = general_A.weight, general_B.weight
@@ -65,57 +173,70 @@ def _gralora_adapters(module: Any, name: str) -> list[Adapter]:
     return found
 
 
-# --- modules of other libraries -----------------------------------------------------------------------------------
+class PlainLoRA(Reader):
+    """Modules of other libraries that hold one `lora_A` and `lora_B`, as parameters or `nn.Linear` modules."""
 
+    # What they call the layer they adapt, in the order it is looked for.
+    base_names = ("base_layer", "linear", "base", "original", "original_layer", "org_module")
 
-def _is_plain(module: nn.Module) -> bool:
-    return all(isinstance(getattr(module, name, None), nn.Parameter | nn.Linear) for name in ("lora_A", "lora_B"))
+    def reads(self, module: nn.Module) -> bool:
+        return all(isinstance(getattr(module, name, None), nn.Parameter | nn.Linear) for name in ("lora_A", "lora_B"))
 
+    def names(self, module: Any) -> Iterable[str]:
+        return ("default",)
 
-def _factor(value: Any) -> Any:
-    return value.weight if isinstance(value, nn.Linear) else value
-
-
-def _plain_base(module: Any) -> BaseWeight | None:
-    children = [getattr(module, name, None) for name in _BASE_NAMES]
-    base = next((child for child in children if isinstance(child, nn.Module)), module)
-    weight = getattr(base, "weight", None)
-    if not isinstance(weight, Tensor):
-        return None
-    in_features, out_features = getattr(base, "in_features", None), getattr(base, "out_features", None)
-    if in_features is None or out_features is None:
-        if weight.dim() != 2 or type(weight).__name__ == "Params4bit":
+    def base(self, module: Any) -> BaseWeight | None:
+        children = [getattr(module, name, None) for name in self.base_names]
+        base: Any = next((child for child in children if isinstance(child, nn.Module)), module)
+        weight = getattr(base, "weight", None)
+        if isinstance(base, _ConvNd | nn.Embedding):
             return None
-        transposed = type(base).__name__ == "Conv1D"
-        out_features, in_features = reversed(weight.shape) if transposed else weight.shape
-    else:
-        transposed = weight.is_floating_point() and tuple(weight.shape) != (out_features, in_features)
-    if isinstance(base, nn.modules.conv._ConvNd | nn.Embedding):
-        return None
-    return BaseWeight(base, (out_features, in_features), transposed)
+        m, n = getattr(base, "out_features", None), getattr(base, "in_features", None)
+        if m is None or n is None:
+            if not isinstance(weight, Tensor) or weight.dim() != 2 or Bnb4bitBase.reads(base, weight):
+                return None  # it does not say its shape
+            transposed = type(base).__name__ == "Conv1D"
+            m, n = reversed(weight.shape) if transposed else weight.shape
+        else:
+            transposed = isinstance(weight, Tensor) and weight.is_floating_point() and tuple(weight.shape) != (m, n)
+        found = base_weight(base, (m, n), transposed)
+        # A layer that is its own base can't be asked without its adapter.
+        return None if base is module and isinstance(found, OpaqueBase) else found
 
+    def merged(self, module: Any) -> Sequence[str]:
+        return ("default",) if getattr(module, "merged", False) else ()
 
-def _plain_adapter(module: Any, shape: tuple[int, int]) -> Adapter:
-    m, n = shape
-    A_param, B_param = _factor(module.lora_A), _factor(module.lora_B)
-    A = A_param if A_param.shape[-1] == n else A_param.t()
-    B = B_param if B_param.shape[0] == m else B_param.t()
-    if A.dim() != 2 or B.dim() != 2 or A.shape[1] != n or B.shape[0] != m or A.shape[0] != B.shape[1]:
+    def adapters(self, module: Any, name: str, shape: tuple[int, int]) -> list[Adapter]:
+        m, n = shape
+        A_param, B_param = self._factor(module.lora_A), self._factor(module.lora_B)
+        A = A_param if A_param.shape[-1] == n else A_param.t()
+        B = B_param if B_param.shape[0] == m else B_param.t()
+        if A.dim() != 2 or B.dim() != 2 or A.shape[1] != n or B.shape[0] != m or A.shape[0] != B.shape[1]:
+            raise ValueError(
+                f"{type(module).__name__}: lora_A {tuple(A_param.shape)} and lora_B {tuple(B_param.shape)} do not make "
+                f"an update of the base weight's shape {shape}; expected (r, {n}) and ({m}, r)"
+            )
+        return [Adapter(name, A, B, self._scaling(module, A.shape[0]), None, None, A_param, B_param)]
+
+    def _factor(self, value: Any) -> Any:
+        return value.weight if isinstance(value, nn.Linear) else value
+
+    def _scaling(self, module: Any, rank: int) -> float:
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, int | float):
+            return float(scaling)
+        alpha = getattr(module, "lora_alpha", getattr(module, "alpha", None))
+        if isinstance(alpha, int | float):
+            return alpha / rank
         raise ValueError(
-            f"{type(module).__name__}: lora_A {tuple(A_param.shape)} and lora_B {tuple(B_param.shape)} do not make an "
-            f"update of the base weight's shape {shape}; expected (r, {n}) and ({m}, r)"
+            f"{type(module).__name__} holds lora_A and lora_B but does not say how they are scaled; give it a float "
+            "attribute `scaling` (or `alpha`, for alpha / r)"
         )
-    return Adapter("default", A, B, _plain_scaling(module, A.shape[0]), None, None, A_param, B_param)
 
 
-def _plain_scaling(module: Any, rank: int) -> float:
-    scaling = getattr(module, "scaling", None)
-    if isinstance(scaling, int | float):
-        return float(scaling)
-    alpha = getattr(module, "lora_alpha", getattr(module, "alpha", None))
-    if isinstance(alpha, int | float):
-        return alpha / rank
-    raise ValueError(
-        f"{type(module).__name__} holds lora_A and lora_B but does not say how they are scaled; give it a float "
-        "attribute `scaling` (or `alpha`, for alpha / r)"
-    )
+READERS: tuple[Reader, ...] = (PeftLoRA(), PeftGraLoRA(), OwnGraLoRA(), PlainLoRA())
+
+
+def reader_of(module: nn.Module) -> Reader | None:
+    """What reads an adapter layer; None for a module that is none."""
+    return next((reader for reader in READERS if reader.reads(module)), None)

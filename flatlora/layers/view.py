@@ -13,18 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from .. import checks
 from .adapter import Adapter
-from .base import BaseWeight, linear_base
-from .kinds import (
-    _gralora_adapters,
-    _is_gralora,
-    _is_peft,
-    _is_peft_gralora,
-    _is_plain,
-    _peft_base,
-    _plain_adapter,
-    _plain_base,
-)
+from .base import BaseWeight
+from .kinds import base_weight, reader_of
 
 __all__ = ["LoRALayer", "lora_layers", "plain_name"]
 
@@ -44,64 +36,58 @@ class LoRALayer:
     Attributes:
         name: the module's name in the model, without the parts that DDP, FSDP or `torch.compile` add.
         module: the adapter layer itself.
-        base: its frozen weight.
+        base: its frozen weight, as the layer stores it at present.
         shape: (m, n) = (out_features, in_features).
         names: the adapters that this view was asked for; `adapters()` yields all active ones.
         is_peft: whether the module is PEFT's.
     """
 
     def __init__(self, name: str, module: nn.Module, base: BaseWeight, names: frozenset[str]):
+        # A module's kind does not change, and asking it takes longer than the rest of `adapters()`.
+        reader = reader_of(module)
+        if reader is None:
+            raise ValueError(f"module {name!r}, a {type(module).__name__}, holds no adapters that can be read")
         self.name = name
         self.module: Any = module
-        self.base = base
         self.names = names
-        # A module's kind does not change, and asking it takes longer than the rest of `adapters()`.
-        self._gralora = _is_gralora(module)
-        self.is_peft = _is_peft(module) or _is_peft_gralora(module)
+        self.shape = base.shape
+        self.is_peft = reader.is_peft
+        self._reader = reader
+        self._base = base.module, base.shape, base.transposed
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.base.shape
+    def base(self) -> BaseWeight:
+        return base_weight(*self._base)
 
     @property
     def merged(self) -> tuple[str, ...]:
         """Names of the adapters that are folded into the base weight at present."""
-        if self.is_peft:
-            return tuple(self.module.merged_adapters)
-        return ("default",) if getattr(self.module, "merged", False) else ()
+        return tuple(self._reader.merged(self.module))
 
     @property
     def active(self) -> bool:
         """Whether one of the adapters asked for takes part in the layer's output at present."""
-        if not self.is_peft:
-            return True
-        if self.module.disable_adapters:
+        reader, module, names = self._reader, self.module, self.names
+        if not reader.enabled(module):
             return False
-        return any(name in self.names for name in (*self.module.active_adapters, *self.merged))
+        return not names.isdisjoint(reader.active(module)) or not names.isdisjoint(reader.merged(module))
+
+    @property
+    def trained(self) -> bool:
+        """Whether an adapter asked for that the layer adds at present, unmerged, has a factor that is trained."""
+        return any(adapter.trained for adapter in self.adapters() if adapter.name in self.names)
 
     def all_adapters(self) -> list[Adapter]:
         """Every adapter asked for, active or not."""
-        return [adapter for name in sorted(self.names) for adapter in self._adapters(name)]
+        reader, module, shape = self._reader, self.module, self.shape
+        return [adapter for name in sorted(self.names) for adapter in reader.adapters(module, name, shape)]
 
     def adapters(self) -> list[Adapter]:
         """The adapters that the layer adds to its base weight at present; none while they are merged or disabled."""
-        if self.merged or (self.is_peft and self.module.disable_adapters):
+        reader, module, shape = self._reader, self.module, self.shape
+        if reader.merged(module) or not reader.enabled(module):
             return []
-        names = self.module.active_adapters if self.is_peft else ["default"]
-        return [adapter for name in names for adapter in self._adapters(name)]
-
-    def _adapters(self, name: str) -> list[Adapter]:
-        module: Any = self.module
-        if self._gralora:
-            return _gralora_adapters(module, name)
-        if not self.is_peft:
-            return [_plain_adapter(module, self.shape)]
-        factors, magnitudes = module.lora_A, module.lora_magnitude_vector
-        if name not in factors:
-            return []
-        magnitude = magnitudes[name].weight if name in magnitudes else None
-        A, B = factors[name].weight, module.lora_B[name].weight
-        return [Adapter(name, A, B, module.scaling[name], magnitude, module.lora_dropout[name], A, B)]
+        return [adapter for name in reader.active(module) for adapter in reader.adapters(module, name, shape)]
 
     def __repr__(self) -> str:
         m, n = self.shape
@@ -111,11 +97,12 @@ class LoRALayer:
 def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) -> list[LoRALayer]:
     """Finds every adapted linear layer of a model.
 
-    Understood are PEFT's LoRA, rsLoRA and DoRA layers over `nn.Linear`, `Conv1D` and bitsandbytes' `Linear4bit` and
-    `Linear8bitLt`, GraLoRA layers, this library's and PEFT's, and any other module that holds `lora_A` and `lora_B`
-    (2-D parameters or `nn.Linear` modules) beside a linear base: its own `weight`, or a child named `base_layer`,
-    `linear`, `base` or `original`. Such a module must say its scaling, as `scaling` or as `alpha` (`lora_alpha`) and
-    `r` (`rank`).
+    Understood are PEFT's LoRA, rsLoRA and DoRA layers, GraLoRA layers, this library's and PEFT's, and any other module
+    that holds `lora_A` and `lora_B` (2-D parameters or `nn.Linear` modules) beside a linear base: its own `weight`, or
+    a child named `base_layer`, `linear`, `base` or `original`. Such a module must say its scaling, as `scaling` or as
+    `alpha` (`lora_alpha`) and `r` (`rank`). The base may be `nn.Linear`, `Conv1D`, bitsandbytes' `Linear4bit` or
+    `Linear8bitLt`, or any other layer that can be applied to inputs and says its `in_features` and `out_features`
+    (AWQ, GPTQ, HQQ, torchao).
 
     Adapters of other kinds (embeddings, convolutions, experts, token-dependent variants) are not linear layers with
     one weight update; they are left out and named once in a log line.
@@ -127,40 +114,9 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
     Raises:
         ValueError: no adapted linear layer, an adapter name the model does not have, a module without a scaling.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.module(model)
     wanted = None if adapter is None else {adapter} if isinstance(adapter, str) else set(adapter)
-    found: list[LoRALayer] = []
-    skipped: list[str] = []
-    known: set[str] = set()
-    for raw_name, module in model.named_modules():
-        name = plain_name(raw_name)
-        if _is_peft(module):
-            available = {*module.lora_A, *module.lora_embedding_A}
-            base = _peft_base(module)
-        elif _is_gralora(module):
-            available = set(module.gralora_A) if _is_peft_gralora(module) else {"default"}
-            base = linear_base(module.base_layer)
-        elif _is_plain(module):
-            available, base = {"default"}, _plain_base(module)
-        else:
-            continue
-        known |= available
-        names = available if wanted is None else available & wanted
-        if not names:
-            continue
-        if base is None:
-            skipped.append(name)
-            continue
-        if getattr(getattr(base.module.weight, "quant_state", None), "packing_format_for_cpu", False):
-            raise ValueError(
-                f"layer {name!r}: bitsandbytes has repacked its 4-bit weight for CPU inference, in a forward in eval "
-                "mode, and it can't be trained any more; load the model again, and build the optimizer before the "
-                "first evaluation"
-            )
-        layer = LoRALayer(name, module, base, frozenset(names))
-        layer.all_adapters()  # fails here, not in the first step, where a plain layer's form is not understood
-        found.append(layer)
+    found, skipped, known = _search(model, wanted)
     if wanted is not None and not wanted <= known:
         raise ValueError(f"unknown adapter {sorted(wanted - known)}; the model has {sorted(known) or 'no adapters'}")
     if not found:
@@ -172,6 +128,33 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
     if skipped:
         _tell_once(f"left alone, as their adapters are not linear layers: {_some(skipped)}")
     return found
+
+
+def _search(model: nn.Module, wanted: set[str] | None) -> tuple[list[LoRALayer], list[str], set[str]]:
+    """The layers with a wanted adapter, names of those whose adapters can't be read, and all adapters' names."""
+    found: list[LoRALayer] = []
+    skipped: list[str] = []
+    known: set[str] = set()
+    for raw_name, module in model.named_modules():
+        reader = reader_of(module)
+        if reader is None:
+            continue
+        name, available = plain_name(raw_name), set(reader.names(module))
+        known |= available
+        names = available if wanted is None else available & wanted
+        if not names:
+            continue
+        base = reader.base(module)
+        if base is None:
+            skipped.append(name)
+            continue
+        fault = base.fault()
+        if fault is not None:
+            raise ValueError(f"layer {name!r}: {fault}")
+        layer = LoRALayer(name, module, base, frozenset(names))
+        layer.all_adapters()  # fails here, not in the first step, where a plain layer's form is not understood
+        found.append(layer)
+    return found, skipped, known
 
 
 @functools.cache

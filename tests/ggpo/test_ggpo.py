@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flatlora import GGPOOptimizer, weight_noise
 from flatlora.layers import stack
-from flatlora.layers.base import BaseWeight
+from flatlora.layers.base import FloatBase
 
 KINDS = ["gaussian", "low_rank"]
 TWO = {"first": {"r": 2, "lora_alpha": 5}, "second": {"r": 3}}
@@ -382,8 +382,8 @@ def test_layers_that_are_not_perturbed_are_not_read(monkeypatch):
     model = tiny_llama(layers=2)
     optimizer = ggpo(model)
     asked = []
-    original = BaseWeight.apply_rows
-    monkeypatch.setattr(BaseWeight, "apply_rows", lambda self, x, *rest: asked.append(1) or original(self, x, *rest))
+    original = FloatBase.apply_rows
+    monkeypatch.setattr(FloatBase, "apply_rows", lambda self, x, *rest: asked.append(1) or original(self, x, *rest))
     model.base_model.model.model.layers[1].eval()
     for _ in range(3):
         model(input_ids=tokens())

@@ -1,27 +1,24 @@
-"""Finding adapted layers, and reading their base weights whatever they are stored as."""
+"""Finding adapted layers, and reading their adapters whatever library they are of."""
 
 import pytest
 import torch
 from helpers import (
     MLP,
-    IntLinear,
     ModuleLoRA,
     Net,
     ParameterLoRA,
-    base_weight,
     dense,
     one_layer,
     peft,
-    quantised,
     tiny_gpt2,
     tiny_llama,
 )
-from peft import LoraConfig, get_peft_model
+from helpers import base_weight as stored_weight
+from peft import GraloraConfig, LoraConfig, get_peft_model
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from flatlora import lora_layers
-from flatlora.layers.base import BaseWeight
+from flatlora import LoRALayer, apply_gralora, lora_layers
+from flatlora.layers.kinds import READERS, OwnGraLoRA, PeftGraLoRA, PeftLoRA, PlainLoRA, base_weight, reader_of
 
 
 def test_finds_every_adapted_layer_of_a_llama():
@@ -84,7 +81,7 @@ def test_factors_and_scaling_reproduce_the_effective_weight():
     for model in (one_layer(), one_layer(use_rslora=True), one_layer(conv1d=True)):
         (layer,) = lora_layers(model)
         (adapter,) = layer.adapters()
-        weight = base_weight(layer.base.module) + adapter.scaling * adapter.B @ adapter.A
+        weight = stored_weight(layer.base.module) + adapter.scaling * adapter.B @ adapter.A
         torch.testing.assert_close(weight, dense(model.base_model.model.fc)[0], rtol=0, atol=1e-12)
     for module in (ParameterLoRA(9, 7), ParameterLoRA(9, 7, transposed=True), ModuleLoRA(9, 7)):
         (layer,) = lora_layers(Net(module.double()))
@@ -115,51 +112,68 @@ def test_embeddings_and_convolutions_are_left_out():
         lora_layers(get_peft_model(Mixed(), LoraConfig(r=2, target_modules=["embed", "conv"])))
 
 
-# --- base weights -------------------------------------------------------------------------------------------------
+# --- kinds of adapters --------------------------------------------------------------------------------------------
 
 
-BASES = {
-    "float32": ("float", lambda: nn.Linear(80, 48)),
-    "bfloat16": ("float", lambda: nn.Linear(80, 48).bfloat16()),
-    "conv1d": ("float", lambda: Conv1D(48, 80)),
-    "nf4": ("4bit", lambda: quantised(nn.Linear(80, 48), "nf4")),
-    "fp4": ("4bit", lambda: quantised(nn.Linear(80, 48), "fp4")),
-    "int8": ("8bit", lambda: quantised(nn.Linear(80, 48), "int8")),
-    "opaque": ("opaque", lambda: IntLinear(48, 80)),
+def peft_gralora():
+    config = GraloraConfig(r=4, gralora_k=2, alpha=8, target_modules=["fc"], init_weights=False)
+    return get_peft_model(Net(nn.Linear(8, 12)), config)
+
+
+KINDS = {
+    "lora": (PeftLoRA, lambda: one_layer()),
+    "dora": (PeftLoRA, lambda: one_layer(use_dora=True)),
+    "peft's gralora": (PeftGraLoRA, peft_gralora),
+    "gralora": (OwnGraLoRA, lambda: apply_gralora(Net(nn.Linear(8, 12)), "fc", r=4, k=2)),
+    "parameters": (PlainLoRA, lambda: Net(ParameterLoRA(9, 7))),
+    "modules": (PlainLoRA, lambda: Net(ModuleLoRA(9, 7))),
 }
 
 
-@pytest.mark.parametrize("stored", BASES)
-def test_base_weight_equals_the_stored_bits(stored):
-    kind, build = BASES[stored]
-    module = build().requires_grad_(False)
-    base = BaseWeight(module, (48, 80), transposed=stored == "conv1d")
-    assert base.kind == kind
-    weight = base_weight(module)
-    torch.testing.assert_close(base.row_sq(), weight.square().sum(1), rtol=1e-6, atol=0)
-    x = torch.randn(5, 80)
-    expected = weight @ x.double().t()
-    error = (base.apply_rows(x).double() - expected).abs().max() / expected.abs().max()
-    assert base.apply_rows(x).shape == (48, 5) and error < 2e-6
-    if base.kind in ("4bit", "8bit"):
-        torch.testing.assert_close(base.dense(torch.float64), weight, rtol=1e-6, atol=1e-9)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_adapter_has_one_reader(kind):
+    cls, build = KINDS[kind]
+    (layer,) = lora_layers(build())
+    assert [type(reader) for reader in READERS if reader.reads(layer.module)] == [cls]
+    assert layer.is_peft == (cls in (PeftLoRA, PeftGraLoRA))
+    assert layer.names == {"default"} and layer.active and layer.merged == () and layer.trained
+    (adapter,) = layer.adapters()
+    assert adapter.name == "default" and adapter.A_param is not None and adapter.A_param.requires_grad
+    assert reader_of(layer.base.module) is None or kind == "modules"  # which is its own base
 
 
-def test_int8_scales_are_found_before_and_after_the_first_forward():
-    module = quantised(nn.Linear(80, 48), "int8")
-    base = BaseWeight(module, (48, 80), False)
-    before = base.row_sq()
-    module(torch.randn(2, 80))
-    assert torch.equal(base.row_sq(), before)
-    torch.testing.assert_close(before, base_weight(module).square().sum(1), rtol=1e-6, atol=0)
+def test_a_module_without_adapters_is_no_layer():
+    module = nn.Linear(7, 9)
+    with pytest.raises(ValueError, match=r"'fc', a Linear, holds no adapters"):
+        LoRALayer("fc", module, base_weight(module, (9, 7)), frozenset({"default"}))
 
 
-def test_weights_larger_than_a_block_are_summed_completely():
-    module = nn.Linear(1000, 700).bfloat16()
-    base = BaseWeight(module, (700, 1000), False)
-    weight, x = module.weight.detach().double(), torch.randn(3, 1000)
-    torch.testing.assert_close(base.row_sq(), weight.square().sum(1), rtol=1e-9, atol=0)
-    torch.testing.assert_close(base.apply_rows(x), (weight @ x.double().t()).float(), rtol=1e-4, atol=1e-5)
+def test_a_layer_is_trained_by_the_adapters_asked_for_that_it_adds():
+    model = one_layer(adapters={"first": {}, "second": {}})
+    (first,), (both,) = lora_layers(model, "first"), lora_layers(model)
+    fc = model.base_model.model.fc
+    assert first.trained and both.trained
+    fc.lora_A["first"].requires_grad_(False)
+    assert first.trained  # B still is
+    fc.lora_B["first"].requires_grad_(False)
+    assert not first.trained and both.trained
+    fc.lora_B["first"].requires_grad_(True)
+    with model.disable_adapter():
+        assert not first.trained and not both.trained
+    model.merge_adapter()
+    assert first.active and not first.trained
+    model.unmerge_adapter()
+    assert first.trained
+    model.base_model.set_adapter("second")
+    assert not first.trained and both.trained
+    module = ParameterLoRA(9, 7)
+    (plain,) = lora_layers(Net(module))
+    assert plain.trained
+    module.merged = True
+    assert not plain.trained and plain.active and plain.merged == ("default",)
+    module.merged = False
+    module.requires_grad_(False)
+    assert not plain.trained
 
 
 # --- wrong calls --------------------------------------------------------------------------------------------------
