@@ -26,7 +26,7 @@ from flatlora import (
     magnitude_parameters,
     split_dataset,
 )
-from flatlora.layers.base import FloatBase
+from flatlora.layers.bnb import Bnb4bitBase
 
 
 @pytest.mark.parametrize("difference", ["central", "forward"])
@@ -126,12 +126,12 @@ def test_nf4_with_8_bit_optimizers():
     model = get_peft_model(net, config).train()
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     data = [batch(8, 64, 4, torch.float32) for _ in range(2)]
-    reads, dense = [], FloatBase.dense
+    reads, dense = [], Bnb4bitBase.dense
     lower = bnb.optim.AdamW8bit(direction_parameters(model), lr=1e-3)
     upper = bnb.optim.AdamW8bit(magnitude_parameters(model), lr=1e-3)
     optimizer = BilevelOptimizer(lower, upper, model, data[:1], data[1:])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FloatBase, "dense", lambda base, dtype: reads.append(base) or dense(base, dtype))
+        patch.setattr(Bnb4bitBase, "dense", lambda base, dtype: reads.append(base) or dense(base, dtype))
         for _ in range(3):
             optimizer.step()
     assert len(reads) == 3 * 2  # once per step and layer

@@ -214,8 +214,9 @@ def test_a_copy_under_an_auxiliary_can_be_freed_on_its_own():
 def test_an_optimizer_that_is_gone_holds_nothing():
     model = adapted()
     optimizer = BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1)
+    assert not repackable(model)
     del optimizer
-    assert not repackable(model)  # the auxiliary is the model's
-    detach_auxiliary(model)
     gc.collect()
-    assert as_found(model)
+    assert repackable(model)
+    detach_auxiliary(model)
+    assert repackable(model)
