@@ -3,7 +3,8 @@
 from .bidora.data import split_dataset
 from .bidora.optimizer import BilevelOptimizer, BilevelStep
 from .bidora.parameters import direction_parameters, magnitude_parameters
-from .bilora import BiLoRAOptimizer, attach_auxiliary, detach_auxiliary
+from .bilora.auxiliary import attach_auxiliary, detach_auxiliary
+from .bilora.optimizer import BiLoRAOptimizer
 from .ggpo.optimizer import GGPOOptimizer
 from .gralora.files import load_gralora, save_gralora
 from .gralora.layer import GraLoRALinear

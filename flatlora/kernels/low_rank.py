@@ -26,6 +26,7 @@ def autocasts(x: Tensor) -> bool:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which autocast is off for `device`."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -12,140 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import checks
-from .layers.adapter import Adapter
-from .layers.base import whole, wide
-from .layers.view import LoRALayer, lora_layers, plain_name
-from .perturbation import Attachment, Companions, Source, attachments
-from .perturbing import PerturbingOptimizer
-from .streams import shared_seed
-from .wrapper import chain
+from .. import checks
+from ..layers.base import whole, wide
+from ..layers.view import plain_name
+from ..perturbing import PerturbingOptimizer
+from ..wrapper import chain
+from .auxiliary import Ascent, Auxiliaries, Auxiliary, attach_auxiliary, attached_auxiliaries, detach_auxiliary
 
-__all__ = ["BiLoRAOptimizer", "attach_auxiliary", "detach_auxiliary"]
+__all__ = ["BiLoRAOptimizer"]
 
 logger = logging.getLogger("flatlora")
-
-# The auxiliaries' name in the model they are attached to. They are registered there and not in their layers, because
-# PEFT saves whatever lies in its layers, and in earlier versions whatever has "lora_" in its key.
-NAME = "ascent_branches"
-
-
-class Auxiliary(nn.Module):
-    """The adapter that ascends: ``A`` (r, n) Kaiming-uniform, ``B`` (m, r) zero, ``scaling`` = alpha / r."""
-
-    def __init__(self, layer: LoRALayer, r: int, alpha: float, generator: torch.Generator):
-        super().__init__()
-        self.layer = layer
-        m, n = layer.shape
-        like = layer.all_adapters()[0].A
-        a = torch.empty(r, n, device="cpu")
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        self.A = nn.Parameter(a.to(like.device, like.dtype))
-        self.B = nn.Parameter(torch.zeros(m, r, device=like.device, dtype=like.dtype))
-        self.scaling = alpha / r
-
-
-class Auxiliaries(Companions):
-    """The auxiliaries of a model, registered in it.
-
-    `attachment` is theirs until an optimizer takes it over, whose life is then that of the perturbation.
-    """
-
-    attachment: Attachment | None = None
-
-
-class Ascent(Source):
-    """Gives each layer its auxiliary."""
-
-    def __init__(self, auxiliaries: Iterable[Any]):
-        self.auxiliaries: dict[str, Auxiliary] = {auxiliary.layer.name: auxiliary for auxiliary in auxiliaries}
-
-    def draw(self, layer: LoRALayer) -> Adapter:
-        auxiliary = self.auxiliaries[layer.name]
-        return Adapter("", auxiliary.A, auxiliary.B, auxiliary.scaling)
-
-
-def attach_auxiliary(
-    model: nn.Module,
-    r: int = 8,
-    *,
-    alpha: float | None = None,
-    adapter: str | Iterable[str] | None = None,
-    seed: int | None = None,
-) -> list[nn.Parameter]:
-    """Puts an auxiliary low-rank module beside the adapters of every adapted layer and returns their parameters.
-
-    In train mode a layer then computes ``x·(W0 + s1·B1·A1 + s2·B2·A2)ᵀ``, both adapters through one pair of matmuls; in
-    eval mode, in what PEFT saves and in merged weights it is as if the auxiliary were not there. The parameters are
-    registered in `model`, so DDP and FSDP (wrap it after this call), `.to()` and `model.state_dict()` see them.
-
-    Args:
-        model: a model with adapters, as `lora_layers` reads it.
-        r: rank of the auxiliary.
-        alpha: its scaling is ``alpha / r``; by default ``2·r``.
-        adapter: name or names of the adapters whose layers get one, and beside which it is active; None for all.
-        seed: for the initial ``A``; by default torch's initial seed, rank 0's when distributed.
-
-    Returns:
-        ``A`` (r, n) and ``B`` (m, r) of every layer, in the layers' order.
-
-    Raises:
-        ValueError: no adapted layer, an unknown adapter, merged adapters, an auxiliary that is there already, r < 1.
-            Nothing is attached then.
-    """
-    checks.integer("r", r, 1)
-    alpha = 2.0 * r if alpha is None else checks.number("alpha", alpha, above=0)
-    layers = lora_layers(model, adapter)
-    if adapter is None:
-        layers = _without_frozen(layers)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("attach the auxiliary before DistributedDataParallel wraps the model, or it is never reduced")
-    former = {other for layer in layers for other, _ in attachments(layer.module) if isinstance(other.source, Ascent)}
-    if any(not other.used for other in former):
-        raise ValueError(
-            f"{type(model).__name__} has an auxiliary already; call detach_auxiliary(model) before attaching another"
-        )
-    for layer in layers:
-        if layer.merged:
-            raise ValueError(
-                f"layer {layer.name!r} has merged adapters {sorted(layer.merged)}; unmerge them with "
-                "model.unmerge_adapter() before attaching an auxiliary"
-            )
-    generator = torch.Generator("cpu").manual_seed(shared_seed() if seed is None else seed)
-    auxiliaries = Auxiliaries(Auxiliary(layer, r, alpha, generator) for layer in layers)
-    detach_auxiliary(model)  # what an optimizer that is gone, or one that has had its time, left
-    for other in former:
-        other.superseded = True
-    auxiliaries.attachment = Attachment(model, Ascent(auxiliaries))
-    for layer in layers:
-        auxiliaries.attachment.add(layer)
-    model.add_module(NAME, auxiliaries)
-    return [p for module in auxiliaries for p in (module.A, module.B)]  # type: ignore[misc]
-
-
-def _without_frozen(layers: list[LoRALayer]) -> list[LoRALayer]:
-    """The layers seen through adapters that require a gradient, which a reference policy's do not; all if none does."""
-    found = []
-    for layer in layers:
-        trained = {a.name for a in layer.all_adapters() if a.A.requires_grad or a.B.requires_grad}
-        if trained:
-            found.append(LoRALayer(layer.name, layer.module, layer.base, frozenset(trained)))
-    return found or layers
-
-
-def detach_auxiliary(model: nn.Module) -> None:
-    """Removes every trace of `attach_auxiliary` from the model. Idempotent.
-
-    An optimizer over the auxiliary goes on with the rest of its parameters.
-    """
-    for module in list(model.modules()):
-        for attachment, _ in attachments(module):
-            if isinstance(attachment.source, Ascent):
-                attachment.remove()
-        if isinstance(auxiliaries := module._modules.get(NAME), Auxiliaries):
-            if auxiliaries.attachment is not None:
-                auxiliaries.attachment.remove()
-            delattr(module, NAME)
 
 
 class BiLoRAOptimizer(PerturbingOptimizer):
@@ -355,7 +230,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def _auxiliaries(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         if self._triples is not None:
             return self._triples
-        return _attached(self._model)
+        return attached_auxiliaries(self._model)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -429,12 +304,6 @@ def _shapes(layers: Any) -> dict[str, Any]:
 def _assign(params: list[Tensor], values: list[Tensor]) -> None:
     for p, value in zip(params, values, strict=True):
         p.copy_(value)
-
-
-def _attached(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """(A, B, scaling) of every auxiliary on the model, by its layer's name."""
-    auxiliaries = [module for module in model.modules() if isinstance(module, Auxiliary)]
-    return {auxiliary.layer.name: (auxiliary.A, auxiliary.B, auxiliary.scaling) for auxiliary in auxiliaries}
 
 
 def _named_triples(

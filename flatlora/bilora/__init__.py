@@ -1,0 +1,1 @@
+"""Bi-LoRA: an auxiliary adapter ascends while the primary descends."""
