@@ -11,7 +11,7 @@ from .gralora.layer import GraLoRALinear
 from .gralora.transform import apply_gralora, merge_gralora, unload_gralora
 from .layers.view import LoRALayer, lora_layers
 from .perturbation import remove_perturbation
-from .sharpness import NoiseRise, noise_rise, weight_noise, worst_case_rise
+from .sharpness import NoiseRise, WeightNoise, noise_rise, weight_noise, worst_case_rise
 from .wrapper import OptimizerWrapper
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "LoRALayer",
     "NoiseRise",
     "OptimizerWrapper",
+    "WeightNoise",
     "apply_gralora",
     "attach_auxiliary",
     "detach_auxiliary",

@@ -10,22 +10,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import checks
 from .ggpo.noise import RowNoise
 from .layers.adapter import Adapter
 from .layers.view import LoRALayer, lora_layers
 from .perturbation import Attachment, Source
 
-__all__ = ["NoiseRise", "noise_rise", "weight_noise", "worst_case_rise"]
+__all__ = ["NoiseRise", "WeightNoise", "noise_rise", "weight_noise", "worst_case_rise"]
+
+
+class WeightNoise:
+    """What `weight_noise` yields: the noise that is on a model, to be changed while it is.
+
+    Attributes:
+        sigma: σ, relative to each row's norm.
+        step: number of the draw; another number is another ε.
+    """
+
+    def __init__(self, noise: RowNoise):
+        self._noise = noise
+
+    @property
+    def sigma(self) -> float:
+        return self._noise.sigma
+
+    @sigma.setter
+    def sigma(self, value: float) -> None:
+        self._noise.sigma = checks.number("sigma", value)
+
+    @property
+    def step(self) -> int:
+        return self._noise.step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._noise.step = checks.integer("step", value, 0)
 
 
 @contextmanager
 def weight_noise(
     model: nn.Module, sigma: float, *, seed: int = 0, adapter: str | Iterable[str] | None = None
-) -> Iterator[RowNoise]:
+) -> Iterator[WeightNoise]:
     """Within the context every adapted layer computes at ``W' + ε``, in eval mode too; no weight is written to.
 
     Row i of ε is drawn from ``N(0, σ²/n · ‖W'_i‖² · I)``: its expected norm is σ times the row's. The same ε holds
-    until the `step` of the object that the context yields is changed.
+    until `step` or `sigma` of the `WeightNoise` that the context yields is set.
 
     Args:
         model: a model with adapters; a `GGPOOptimizer` may be on it.
@@ -34,11 +63,12 @@ def weight_noise(
         adapter: name or names of the adapters whose layers are perturbed; None for all.
 
     Raises:
-        ValueError: no adapted layer, an unknown adapter.
+        ValueError: no adapted layer, an unknown adapter, a σ that is no finite number >= 0.
     """
+    sigma = checks.number("sigma", sigma)
     noise = RowNoise(lora_layers(model, adapter), sigma, 0.0, "gaussian", 0, seed, always=True)
     with _attached(model, noise, [rows.layer for rows in noise.rows.values()]):
-        yield noise
+        yield WeightNoise(noise)
 
 
 @contextmanager
