@@ -23,7 +23,11 @@ NAME = "ascent_branches"
 
 
 class Auxiliary(nn.Module):
-    """The adapter that ascends: ``A`` (r, n) Kaiming-uniform, ``B`` (m, r) zero, ``scaling`` = alpha / r."""
+    """The adapter that ascends: ``A`` (r, n) Kaiming-uniform, ``B`` (m, r) zero, ``scaling`` = alpha / r.
+
+    It is no part of the model's `state_dict`, which loads strictly into a model without auxiliaries and the other way
+    around; the optimizer's state carries it.
+    """
 
     def __init__(self, layer: LoRALayer, r: int, alpha: float, generator: torch.Generator):
         super().__init__()
@@ -35,6 +39,10 @@ class Auxiliary(nn.Module):
         self.A = nn.Parameter(a.to(like.device, like.dtype))
         self.B = nn.Parameter(torch.zeros(m, r, device=like.device, dtype=like.dtype))
         self.scaling = alpha / r
+
+    def _save_to_state_dict(self, *args: Any) -> None: ...
+
+    def _load_from_state_dict(self, *args: Any) -> None: ...
 
 
 class Auxiliaries(Companions):
@@ -69,7 +77,8 @@ def attach_auxiliary(
 
     In train mode a layer then computes ``x·(W0 + s1·B1·A1 + s2·B2·A2)ᵀ``, both adapters through one pair of matmuls; in
     eval mode, in what PEFT saves and in merged weights it is as if the auxiliary were not there. The parameters are
-    registered in `model`, so DDP and FSDP (wrap it after this call), `.to()` and `model.state_dict()` see them.
+    registered in `model`, so DDP and FSDP (wrap it after this call) and `.to()` see them; its `state_dict()` leaves
+    them out, and the optimizer's carries them.
 
     Args:
         model: a model with adapters, as `lora_layers` reads it.

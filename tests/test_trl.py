@@ -1,0 +1,127 @@
+"""TRL's trainers: the policy is perturbed where it is trained; reference, old log-probabilities and samples are not."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import transformers
+from ecosystem import adamw, adapters, difference, frozen, tiny_llama
+from peft import LoraConfig
+from transformers import LlamaForCausalLM
+
+from flatlora import BiLoRAOptimizer, GGPOOptimizer
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+tokenizers = pytest.importorskip("tokenizers")
+
+
+def tokenizer():
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 64)}}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def text(*numbers):
+    return " ".join(f"w{3 + i % 61}" for i in numbers)
+
+
+COMMON = {
+    "max_steps": 2,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": [],
+    "disable_tqdm": True,
+    "save_strategy": "no",
+}
+
+
+def dpo(model, folder, **kwargs):
+    rows = [{"prompt": text(i), "chosen": text(i, i + 1), "rejected": text(i, i + 2)} for i in range(8)]
+    config = trl.DPOConfig(output_dir=str(folder), per_device_train_batch_size=2, max_length=16, **COMMON)
+    return trl.DPOTrainer(
+        model, args=config, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer(), **kwargs
+    )
+
+
+def grpo(model, folder, **kwargs):
+    rows = [{"prompt": text(i, i + 1)} for i in range(8)]
+    config = trl.GRPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=6,
+        beta=0.1,
+        num_iterations=2,
+        gradient_accumulation_steps=1,
+        steps_per_generation=2,
+        **COMMON,
+    )
+    reward = lambda completions, **_: [float(len(set(c))) for c in completions]  # noqa: E731
+    return trl.GRPOTrainer(
+        model,
+        reward_funcs=reward,
+        args=config,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        **kwargs,
+    )
+
+
+def with_ggpo(model):
+    return GGPOOptimizer(adamw(model), model, sigma=0.3, seed=1)
+
+
+def with_bilora(model):
+    optimizer = BiLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=1e-2, rho=1.0, seed=1)
+    with torch.no_grad():
+        for p in optimizer.perturbation_parameters():
+            p.normal_(0, 0.05)
+    return optimizer
+
+
+def watch(model):
+    """What each pass through one layer was: recording gradients, its active adapters, perturbed."""
+    seen = []
+    layer = next(module for name, module in model.named_modules() if name.endswith("layers.0.self_attn.q_proj"))
+
+    def look(module, args, output):
+        with torch.no_grad():
+            clean = type(module).forward(module, *args)
+        off = bool((output.detach() - clean).abs().max() > 1e-5)
+        seen.append(
+            (torch.is_grad_enabled(), "disabled" if module.disable_adapters else module.active_adapters[0], off)
+        )
+
+    layer.register_forward_hook(look)
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrap", [with_ggpo, with_bilora])
+@pytest.mark.parametrize("reference", ["ref", "disabled"])
+@pytest.mark.parametrize("build", [dpo, grpo])
+def test_the_policy_alone_is_perturbed(build, reference, wrap, tmp_path):
+    model = tiny_llama()
+    if reference == "disabled":  # a new adapter over a plain model: the reference is the base
+        base: LlamaForCausalLM = model.unload()
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        trainer = build(base, tmp_path, peft_config=config)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = build(model, tmp_path)
+    model = trainer.model
+    trainer.optimizer = optimizer = wrap(model)
+    before, start, seen = frozen(model), adapters(model), watch(model)
+    trainer.train()
+    assert difference(before, frozen(model)) is None and difference(start, adapters(model)) is not None
+    assert {off for grad, name, off in seen if grad and name == "default"} == {True}
+    assert {off for grad, _, off in seen if not grad} == {False}
+    assert any(name == reference for _, name, _ in seen)
+    assert not any(off for _, name, off in seen if name == reference) and optimizer is not None
