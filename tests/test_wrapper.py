@@ -112,7 +112,8 @@ def test_without_noise_it_is_the_base_optimizer(cls, kwargs):
 
 
 def test_all_of_torch_optim_is_covered():
-    assert {"AdamW", "SGD", "LBFGS", "Muon", "Adafactor", "SparseAdam"} <= {cls.__name__ for cls, _ in BASES}
+    newer = {"Muon"} if hasattr(torch.optim, "Muon") else set()
+    assert {"AdamW", "SGD", "LBFGS", "Adafactor", "SparseAdam", *newer} <= {cls.__name__ for cls, _ in BASES}
     assert sum(cls.__module__.startswith("torch_optimizer") for cls, _ in BASES) > 20
 
 
@@ -388,6 +389,7 @@ def test_schedulers(wrap, name):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # "call optimizer.step() before lr_scheduler.step()" among them
+        warnings.filterwarnings("ignore", "The epoch parameter")  # older SequentialLRs pass it to their own parts
         bare, wrapped = rates(False), rates(True)
     assert bare == wrapped and len({str(rate) for rate in bare}) > 1
 

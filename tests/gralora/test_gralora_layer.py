@@ -82,8 +82,10 @@ def test_under_autocast_outputs_and_gradients_are_pefts(dtype, kind):
     x = torch.randn(3, 5, 64)
     with torch.autocast("cpu", dtype):
         out, grad_x, grads = gradients(ours, x)  # backward inside the context as well
-        expected_out, expected_x, expected = gradients(peft_layer(ours), x)
         assert out.dtype == ours.base_layer(x).dtype
+    # PEFT's layer adds in place to what bitsandbytes returns over NF4, a view: torch refuses that or, as 2.6 under
+    # autocast, computes a wrong gradient of x. There our own layer without autocast is the measure.
+    expected_out, expected_x, expected = gradients(peft_layer(ours) if kind == "float32" else ours, x)
     for found, want in [(out.float(), expected_out), (grad_x, expected_x), *zip(grads, expected, strict=True)]:
         torch.testing.assert_close(found, want.float(), rtol=0.05, atol=0.02 * float(want.abs().max()))
 
