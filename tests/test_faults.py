@@ -1,4 +1,4 @@
-"""What is left after a fault in a step: everything as before the call, and a second try that succeeds as if none was."""
+"""What is left after a fault in a step: everything as before the call, and a second try that is as if none had been."""
 
 from __future__ import annotations
 
