@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -29,12 +29,19 @@ class PerturbingOptimizer(OptimizerWrapper):
 
     _model: nn.Module
     _attachment: Attachment | None = None
+    _asleep: tuple[tuple[str, nn.Parameter], ...] = ()  # held adapters that were frozen when this was built
 
-    def attach(self, source: Source, layers: list[LoRALayer]) -> None:
+    def attach(self, source: Source, layers: list[LoRALayer], all_trained: bool = True) -> None:
+        """Attaches `source` to the layers; `all_trained`: they stand for every adapter that the optimizer is to train.
+
+        Raises:
+            ValueError: as `claim`; nothing is attached then.
+        """
         claim(source, layers, self.base_optimizer)
         self._attachment = Attachment(self._model, source)
         for layer in layers:
             self._attachment.add(layer)
+        self._asleep = tuple(_frozen_ones(self._model, layers, self.base_optimizer)) if all_trained else ()
 
     def reattach(self) -> None:
         """Attaches the source of a copied optimizer to the layers of its own model."""
@@ -48,6 +55,14 @@ class PerturbingOptimizer(OptimizerWrapper):
                     "new optimizer"
                 )
             self._attachment.used = True
+        if woken := {name for name, p in self._asleep if p.grad is not None}:
+            logger.warning(
+                "adapters %s are trained but not perturbed: they were frozen when the %s was built. Build it again, or "
+                "name them as adapter=...",
+                sorted(woken),
+                type(self).__name__,
+            )
+            self._asleep = ()
         return super().step(closure, **kwargs)
 
     def remove(self) -> None:
@@ -91,6 +106,16 @@ def claim(source: Source, layers: list[LoRALayer], optimizer: Optimizer) -> None
         logger.warning("the optimizer that perturbed this model is superseded by a new one, and can't step any more")
         other.remove()
         other.superseded = True
+
+
+def _frozen_ones(model: nn.Module, layers: list[LoRALayer], optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
+    """The adapters that the optimizer holds parameters of and that `layers` leave out."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    seen = {(layer.name, name) for layer in layers for name in layer.names}
+    for layer in lora_layers(model):
+        for adapter in layer.all_adapters():
+            if (layer.name, adapter.name) not in seen and adapter.A_param is not None and id(adapter.A_param) in held:
+                yield adapter.name, adapter.A_param
 
 
 def trained_layers(model: nn.Module, adapter: str | Iterable[str] | None, optimizer: Optimizer) -> list[LoRALayer]:

@@ -88,6 +88,16 @@ def test_an_adapter_that_is_frozen_is_unperturbed_until_it_is_trained_again(meth
     assert perturbed(model) and optimizer is not None
 
 
+def test_an_adapter_that_wakes_up_unperturbed_is_named(caplog):
+    model = with_reference(lora_mlp())
+    optimizer = GGPOOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, sigma=0.3, seed=1)
+    train(model, optimizer, range(2))
+    assert not caplog.records
+    model.set_adapter("ref")
+    train(model, optimizer, range(2))
+    assert len([record for record in caplog.records if "'ref'" in record.getMessage()]) == 1
+
+
 # --- passes without gradients ---------------------------------------------------------------------------------------
 
 

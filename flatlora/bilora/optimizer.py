@@ -81,7 +81,12 @@ class BiLoRAOptimizer(PerturbingOptimizer):
                 auxiliaries.attachment = None
         source = Ascent(module for module in self._model.modules() if isinstance(module, Auxiliary))
         source.no_grad = self._no_grad
-        self.attach(source, [auxiliary.layer for auxiliary in source.auxiliaries.values()])
+        layers = [auxiliary.layer for auxiliary in source.auxiliaries.values()]
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        for layer in layers:
+            names = {a.name for a in layer.all_adapters() if id(a.A_param) in held or id(a.B_param) in held}
+            layer.names = frozenset(names) or layer.names  # another optimizer may hold the primary
+        self.attach(source, layers)
 
     @property
     def rho(self) -> float:

@@ -83,20 +83,25 @@ class GGPOOptimizer(PerturbingOptimizer):
         self._model, self._adapter = model, adapter
         self._noise = RowNoise(layers, sigma, beta, noise, noise_rank, shared_seed() if seed is None else int(seed))
         self._noise.no_grad = perturb_no_grad
-        self.attach(self._noise, layers)
+        self.attach(self._noise, layers, all_trained=adapter is None)
 
     def reattach(self) -> None:
-        self.attach(self._noise, [rows.layer for rows in self._noise.rows.values()])
+        layers = [rows.layer for rows in self._noise.rows.values()]
+        self.attach(self._noise, layers, all_trained=self._adapter is None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the base optimizer's; adapters whose parameters come in are perturbed from then on."""
         super().add_param_group(param_group)
         layers = trained_layers(self._model, self._adapter, self.base_optimizer)
+        new = [layer for layer in layers if layer.name not in self._noise.rows]
+        try:
+            claim(self._noise, new, self.base_optimizer)
+        except ValueError:
+            self.param_groups.pop()
+            raise
         for layer in layers:
             if (known := self._noise.rows.get(layer.name)) is not None:
                 known.layer.names = layer.names
-        new = [layer for layer in layers if layer.name not in self._noise.rows]
-        claim(self._noise, new, self.base_optimizer)
         for layer in new:
             self._noise.rows[layer.name] = Rows(layer)
             if self._attachment is not None:
