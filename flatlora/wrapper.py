@@ -81,6 +81,11 @@ class OptimizerWrapper(Method, Optimizer):
     def after_step(self) -> None:
         """Called in `step()` after the base optimizer moved the parameters."""
 
+    def metrics(self) -> dict[str, Tensor]:
+        """The method's scalars and, of wrappers within, theirs; see `Method.metrics`."""
+        inner = next(chain(self.base_optimizer), None)
+        return {} if inner is None else inner.metrics()
+
     # --- what a method that perturbs the model tells of it ----------------------------------------------------------
 
     def perturbation_parameters(self) -> list[Tensor]:

@@ -713,3 +713,11 @@ def test_after_detaching_the_optimizer_goes_on_with_the_primary():
     F.mse_loss(model(x), y).backward()
     optimizer.step()
     assert any(not torch.equal(p, q) for p, q in zip(primary(model), before, strict=True))
+
+
+def test_metrics_say_how_far_the_perturbation_is_from_its_bound():
+    model = lora_net()
+    optimizer = BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=5.0, rho=0.01, seed=0)
+    assert float(optimizer.metrics()["perturbation_to_rho"]) == 0
+    train(model, optimizer, data(3))
+    assert float(optimizer.metrics()["perturbation_to_rho"]) == pytest.approx(1, rel=1e-4)

@@ -208,6 +208,12 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         """``sqrt(Σ_layers ‖s2·B2·A2‖_F²)`` at present; never above ρ after a step."""
         return float(_norm(self._auxiliaries()))
 
+    @torch.no_grad()
+    def metrics(self) -> dict[str, Tensor]:
+        """``perturbation_to_rho``: the auxiliaries' norm over ρ, 1 where the last step clipped it."""
+        auxiliaries = self._auxiliaries()
+        return {**super().metrics(), **({"perturbation_to_rho": _norm(auxiliaries) / self.rho} if auxiliaries else {})}
+
     def perturbation_parameters(self) -> list[Tensor]:
         return [p for A, B, _ in self._auxiliaries().values() for p in (A, B)]
 

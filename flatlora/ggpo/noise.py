@@ -127,6 +127,18 @@ class RowNoise(Source):
             for rows, std in kept:
                 rows.std = std
 
+    def squares(self) -> tuple[Tensor, Tensor] | None:
+        """``‖W'‖²`` and ``β·‖G‖²`` over all layers perturbed so far, as their noise has them; None without any."""
+        known = [(rows, rows.std[1]) for rows in self.rows.values() if rows.std is not None]
+        if not known or self.sigma == 0:
+            return None
+        device = known[0][1].device
+        both = [std.square().sum().to(device) * rows.layer.shape[1] / self.sigma**2 for rows, std in known]
+        grads = [rows.grad_sq.sum().to(device) for rows, _ in known if rows.grad_sq is not None]
+        total = torch.stack(both).sum()
+        grad = self.beta * torch.stack(grads).sum() if grads else torch.zeros_like(total)
+        return total - grad, grad
+
     def observe_gradients(self) -> None:
         """Notes the norms of the gradients at hand for the next step's noise."""
         self._observed = []

@@ -126,6 +126,16 @@ class GGPOOptimizer(PerturbingOptimizer):
         with self._noise.looking():
             return {name: self._noise.std(rows).clone() for name, rows in self._noise.rows.items()}
 
+    def metrics(self) -> dict[str, Tensor]:
+        """Once a pass has been perturbed: ``noise_to_weight``, the expected ‖ε‖_F over ‖W'‖_F of all layers together,
+        and ``gradient_share``, the share of ε's variance that the gradient term has."""
+        squares = self._noise.squares()
+        if squares is None:
+            return super().metrics()
+        weight, grad = squares
+        relative = self.sigma * ((weight + grad) / weight).sqrt()
+        return {**super().metrics(), "noise_to_weight": relative, "gradient_share": grad / (weight + grad)}
+
     @property
     def sigma(self) -> float:
         """σ; a change is felt at the next forward."""

@@ -979,3 +979,25 @@ def test_a_restored_optimizer_draws_the_same_noise():
     assert not torch.equal(model(x), output)
     again.load_state_dict(state)
     assert torch.equal(model(x), output)
+
+
+def test_metrics_are_the_expected_noise_and_the_gradients_share_of_it():
+    model = one_layer()
+    optimizer = ggpo(model, sigma=0.5, beta=2.0)
+    assert optimizer.metrics() == {}
+    x = torch.randn(6, 7, dtype=torch.float64)
+    step(model, optimizer, x)
+    model(x)
+    weight, _ = dense(fc(model))
+    grad_sq = float(only({"": optimizer._noise.rows[next(iter(optimizer._noise.rows))].grad_sq}).sum())
+    weight_sq = float(weight.square().sum())
+    found = optimizer.metrics()
+    assert float(found["gradient_share"]) == pytest.approx(2 * grad_sq / (weight_sq + 2 * grad_sq), rel=1e-6)
+    expected = 0.5 * ((weight_sq + 2 * grad_sq) / weight_sq) ** 0.5
+    assert float(found["noise_to_weight"]) == pytest.approx(expected, rel=1e-6)
+    assert found["noise_to_weight"] == pytest.approx(noise_rms(optimizer, weight), rel=0.5)
+
+
+def noise_rms(optimizer, weight):
+    """One draw's ‖ε‖ over ‖W'‖."""
+    return float(noise_of(optimizer).norm() / weight.norm())
