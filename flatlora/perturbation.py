@@ -26,13 +26,23 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from .kernels.blocks import add_blocks
 from .kernels.draw import Draw, draw_gaussian, draw_low_rank
 from .kernels.low_rank import Added, Plan, compute_dtype
-from .layers.adapter import Adapter
+from .layers.adapter import Adapter, stored_blocks
 from .layers.base import BaseWeight, keep_training_layout, release_layout
 from .layers.view import LoRALayer
 
-__all__ = ["Attachment", "Companions", "Source", "attachments", "is_transparent", "perturbs", "remove_perturbation", "trains"]
+__all__ = [
+    "Attachment",
+    "Companions",
+    "Source",
+    "attachments",
+    "is_transparent",
+    "perturbs",
+    "remove_perturbation",
+    "trains",
+]
 
 
 class Source:
@@ -51,7 +61,7 @@ class Source:
     def draw(self, layer: LoRALayer) -> Draw | Adapter | None:
         """The ε for this forward of `layer`, drawn or as an adapter; None for none. The same for a whole step.
 
-        An adapter whose factors require gradients gets them.
+        An adapter whose factors require gradients gets them. One made of a grid of blocks must not require any.
         """
         raise NotImplementedError
 
@@ -295,20 +305,27 @@ def _add(
     bias: Tensor | None = None,
     in_place: bool = False,
 ) -> Tensor:
-    """`Added` of the low-rank ones among `terms`; `make_weight` makes W out of the others."""
+    """`Added` of the low-rank ones among `terms`, and of grids of blocks; `make_weight` makes W out of the others."""
     adapters = [term for term in terms if isinstance(term, Adapter)]
+    blocks = [adapter for adapter in adapters if adapter.A.dim() == 4]
     learned = [adapter for adapter in adapters if _learns(adapter)]
     like = learned[0].A if learned else x if out is None else out
     dtype = compute_dtype(x, like.dtype)
     draws = [term for term in terms if isinstance(term, Draw) and term.kind == "low_rank"]
     constant = [draw_low_rank(draw, layer.shape[1], dtype) for draw in draws]
     constant += [
-        ((adapter.B * adapter.scaling).to(dtype), adapter.A.to(dtype)) for adapter in adapters if not _learns(adapter)
+        ((adapter.B * adapter.scaling).to(dtype), adapter.A.to(dtype))
+        for adapter in adapters
+        if adapter.A.dim() == 2 and not _learns(adapter)
     ]
     scalings = tuple(adapter.scaling for adapter in learned)
     factors = [factor for adapter in learned for factor in (adapter.A, adapter.B)]
-    plan = Plan(dtype, scalings, tuple(constant), make_weight, in_place)
-    return Added.apply(plan, out, x, weight, bias, *factors)
+    if out is None or make_weight or factors or constant:
+        plan = Plan(dtype, scalings, tuple(constant), make_weight, in_place)
+        out = Added.apply(plan, out, x, weight, bias, *factors)
+    for block in blocks:
+        out = add_blocks(out, x, *stored_blocks(block.A, block.B), block.scaling, dtype)
+    return out
 
 
 def _learns(adapter: Adapter) -> bool:
