@@ -347,6 +347,23 @@ def test_the_scale_of_the_gradient_does_not_matter():
         assert_same(other, plain, 1e-10)
 
 
+@pytest.mark.parametrize("form", ["lora", "gralora"])
+def test_under_autocast(form):
+    """bfloat16 products, but an ε of norm ρ, up to their rounding."""
+    torch.manual_seed(0)
+    model = gralora(dtype=torch.float32) if form == "gralora" else peft(MLP(8, 12, 8), ["up", "down"], torch.float32)
+    optimizer, x = lorasam(model, rho=10.0), torch.randn(6, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model, x)
+    loss.backward()
+    optimizer.step()
+    exact = epsilon(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = epsilon(model)
+    assert torch.stack([part.square().sum() for part in exact.values()]).sum().sqrt() == pytest.approx(10.0, rel=1e-5)
+    assert_same(rounded, exact, 3e-2)
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0])
 def test_gradients_without_a_direction_keep_epsilon(value):
     torch.manual_seed(0)
@@ -505,19 +522,23 @@ def test_base_weights_and_random_stream_are_left_alone():
 # --- bases and optimizers of bitsandbytes ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("form", ["lora", "gralora"])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantised_bases(kind):
+def test_quantised_bases(kind, form):
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     model = quantised_mlp(kind)
+    if form == "gralora":
+        model = apply_gralora(model.unload(), "all-linear", r=8, k=2, alpha=16).train()
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     optimizer = lorasam(model, rho=3.0)
     x = torch.randn(8, 64)
     for _ in range(2):
         step(model, optimizer, x)
-    found = {
-        name: (adapter.scaling * adapter.B @ adapter.A) for name, adapter in optimizer.current_perturbation().items()
-    }
+    found = {}
+    for name, adapter in optimizer.current_perturbation().items():
+        grid = adapter.B @ adapter.A * adapter.scaling
+        found[name] = grid if grid.dim() == 2 else grid.transpose(1, 2).flatten(2).flatten(0, 1)
     assert optimizer.perturbation_norm() == pytest.approx(3.0, rel=1e-5)
     assert_same(epsilon(model), found, 1e-2 if kind == "int8" else 1e-3)  # int8 layers round their input
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
@@ -573,8 +594,6 @@ def test_adapters_that_take_turns():
     """Of adapters with ranks of their own, each step's ε is that of the adapter it trained."""
     torch.manual_seed(0)
     model = peft(MLP(9, 11, 7), ["up", "down"], adapters=TWO)
-    for p in model.parameters():
-        p.requires_grad_("lora_" in model.__class__.__name__ or p.requires_grad)
     optimizer, x = lorasam(model, adapter=["first", "second"]), batch(model)
     for name in ("first", "second", "first"):
         model.set_adapter(name)
