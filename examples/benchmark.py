@@ -39,7 +39,7 @@ import flatlora  # noqa: E402
 warnings.filterwarnings("ignore")
 
 SETS = {
-    "lora": ["PEFT LoRA", "GGPO gaussian", "GGPO low_rank", "Bi-LoRA", "PEFT two adapters", "two-pass SAM"],
+    "lora": ["PEFT LoRA", "GGPO gaussian", "GGPO low_rank", "Bi-LoRA", "LoRASAM", "PEFT two adapters", "two-pass SAM"],
     "gralora": ["PEFT LoRA", "PEFT GraLoRA", "GraLoRA"],
     "bidora": ["PEFT DoRA", "BiDoRA forward", "BiDoRA central"],
 }
@@ -118,6 +118,8 @@ def build(name: str, args: argparse.Namespace) -> Step:
         optimizer = torch.optim.AdamW(params, lr=1e-4)
     if name.startswith("GGPO"):
         optimizer = flatlora.GGPOOptimizer(optimizer, adapted, noise=name.split()[1], noise_rank=args.noise_rank)
+    elif name == "LoRASAM":
+        optimizer = flatlora.LoRASAMOptimizer(optimizer, adapted)
 
     def step(ids: torch.Tensor) -> None:
         def closure() -> torch.Tensor:

@@ -10,6 +10,7 @@ from .gralora.files import load_gralora, save_gralora
 from .gralora.layer import GraLoRALinear
 from .gralora.transform import apply_gralora, merge_gralora, unload_gralora
 from .layers.view import LoRALayer, lora_layers
+from .lorasam import LoRASAMOptimizer
 from .perturbation import remove_perturbation
 from .sharpness import NoiseRise, WeightNoise, noise_rise, weight_noise, worst_case_rise
 from .wrapper import OptimizerWrapper
@@ -21,6 +22,7 @@ __all__ = [
     "GGPOOptimizer",
     "GraLoRALinear",
     "LoRALayer",
+    "LoRASAMOptimizer",
     "NoiseRise",
     "OptimizerWrapper",
     "WeightNoise",

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from .kernels.blocks import How, add_blocks
 from .kernels.draw import Draw, draw_gaussian, draw_low_rank
 from .kernels.low_rank import Added, Plan, autocasts, compute_dtype
-from .layers.adapter import Adapter
+from .layers.adapter import Adapter, stored_blocks
 from .layers.base import BaseWeight, hooked
 from .layers.bnb import hold_training_layout
 from .layers.view import LoRALayer
@@ -52,7 +53,7 @@ class Source:
     def draw(self, layer: LoRALayer) -> Draw | Adapter | None:
         """The ε for this forward of `layer`, drawn or as an adapter; None for none. The same for a whole step.
 
-        An adapter whose factors require gradients gets them.
+        An adapter whose factors require gradients gets them. One made of a grid of blocks must not require any.
         """
         raise NotImplementedError
 
@@ -298,20 +299,28 @@ def _add(
     bias: Tensor | None = None,
     in_place: bool = False,
 ) -> Tensor:
-    """`Added` of the low-rank ones among `terms`; `make_weight` makes W out of the others."""
+    """`Added` of the low-rank ones among `terms`, and of grids of blocks; `make_weight` makes W out of the others."""
     adapters = [term for term in terms if isinstance(term, Adapter)]
+    blocks = [adapter for adapter in adapters if adapter.A.dim() == 4]
     learned = [adapter for adapter in adapters if _learns(adapter)]
     like = learned[0].A if learned else x if out is None else out
     dtype = compute_dtype(x, like.dtype)
     draws = [term for term in terms if isinstance(term, Draw) and term.kind == "low_rank"]
     constant = [draw_low_rank(draw, base.shape[1], dtype) for draw in draws]
     constant += [
-        ((adapter.B * adapter.scaling).to(dtype), adapter.A.to(dtype)) for adapter in adapters if not _learns(adapter)
+        ((adapter.B * adapter.scaling).to(dtype), adapter.A.to(dtype))
+        for adapter in adapters
+        if adapter.A.dim() == 2 and not _learns(adapter)
     ]
     scalings = tuple(adapter.scaling for adapter in learned)
     factors = [factor for adapter in learned for factor in (adapter.A, adapter.B)]
-    plan = Plan(dtype, scalings, tuple(constant), make_weight, in_place)
-    return Added.apply(plan, out, x, weight, bias, *factors)
+    if out is None or make_weight or factors or constant:
+        plan = Plan(dtype, scalings, tuple(constant), make_weight, in_place)
+        out = Added.apply(plan, out, x, weight, bias, *factors)
+    for block in blocks:
+        A, B = stored_blocks(block.A, block.B)
+        out = add_blocks(How(block.scaling, dtype), x, A, B, out)
+    return out
 
 
 def _learns(adapter: Adapter) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .base import whole
 
-__all__ = ["Adapter", "block_factors"]
+__all__ = ["Adapter", "block_factors", "stored_blocks"]
 
 
 @dataclass(frozen=True)
@@ -78,3 +78,8 @@ def block_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """
     k = A.shape[0]
     return A.unflatten(2, (k, -1)).permute(2, 0, 3, 1), B.unflatten(1, (k, -1)).transpose(2, 3)
+
+
+def stored_blocks(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """`block_factors` undone: A (k, n/k, r) and B (k, r, m/k), which a product takes."""
+    return A.permute(1, 3, 0, 2).flatten(2), B.transpose(2, 3).flatten(1, 2)

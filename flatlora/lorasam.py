@@ -1,0 +1,320 @@
+"""LoRASAM: sharpness-aware training of LoRA in one pass, against the last gradient in the full weights' norm."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import checks
+from .kernels.low_rank import without_autocast
+from .layers.adapter import Adapter
+from .layers.base import wide
+from .layers.stack import BaseNorms, Stack, stacks
+from .layers.tangent import Projection, project
+from .layers.view import LoRALayer
+from .perturbation import Source, trains
+from .perturbing import PerturbingOptimizer, claim, trained_layers
+
+__all__ = ["LoRASAMOptimizer"]
+
+logger = logging.getLogger("flatlora")
+
+
+class Uphill(Source):
+    """Gives each layer its part of ``ε = ρ·u``, where u is the last gradient's projection, of norm one over all layers.
+
+    Attributes:
+        direction: u of each layer as factors B (m, 2r) and A (2r, n), of GraLoRA (g, g, m/g, 2q) and (g, g, 2q, n/g);
+            empty before the first gradients.
+        gradient_norm: ``sqrt(Σ_layers ‖P(G)‖_F²)`` of the gradients looked at last, on their device.
+        fixed: given to layers instead.
+    """
+
+    def __init__(self, layers: list[LoRALayer], rho: float, no_grad: bool):
+        self.layers = {layer.name: layer for layer in layers}
+        self.rho, self.no_grad = rho, no_grad
+        self.direction: dict[str, tuple[Tensor, Tensor]] = {}
+        self.gradient_norm = torch.zeros(())
+        self.fixed: dict[str, Adapter | None] | None = None
+        self._next: dict[str, tuple[Tensor, Tensor]] = {}
+        self._norms = BaseNorms()
+        self._warned = False
+
+    def draw(self, layer: LoRALayer) -> Adapter | None:
+        if self.fixed is not None:
+            return self.fixed.get(layer.name)
+        if self.rho == 0 or layer.name not in self.direction:
+            return None
+        B, A = (factor.to(layer.base.device) for factor in self.direction[layer.name])
+        return Adapter("", A, B, self.rho)
+
+    def norm(self) -> Tensor:
+        """‖ε‖_F over all layers, by ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``."""
+        total = torch.zeros_like(self.gradient_norm)
+        for factors in self.direction.values():
+            B, A = (factor.to(wide(factor.device)) for factor in factors)
+            total = total + ((B.mT @ B) * (A @ A.mT)).sum().to(total)
+        return self.rho * total.clamp(min=0.0).sqrt()
+
+    def look(self) -> None:
+        """Notes the direction that the gradients at hand make, for the next step."""
+        self._next = {}
+        device = next(iter(self.layers.values())).base.device
+        # Out of inference mode, which leaves tensors unfit for autograd, and of autocast, which rounds products.
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
+            seen = [(stack, project(stack, self._norms)) for stack in stacks(self.layers.values())]
+            found = [(stack, projection) for stack, projection in seen if projection is not None]
+            if found:
+                self._note(found)
+            elif not self._warned:
+                logger.warning("step() found no adapter gradients: the perturbation stays as it is")
+                self._warned = True
+
+    def _note(self, found: list[tuple[Stack, Projection]]) -> None:
+        squares = [projection.row_sq().sum() for _, projection in found]
+        total = torch.stack([square.to(squares[0].device) for square in squares]).sum()
+        self.gradient_norm = total.sqrt()
+        # Decided on the device, as asking the host would stall it at every step: gradients that are not finite, or
+        # zero, have no direction, and the former stays.
+        usable = total.isfinite() & (total > 0)
+        for stack, projection in found:
+            dtype = next(a.A.dtype for a in stack.adapters[0] if a.name in stack.layers[0].names)
+            former = [self.direction.get(layer.name, (None, None)) for layer in stack.layers]
+            factors = [
+                _either(usable, factor.to(dtype), old)
+                for factor, old in zip(_factors(projection, total.rsqrt()), zip(*former, strict=True), strict=True)
+            ]
+            self._next.update((layer.name, (b, a)) for layer, b, a in zip(stack.layers, *factors, strict=True))
+        for name in self.direction.keys() - self._next.keys():  # layers that this step's loss did not pass through
+            B, A = self.direction[name]
+            self._next[name] = torch.where(usable.to(B.device), torch.zeros_like(B), B), A
+
+    def advance(self) -> None:
+        """Goes on to the direction noted last, if one was."""
+        if self._next:
+            self.direction, self._next = self._next, {}
+
+
+def _factors(projection: Projection, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``scale·P(G) = B·A`` as B (L, m, 2r) and A (L, 2r, n), or in blocks (L, g, g, ·, ·).
+
+    The columns of `left`, a dual basis, all but cancel in the product where B is ill-conditioned, and the remainder
+    would drown in bfloat16's rounding, to which autocast brings the factors. Orthonormal columns do not cancel.
+    """
+    left, rest = _orthonormal(projection.left, projection.rest)
+    a, right = _orthonormal(projection.a.mT, projection.right.mT)
+    scale = scale.to(left.device)
+    B, A = torch.cat([left, right.mT * scale], -1), torch.cat([rest * scale, a.mT], -2)
+    return (B[:, 0, 0], A[:, 0, 0]) if B.shape[1] == 1 else (B, A)
+
+
+def _orthonormal(left: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """The product ``left·rest`` in factors of which the first has orthonormal columns, or zeros where it lacks rank."""
+    gram = left.mT @ left
+    eps = torch.finfo(gram.dtype).eps
+    ridge = gram.diagonal(dim1=-2, dim2=-1).sum(-1) * eps**0.75 + torch.finfo(gram.dtype).tiny ** 0.5
+    lower = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge[..., None].expand(gram.shape[:-1])))[0]
+    return torch.linalg.solve_triangular(lower, left.mT, upper=False).mT, lower.mT @ rest
+
+
+def _either(usable: Tensor, new: Tensor, former: Iterable[Tensor | None]) -> Tensor:
+    """`new` (L, ...) if it is usable, else each layer's former; zero for one that has none, or of other adapters."""
+    zero = torch.zeros_like(new[0])
+    old = [zero if one is None or one.shape != zero.shape else one.to(zero) for one in former]
+    return torch.where(usable.to(new.device), new, torch.stack(old))
+
+
+class LoRASAMOptimizer(PerturbingOptimizer):
+    """Wraps any optimizer; between two of its steps the model trains at ``W' + ε``, uphill of where it stands.
+
+    SAM (arXiv:2010.01412, Eq. 2) descends by the gradient at ``W + ρ·G/‖G‖`` and needs a pass of its own for G. Here ε
+    is made of the gradients that the last step was taken with:
+
+        ε_t = ρ·P(G_{t−1}) / sqrt(Σ_layers ‖P(G_{t−1})‖_F²)
+
+    where P(G) is the orthogonal projection of the gradient of ``W' = W0 + s·B·A`` on the adapter's tangent space
+    ``{B·X + Y·A}``. It follows from the gradients of A and B alone and has rank 2r, so a layer applies ε as one more
+    low-rank term: no second pass, no closure, no auxiliary, no (m, n) matrix. The base optimizer steps A and B at W'.
+    ε is zero until the first step has been taken, the same for all micro-batches of a step, and free of the gradient's
+    scale, so that accumulation, loss scaling and clipping leave it alone.
+
+    Lineage. The last gradient stands for SAM's own in S²-SAM too (NeurIPS 2024, OpenReview MJgMMqMDu4), in sparse
+    training; MSAM (arXiv:2401.12033) and LoRA-MGPO (arXiv:2502.14538) perturb along momentum. LookSAM
+    (arXiv:2203.02714) takes SAM's first pass every k steps, ESAM (arXiv:2110.03141) over a part of weights and data,
+    SAF (arXiv:2205.14083) replaces it by a loss on past outputs. For LoRA, BAR (arXiv:2410.14802) keeps of SAM over A
+    and B what it does to their balance. New here is the perturbation itself: the projection, steepest ascent in the
+    norm of the full weights among all ε that keep to the tangent space, from what LoRA's backward pass leaves anyway.
+
+    Measured with a prototype on an encoder of 22M parameters. At norm 0.3 it raises the next batch's loss by a tenth to
+    four fifths of what SAM's own gradient does there; random noise does not at all. With 40 % wrong labels (8 paired
+    seeds) ρ = 0.15 at lr 5e-4 has a test accuracy of 72.0, LoRA 68.9 there and 69.9 at its best lr. The default is
+    smaller, as no larger ρ was harmless throughout.
+
+    Layers are perturbed in the passes that train them and in no other, as by `GGPOOptimizer`. GraLoRA's blocks are
+    projected each on its own. A step whose gradients are not finite, or all zero, leaves ε as it was.
+
+    Args:
+        optimizer: the built base optimizer; it must hold adapter parameters of `model`.
+        model: the model with adapters, before or after DDP or FSDP wrap it.
+        rho: ρ, the Frobenius norm of ε over all layers. 0 switches the method off. May be set between steps.
+        adapter: name or names of the adapters; None for all whose parameters `optimizer` holds and that require a
+            gradient now.
+        perturb_no_grad: perturb passes in train mode that record no gradients too, such as ``torch.no_grad()``'s.
+
+    Raises:
+        ValueError: a bad number or name, no adapted layer, an optimizer without adapter parameters, a model that
+            another `LoRASAMOptimizer` perturbs and has not stepped with. Nothing has been attached then.
+        TypeError: `optimizer` or `model` is of the wrong type.
+        RuntimeError: from `step()`, once an optimizer that was built later has taken the model over.
+
+    Example:
+        >>> optimizer = LoRASAMOptimizer(torch.optim.AdamW(model.parameters(), lr=3e-4), model, rho=0.05)
+        >>> loss.backward(); optimizer.step(); optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        *,
+        rho: float = 0.05,
+        adapter: str | Iterable[str] | None = None,
+        perturb_no_grad: bool = False,
+    ):
+        super().__init__(optimizer)
+        rho = checks.number("rho", rho)
+        layers = trained_layers(model, adapter, optimizer)
+        self._model, self._adapter = model, adapter
+        self._uphill = Uphill(layers, rho, perturb_no_grad)
+        self.attach(self._uphill, layers, all_trained=adapter is None)
+
+    def reattach(self) -> None:
+        self.attach(self._uphill, list(self._uphill.layers.values()), all_trained=self._adapter is None)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the base optimizer's; adapters whose parameters come in are perturbed from then on."""
+        super().add_param_group(param_group)
+        layers, known = trained_layers(self._model, self._adapter, self.base_optimizer), self._uphill.layers
+        new = [layer for layer in layers if layer.name not in known]
+        try:
+            claim(self._uphill, new, self.base_optimizer)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for layer in layers:
+            known.setdefault(layer.name, layer).names = layer.names
+        for layer in new if self._attached else ():
+            self._attachment.add(layer)  # type: ignore[union-attr]
+
+    # --- the method: the gradients that a step is taken with make the next ε ----------------------------------------
+
+    def before_step(self) -> None:
+        if self._attached:
+            self._uphill.look()
+
+    def after_step(self) -> None:
+        self._uphill.advance()
+
+    @property
+    def rho(self) -> float:
+        """ρ; a change is felt at the next forward."""
+        return self._uphill.rho
+
+    @rho.setter
+    def rho(self, value: float) -> None:
+        self._uphill.rho = checks.number("rho", value)
+
+    def perturbation_norm(self) -> float:
+        """``sqrt(Σ_layers ‖ε‖_F²)`` at present: ρ, or 0 before the first step and after `remove()`."""
+        return float(self.metrics()["perturbation_norm"])
+
+    def metrics(self) -> dict[str, Tensor]:
+        """`perturbation_norm`, and the ``projected_gradient_norm`` of the last step's gradients, over all layers."""
+        norm = self._uphill.gradient_norm
+        return {
+            **super().metrics(),
+            "perturbation_norm": self._uphill.norm() if self._attached else torch.zeros_like(norm),
+            "projected_gradient_norm": norm,
+        }
+
+    @property
+    def _attached(self) -> bool:
+        return self._attachment is not None and self._attachment.attached
+
+    # --- what others are told of the perturbation ---------------------------------------------------------------------
+
+    def current_perturbation(self) -> dict[str, Adapter | None]:
+        """The ε that each layer sees in this step, by layer name; None where it sees none."""
+        source = self._uphill
+        seen = {name: trains(source, layer, layer.adapters()) for name, layer in source.layers.items()}
+        return {name: source.draw(layer) if seen[name] else None for name, layer in source.layers.items()}
+
+    @contextmanager
+    def perturbed_as(self, perturbation: dict[str, Adapter | None]) -> Iterator[None]:
+        """Within the context layers see these ε, whatever the step and the weights have become."""
+        source = self._uphill
+        before = source.fixed, source.frozen
+        try:
+            source.fixed, source.frozen = perturbation, True
+            yield
+        finally:
+            source.fixed, source.frozen = before
+
+    def unperturbed(self) -> AbstractContextManager[None]:
+        return self.perturbed_as({})
+
+    # --- checkpoints ----------------------------------------------------------------------------------------------
+
+    def method_state(self) -> dict[str, Any]:
+        layers = {}
+        for name, layer in self._uphill.layers.items():
+            factors = self._uphill.direction.get(name, (None, None))
+            B, A = (None if factor is None else factor.clone() for factor in factors)  # of a tensor of many layers
+            layers[name] = {"shape": list(layer.shape), "B": B, "A": A}
+        return {"rho": self.rho, "layers": layers}
+
+    def check_method_state(self, state: dict[str, Any]) -> None:
+        checks.state_fields("LoRASAM", state, "rho", "layers")
+        checks.number("the state_dict's rho", state["rho"])
+        layers = state["layers"]
+        if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
+            raise ValueError(
+                "the state_dict's LoRASAM part has no dict by layer name; load one that this library wrote"
+            )
+        ours = {name: {"shape": list(layer.shape)} for name, layer in self._uphill.layers.items()}
+        checks.same_layers("adapted layers", {n: {"shape": layer.get("shape")} for n, layer in layers.items()}, ours)
+        for name, layer in layers.items():
+            if not _fit(layer.get("B"), layer.get("A"), *layer["shape"]):
+                raise ValueError(
+                    f"the state_dict's B and A of layer {name!r} must both be None, or factors of a {layer['shape']} "
+                    "perturbation; load a state_dict that this library wrote"
+                )
+
+    def load_method_state(self, state: dict[str, Any] | None) -> None:
+        source = self._uphill
+        source.direction, source._next = {}, {}
+        if state is None:
+            logger.warning("the checkpoint has no LoRASAM part: there is no perturbation until the next step")
+            return
+        self.rho = state["rho"]  # the checkpoint's from here on, as the learning rate is
+        for name, layer in state["layers"].items():
+            if layer["B"] is not None:
+                device = source.layers[name].base.device
+                source.direction[name] = layer["B"].to(device, copy=True), layer["A"].to(device, copy=True)
+
+
+def _fit(B: Any, A: Any, m: int, n: int) -> bool:
+    """Whether B and A are both None or make an (m, n) matrix, whole or in a grid of blocks."""
+    if B is None and A is None:
+        return True
+    if not (isinstance(B, Tensor) and isinstance(A, Tensor) and A.dim() in (2, 4) and A.numel()):
+        return False
+    grid = tuple(A.shape[:-2])
+    g, rank = (grid or (1,))[0], A.shape[-2]
+    return tuple(B.shape) == (*grid, m // g, rank) and tuple(A.shape) == (*grid, rank, n // g) and grid in ((), (g, g))

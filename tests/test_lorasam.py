@@ -1,0 +1,780 @@
+"""LoRASAMOptimizer against dense float64 references, and what it must leave alone."""
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ecosystem import difference
+from helpers import (
+    MLP,
+    Net,
+    ParameterLoRA,
+    base_weight,
+    dense,
+    lm_loss,
+    lora_modules,
+    noise_of,
+    one_layer,
+    peft,
+    projected,
+    quantised_mlp,
+    randomise,
+    tiny_llama,
+    tokens,
+    trainable,
+)
+from peft import GraloraConfig, get_peft_model
+from torch import nn
+
+from flatlora import GGPOOptimizer, GraLoRALinear, LoRASAMOptimizer, apply_gralora, lora_layers, remove_perturbation
+
+TWO = {"first": {"r": 2, "lora_alpha": 5}, "second": {"r": 3}}
+
+
+def lorasam(model, lr=0.0, base=torch.optim.SGD, rho=0.3, **options):
+    return LoRASAMOptimizer(base(trainable(model), lr=lr), model, rho=rho, **options)
+
+
+def adapted(model):
+    """Adapted modules by name, hand-made ones included."""
+    return {layer.name: layer.module for layer in lora_layers(model)}
+
+
+def batch(model, rows=6, seed=0):
+    n = next(iter(lora_layers(model))).shape[1]
+    return torch.randn(rows, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def loss_of(model, x, target=0.4):
+    return (model(x) - target).square().mean()
+
+
+def step(model, optimizer, x, scale=1.0):
+    (scale * loss_of(model, x)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# --- dense references ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def computing(model, weights):
+    """Within the context adapted layers compute with these (W, bias) alone."""
+    modules = adapted(model)
+    before = {name: module.__dict__.get("forward") for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            module.forward = lambda x, weight=weights[name]: F.linear(x, *weight)
+        yield
+    finally:
+        for name, module in modules.items():
+            del module.forward
+            if before[name] is not None:
+                module.forward = before[name]
+
+
+def blocks(module):
+    """GraLoRA's (W', bias), in which every block is W0_ij + s·B_ij·A_ij, and the factors of its blocks."""
+    base, k = module.base_layer, module.gralora_A.shape[0]
+    q, (m, n) = module.gralora_A.shape[2] // k, base.weight.shape
+    rows = []
+    factors = {}
+    for i in range(k):
+        row = []
+        for j in range(k):
+            a = module.gralora_A[j][:, i * q : (i + 1) * q].t()
+            b = module.gralora_B[i][j * q : (j + 1) * q].t()
+            factors[i, j] = a.detach(), b.detach()
+            row.append(module.scaling * b @ a)
+        rows.append(torch.cat(row, 1))
+    weight = base.weight + torch.cat(rows)
+    if module.gralora_A_general is not None:
+        weight = weight + module.scaling * module.gralora_B_general.weight @ module.gralora_A_general.weight
+    return weight, base.bias, factors, m // k, n // k
+
+
+def weight_of(module):
+    weight, bias = blocks(module)[:2] if isinstance(module, GraLoRALinear) else dense(module)
+    return weight, bias if isinstance(bias, torch.Tensor) else None
+
+
+def projection(module, grad):
+    """P(G), with pseudo-inverses, on the tangent space of the layer's adapters; GraLoRA's block by block."""
+    if isinstance(module, GraLoRALinear):
+        _, _, factors, rows, columns = blocks(module)
+        found = torch.zeros_like(grad)
+        for (i, j), (a, b) in factors.items():
+            at = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+            found[at] = projected(grad[at], b, a)
+        return found
+    if isinstance(module, ParameterLoRA):
+        a, b = module.lora_A.detach(), module.lora_B.detach()
+        return projected(grad, *((a.t(), b.t())[::-1] if module.stored_transposed else (b, a)))
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    a = torch.cat([module.lora_A[name].weight for name in names]).detach().double()
+    b = torch.cat([module.lora_B[name].weight for name in names], 1).detach().double()
+    if module.lora_magnitude_vector:
+        v = base_weight(module.get_base_layer()) + module.scaling[names[0]] * b @ a
+        b = (module.lora_magnitude_vector[names[0]].weight.detach() / v.norm(dim=1))[:, None] * b
+    return projected(grad, b, a)
+
+
+def dense_pass(model, x, eps, loss=loss_of):
+    """A pass at W' + ε in dense weights: leaves gradients in the parameters; returns each layer's P(G) and the loss."""
+    leaves = {name: (eps[name] if eps else torch.zeros(1)).clone() for name in adapted(model)}
+    weights = {}
+    for name, module in adapted(model).items():
+        weight, bias = weight_of(module)
+        leaf = leaves[name].expand_as(weight).to(weight.dtype).clone().requires_grad_()
+        leaves[name], weights[name] = leaf, (weight + leaf, bias)
+    with computing(model, weights):
+        value = loss(model, x)
+        value.backward()
+    return {name: projection(module, leaves[name].grad) for name, module in adapted(model).items()}, value.item()
+
+
+def normalised(parts, rho):
+    norm = torch.stack([part.square().sum() for part in parts.values()]).sum().sqrt()
+    return {name: rho * part / norm for name, part in parts.items()}, norm.item()
+
+
+def epsilon(model):
+    """What each layer adds in train mode to what it computes in eval mode, from its answers to the unit vectors."""
+
+    def weights():
+        found = {}
+        for layer in lora_layers(model):
+            x = torch.eye(layer.shape[1], dtype=layer.all_adapters()[0].A.dtype)
+            found[layer.name] = (layer.module(x) - layer.module(torch.zeros_like(x[:1]))).detach().t()
+        return found
+
+    mode = model.training
+    perturbed = weights()
+    model.eval()
+    clean = weights()
+    model.train(mode)
+    return {name: perturbed[name] - clean[name] for name in clean}
+
+
+def assert_same(found, expected, rtol=1e-7):
+    assert found.keys() == expected.keys()
+    size = max(float(value.abs().max()) for value in expected.values())
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].double(), value.double(), rtol=rtol, atol=rtol * size)
+
+
+# --- ε ------------------------------------------------------------------------------------------------------------
+
+
+def rank_deficient():
+    model = peft(MLP(9, 11, 7), ["up", "down"])
+    with torch.no_grad():
+        for module in lora_modules(model).values():
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            a[1], a[3] = a[0], 0
+            b[:, 2] = -2 * b[:, 0]
+    return model
+
+
+def fresh(**config):
+    """B = 0, as PEFT initialises it."""
+    model = peft(MLP(9, 11, 7), ["up", "down"], **config)
+    with torch.no_grad():
+        for module in lora_modules(model).values():
+            module.lora_B["default"].weight.zero_()
+    return model
+
+
+def gralora(k=2, r=4, hybrid_r=0, dtype=torch.float64):
+    model = apply_gralora(MLP(8, 12, 8, bias=True).to(dtype), "all-linear", r=r, k=k, alpha=6, hybrid_r=hybrid_r)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "gralora_B" in name:
+                p.normal_(0, 0.3)
+    return model.train()
+
+
+FORMS = {
+    "lora": lambda: peft(MLP(9, 11, 7, bias=True), ["up", "down"]),
+    "one form": lambda: peft(MLP(9, 9, 9), ["up", "down"]),
+    "rslora": lambda: one_layer(use_rslora=True),
+    "dora": lambda: peft(MLP(9, 11, 7), ["up", "down"], use_dora=True),
+    "conv1d": lambda: one_layer(conv1d=True),
+    "two adapters": lambda: peft(MLP(9, 11, 7), ["up", "down"], adapters=TWO),
+    "B = 0": fresh,
+    "rank-deficient": rank_deficient,
+    "r > min(m, n)": lambda: one_layer(4, 3, r=8),
+    "hand-made": lambda: Net(ParameterLoRA(10, 7).double()),
+    "hand-made transposed": lambda: Net(ParameterLoRA(10, 7, transposed=True).double()),
+    "gralora": gralora,
+    "gralora, k = 4": lambda: gralora(k=4, r=8),
+    "gralora, hybrid": lambda: gralora(hybrid_r=2),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_epsilon_is_the_normalised_projection_of_the_last_gradient(form):
+    """ρ·P(G)/‖P(G)‖ over all layers, of the gradient at W' + ε: G by autograd, P with pseudo-inverses."""
+    torch.manual_seed(0)
+    model = FORMS[form]()
+    expected = None
+    # Directions that a step makes a millionth as large as others are none to the projection.
+    optimizer = lorasam(model, lr=0.0 if form == "rank-deficient" else 0.05)
+    assert optimizer.perturbation_norm() == 0
+    for t in range(3):
+        x = batch(model, seed=t)
+        twin = copy.deepcopy(model)
+        parts, _ = dense_pass(twin, x, expected)
+        step(model, optimizer, x)
+        expected, norm = normalised(parts, 0.3)
+        assert_same(epsilon(model), expected)
+        metrics = optimizer.metrics()
+        assert float(metrics["projected_gradient_norm"]) == pytest.approx(norm, rel=1e-7)
+        assert float(metrics["perturbation_norm"]) == pytest.approx(0.3, rel=1e-7)
+        assert optimizer.perturbation_norm() == pytest.approx(0.3, rel=1e-7)
+
+
+def test_epsilon_of_pefts_gralora():
+    torch.manual_seed(0)
+    ours = gralora(r=4, k=2)
+    config = GraloraConfig(r=4, gralora_k=2, alpha=6, target_modules=["up", "down"])
+    theirs = get_peft_model(copy.deepcopy(MLP(8, 12, 8, bias=True)).double(), config, autocast_adapter_dtype=False)
+    inner = theirs.base_model.model
+    with torch.no_grad():
+        for name in ("up", "down"):
+            a, b = getattr(ours, name), getattr(inner, name)
+            b.base_layer.load_state_dict(a.base_layer.state_dict())
+            b.gralora_A["default"].copy_(a.gralora_A)
+            b.gralora_B["default"].copy_(a.gralora_B)
+    theirs.train()
+    x = batch(ours)
+    mine, other = lorasam(ours), lorasam(theirs)
+    step(ours, mine, x)
+    step(theirs, other, x)
+    found = {name.removeprefix("base_model.model."): value for name, value in epsilon(theirs).items()}
+    assert_same(found, epsilon(ours))
+
+
+@pytest.mark.parametrize("form", ["lora", "dora", "two adapters", "gralora"])
+def test_the_loss_rises_to_first_order_by_rho_times_the_norm(form):
+    torch.manual_seed(0)
+    model = FORMS[form]()
+    optimizer, x = lorasam(model, rho=1e-4), batch(model)
+    step(model, optimizer, x)
+    rise = loss_of(model, x).item() - loss_of(model.eval(), x).item()
+    assert rise == pytest.approx(1e-4 * float(optimizer.metrics()["projected_gradient_norm"]), rel=1e-2)
+
+
+def test_steepest_among_perturbations_of_its_norm():
+    """No other ε of its norm in the tangent space raises the loss as much, nor does the direct step in A and B."""
+    torch.manual_seed(0)
+    model = FORMS["lora"]()
+    optimizer, x = lorasam(model, rho=1e-4), batch(model)
+    loss_of(model, x).backward()
+    modules = lora_modules(model)
+    factors = {name: (m.lora_A["default"].weight, m.lora_B["default"].weight) for name, m in modules.items()}
+    others = [{name: b.detach() @ a.grad + b.grad @ a.detach() for name, (a, b) in factors.items()}]
+    for _ in range(20):
+        noise = {name: (torch.randn_like(a), torch.randn_like(b)) for name, (a, b) in factors.items()}
+        others.append({name: (b @ noise[name][0] + noise[name][1] @ a).detach() for name, (a, b) in factors.items()})
+    optimizer.step()
+    clean = loss_of(model.eval(), x).item()
+    rise = loss_of(model.train(), x).item() - clean
+    for other in others:
+        parts, _ = normalised(other, 1e-4)
+        weights = {name: (weight_of(module)[0] + parts[name], module.bias) for name, module in modules.items()}
+        with computing(model, weights):
+            assert abs(loss_of(model, x).item() - clean) < 0.99 * rise
+
+
+@pytest.mark.parametrize("form", ["lora", "dora", "gralora"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
+def test_thirty_steps_are_those_of_a_dense_reference(form, base):
+    torch.manual_seed(0)
+    model = FORMS[form]()
+    reference = copy.deepcopy(model)
+    optimizer, theirs = lorasam(model, lr=0.02, base=base), base(trainable(reference), lr=0.02)
+    eps = None
+    for t in range(30):
+        x = batch(model, seed=t)
+        step(model, optimizer, x)
+        parts, _ = dense_pass(reference, x, eps)
+        theirs.step()
+        theirs.zero_grad()
+        eps, _ = normalised(parts, 0.3)
+    for p, q in zip(trainable(model), trainable(reference), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-9)
+    assert_same(epsilon(model), eps, 1e-6)
+
+
+def test_ill_conditioned_factors_survive_bfloat16():
+    """Columns of B that differ by a hundredth: ε in half precision is still ε, to that precision."""
+    torch.manual_seed(0)
+    model = one_layer(96, 80, dtype=torch.float32)
+    with torch.no_grad():
+        b = model.base_model.model.fc.lora_B["default"].weight
+        b.copy_(b[:, :1] + 1e-2 * b)
+    x = torch.randn(12, 80)
+    parts, _ = dense_pass(copy.deepcopy(model).double(), x.double(), None)
+    expected, _ = normalised(parts, 0.3)
+    optimizer = lorasam(model)
+    step(model, optimizer, x)
+    (adapter,) = optimizer.current_perturbation().values()
+    found = adapter.scaling * adapter.B.bfloat16().double() @ adapter.A.bfloat16().double()
+    (expected,) = expected.values()
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+# --- gradients: their scale, and steps without usable ones ----------------------------------------------------------
+
+
+def test_the_scale_of_the_gradient_does_not_matter():
+    def eps(scale=1.0, clip=None):
+        torch.manual_seed(0)
+        model = FORMS["lora"]()
+        optimizer = lorasam(model)
+        (scale * loss_of(model, batch(model))).backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(trainable(model), clip)
+        optimizer.step()
+        return epsilon(model)
+
+    plain = eps()
+    for other in (eps(1000.0), eps(1e-6), eps(clip=1e-3)):
+        assert_same(other, plain, 1e-10)
+
+
+@pytest.mark.parametrize("form", ["lora", "gralora"])
+def test_under_autocast(form):
+    """bfloat16 products, but an ε of norm ρ, up to their rounding."""
+    torch.manual_seed(0)
+    model = gralora(dtype=torch.float32) if form == "gralora" else peft(MLP(8, 12, 8), ["up", "down"], torch.float32)
+    optimizer, x = lorasam(model, rho=10.0), torch.randn(6, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model, x)
+    loss.backward()
+    optimizer.step()
+    exact = epsilon(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = epsilon(model)
+    assert torch.stack([part.square().sum() for part in exact.values()]).sum().sqrt() == pytest.approx(10.0, rel=1e-5)
+    assert_same(rounded, exact, 3e-2)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0])
+def test_gradients_without_a_direction_keep_epsilon(value):
+    torch.manual_seed(0)
+    model = FORMS["lora"]()
+    optimizer, x = lorasam(model), batch(model)
+    (loss_of(model, x) * value).backward()  # before there is any
+    optimizer.step()
+    optimizer.zero_grad()
+    assert optimizer.perturbation_norm() == 0
+    randomise(model)  # a step of lr 0 makes NaN of A and B where gradients are infinite
+    assert all(float(value.abs().max()) < 1e-14 for value in epsilon(model).values())
+    step(model, optimizer, x)
+    before = optimizer.state_dict()["flatlora"]
+    loss_of(model, x).backward()
+    for p in trainable(model):
+        p.grad.mul_(value) if value == 0 else p.grad[0].fill_(value)
+    optimizer.step()
+    assert difference(before, optimizer.state_dict()["flatlora"]) is None
+
+
+def test_steps_without_gradients_keep_epsilon_and_say_so_once(caplog):
+    model = FORMS["lora"]()
+    optimizer, x = lorasam(model), batch(model)
+    step(model, optimizer, x)
+    before = epsilon(model)
+    for _ in range(2):
+        optimizer.step()
+    assert difference(before, epsilon(model)) is None
+    assert caplog.text.count("no adapter gradients") == 1
+
+
+def test_a_layer_that_the_loss_did_not_pass_through_has_no_part_in_epsilon():
+    torch.manual_seed(0)
+    model = FORMS["one form"]()
+    optimizer, x = lorasam(model), batch(model)
+    step(model, optimizer, x)
+    inner = model.base_model.model
+    inner.up(x).square().mean().backward()
+    optimizer.step()
+    found = epsilon(model)
+    (up,) = (value for name, value in found.items() if name.endswith("up"))
+    (down,) = (value for name, value in found.items() if name.endswith("down"))
+    assert float(up.norm()) == pytest.approx(0.3, rel=1e-7) and float(down.abs().max()) < 1e-14
+
+
+# --- one ε per step, in the passes that train and in no other --------------------------------------------------------
+
+
+def gradients(model, optimizer, ids, micro=1):
+    for part in ids.chunk(micro):
+        (lm_loss(model, part) / micro).backward()
+    found = [p.grad.clone() for p in trainable(model)]
+    optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_and_micro_batches_see_one_epsilon(reentrant):
+    torch.manual_seed(0)
+    model = tiny_llama(torch.float64)
+    optimizer, ids = lorasam(model, rho=1.0), tokens(batch=4)
+    clean = gradients(model, optimizer, ids)
+    lm_loss(model, ids).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    straight = gradients(model, optimizer, ids)
+    assert not all(torch.allclose(a, b, rtol=1e-2) for a, b in zip(clean, straight, strict=True))
+    in_parts = gradients(model, optimizer, ids, micro=4)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    again = gradients(model, optimizer, ids)
+    for a, b, c in zip(straight, in_parts, again, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(c, a, rtol=1e-9, atol=1e-12)
+
+
+def test_other_passes_are_unperturbed():
+    torch.manual_seed(0)
+    model = tiny_llama()
+    plain, ids = copy.deepcopy(model), tokens()
+    optimizer = lorasam(model, rho=1.0)
+    lm_loss(model, ids).backward()
+    optimizer.step()
+    assert not torch.equal(lm_loss(model, ids), lm_loss(plain, ids))
+    with torch.no_grad():
+        assert torch.equal(lm_loss(model, ids), lm_loss(plain, ids))
+    assert torch.equal(lm_loss(copy.deepcopy(model), ids), lm_loss(plain, ids))
+    with model.disable_adapter():
+        disabled = lm_loss(model, ids)
+    model.eval(), plain.eval()
+    assert torch.equal(lm_loss(model, ids), lm_loss(plain, ids))
+    with plain.disable_adapter():
+        assert torch.equal(disabled, lm_loss(plain, ids))
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(input_ids=ids, **options), plain.generate(input_ids=ids, **options))
+    optimizer.remove()
+    assert "forward" not in next(iter(lora_modules(model).values())).__dict__
+
+
+def test_passes_without_gradients_are_perturbed_if_asked_for():
+    model = FORMS["lora"]()
+    optimizer, x = lorasam(model, perturb_no_grad=True), batch(model)
+    step(model, optimizer, x)
+    expected = loss_of(model, x)
+    with torch.no_grad():
+        assert torch.equal(loss_of(model, x), expected)
+        assert not torch.equal(loss_of(model.eval(), x), expected)
+
+
+@pytest.mark.parametrize("form", ["lora", "gralora"])
+def test_a_closure_sees_one_epsilon_wherever_it_moves_the_parameters(form):
+    torch.manual_seed(0)
+    model = FORMS[form]()
+    optimizer = LoRASAMOptimizer(torch.optim.LBFGS(trainable(model), lr=0.1, max_iter=4), model, rho=0.3)
+    x, seen, places = batch(model), [], []
+
+    def closure():
+        optimizer.zero_grad()
+        seen.append(epsilon(model))
+        places.append(trainable(model)[0].detach().clone())
+        loss = loss_of(model, x)
+        loss.backward()
+        return loss
+
+    for t in range(2):
+        seen.clear(), places.clear()
+        optimizer.step(closure)
+        assert len(seen) > 2 and not torch.equal(places[0], places[-1])
+        for other in seen:
+            if t == 0:
+                assert all(float(value.abs().max()) < 1e-14 for value in other.values())
+            else:
+                assert_same(other, seen[0], 1e-9)
+    assert any(float(value.abs().max()) > 1e-3 for value in seen[0].values())
+
+
+def test_base_weights_and_random_stream_are_left_alone():
+    torch.manual_seed(0)
+    model = tiny_llama(lora_dropout=0.2)
+    twin = copy.deepcopy(model)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    optimizer, plain = lorasam(model, 1e-2, torch.optim.AdamW), torch.optim.AdamW(trainable(twin), lr=1e-2)
+    states = []
+    for one, its in ((model, optimizer), (twin, plain)):
+        torch.manual_seed(7)
+        for i in range(3):
+            lm_loss(one, tokens(seed=i)).backward()
+            its.step()
+            its.zero_grad()
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    assert not torch.equal(trainable(model)[0], trainable(twin)[0])
+
+
+# --- bases and optimizers of bitsandbytes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["lora", "gralora"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantised_bases(kind, form):
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = quantised_mlp(kind)
+    if form == "gralora":
+        model = apply_gralora(model.unload(), "all-linear", r=8, k=2, alpha=16).train()
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    optimizer = lorasam(model, rho=3.0)
+    x = torch.randn(8, 64)
+    for _ in range(2):
+        step(model, optimizer, x)
+    found = {}
+    for name, adapter in optimizer.current_perturbation().items():
+        grid = adapter.B @ adapter.A * adapter.scaling
+        found[name] = grid if grid.dim() == 2 else grid.transpose(1, 2).flatten(2).flatten(0, 1)
+    assert optimizer.perturbation_norm() == pytest.approx(3.0, rel=1e-5)
+    assert_same(epsilon(model), found, 1e-2 if kind == "int8" else 1e-3)  # int8 layers round their input
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+
+
+def test_over_an_8_bit_optimizer():
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def run(steps, state=None):
+        torch.manual_seed(0)
+        model = peft(MLP(512, 512, 512), ["up", "down"], torch.float32, r=8)
+        optimizer = lorasam(model, 1e-3, bnb.optim.AdamW8bit)
+        if state:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        for t in steps:
+            x = torch.randn(4, 512, generator=torch.Generator().manual_seed(t))
+            step(model, optimizer, x)
+        return copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+    straight = run(range(4))
+    moments = straight["optimizer"]["state"][0]["__bnb_optimizer_quant_state__"]
+    assert moments["state1"].dtype == torch.uint8
+    assert straight["optimizer"]["flatlora"]["LoRASAMOptimizer"]["rho"] == 0.3
+    assert difference(straight, run(range(2, 4), run(range(2)))) is None
+
+
+# --- on the same model as others -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "low_rank"])
+@pytest.mark.parametrize("form", ["lora", "dora", "gralora"])
+def test_beside_ggpo(form, noise):
+    torch.manual_seed(0)
+    model = FORMS[form]()
+    inner = GGPOOptimizer(torch.optim.AdamW(trainable(model), lr=1e-2), model, sigma=0.1, noise=noise, seed=1)
+    optimizer = LoRASAMOptimizer(inner, model, rho=0.3)
+    x = batch(model)
+    for _ in range(2):
+        step(model, optimizer, x)
+    with inner.unperturbed():
+        alone = epsilon(model)
+    both = epsilon(model)
+    assert torch.stack([part.square().sum() for part in alone.values()]).sum().sqrt() == pytest.approx(0.3, rel=1e-7)
+    assert_same(both, {name: alone[name] + noise_of(inner, name) for name in both}, 1e-9)
+    state = optimizer.state_dict()
+    assert set(state["flatlora"]) == {"LoRASAMOptimizer", "GGPOOptimizer"}
+    optimizer.load_state_dict(state)
+    assert difference(both, epsilon(model)) is None
+
+
+def test_adapters_that_take_turns():
+    """Of adapters with ranks of their own, each step's ε is that of the adapter it trained."""
+    torch.manual_seed(0)
+    model = peft(MLP(9, 11, 7), ["up", "down"], adapters=TWO)
+    optimizer, x = lorasam(model, adapter=["first", "second"]), batch(model)
+    for name in ("first", "second", "first"):
+        model.set_adapter(name)
+        parts, _ = dense_pass(copy.deepcopy(model), x, epsilon(model))
+        step(model, optimizer, x)
+        assert_same(epsilon(model), normalised(parts, 0.3)[0])
+
+
+# --- life, protocol and settings -------------------------------------------------------------------------------------
+
+
+def test_protocol():
+    torch.manual_seed(0)
+    model = FORMS["lora"]()
+    optimizer, x = lorasam(model, lr=0.1), batch(model)
+    step(model, optimizer, x)
+    present, before = optimizer.current_perturbation(), epsilon(model)
+    with optimizer.unperturbed():
+        assert not any(value.any() for value in epsilon(model).values())
+    step(model, optimizer, batch(model, seed=1))
+    assert difference(before, epsilon(model)) is not None
+    with optimizer.perturbed_as(present):
+        assert_same(epsilon(model), before, 1e-9)
+    model.eval()
+    assert set(optimizer.current_perturbation().values()) == {None}
+
+
+def test_rho_may_be_set_between_steps():
+    model = FORMS["lora"]()
+    optimizer, x = lorasam(model), batch(model)
+    step(model, optimizer, x)
+    before = epsilon(model)
+    optimizer.rho = 0.6
+    assert_same(epsilon(model), {name: 2 * value for name, value in before.items()}, 1e-9)
+    assert optimizer.perturbation_norm() == pytest.approx(0.6)
+    optimizer.rho = 0
+    assert not any(value.any() for value in epsilon(model).values())
+    assert optimizer.perturbation_norm() == 0
+    with pytest.raises(ValueError, match="rho must be"):
+        optimizer.rho = -1
+    assert optimizer.rho == 0
+
+
+def test_rho_zero_is_the_base_optimizer():
+    torch.manual_seed(0)
+    model = tiny_llama()
+    twin = copy.deepcopy(model)
+    optimizer, plain = lorasam(model, 1e-2, torch.optim.AdamW, rho=0), torch.optim.AdamW(trainable(twin), lr=1e-2)
+    for one, its in ((model, optimizer), (twin, plain)):
+        for i in range(3):
+            lm_loss(one, tokens(seed=i)).backward()
+            its.step()
+            its.zero_grad()
+    assert all(torch.equal(p, q) for p, q in zip(trainable(model), trainable(twin), strict=True))
+
+
+@pytest.mark.parametrize("end", ["remove", "remove_perturbation"])
+def test_removal(end):
+    model = FORMS["lora"]()
+    optimizer, x = lorasam(model), batch(model)
+    step(model, optimizer, x)
+    optimizer.remove() if end == "remove" else remove_perturbation(model)
+    assert not any(value.any() for value in epsilon(model).values())
+    assert optimizer.perturbation_norm() == 0
+    step(model, optimizer, x)
+    assert not any(value.any() for value in epsilon(model).values())
+    optimizer.remove()
+    lorasam(model)
+
+
+def test_a_copy_with_its_model_goes_on_as_the_original():
+    torch.manual_seed(0)
+    model = FORMS["lora"]()
+    optimizer = lorasam(model, 0.05, torch.optim.AdamW)
+    step(model, optimizer, batch(model))
+    model_2, optimizer_2 = copy.deepcopy((model, optimizer))
+    for one, its in ((model, optimizer), (model_2, optimizer_2)):
+        step(one, its, batch(one, seed=1))
+    assert difference(optimizer.state_dict(), optimizer_2.state_dict()) is None
+    assert difference(epsilon(model), epsilon(model_2)) is None
+    step(model, optimizer, batch(model, seed=2))
+    assert difference(epsilon(model), epsilon(model_2)) is not None
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
+    def start():
+        torch.manual_seed(0)
+        model = tiny_llama(lora_dropout=0.1)
+        optimizer = lorasam(model, 1e-2, torch.optim.AdamW)
+        return model, optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=10)
+
+    def train(model, optimizer, scheduler, steps):
+        for i in steps:
+            torch.manual_seed(i)
+            lm_loss(model, tokens(seed=i)).backward()
+            torch.nn.utils.clip_grad_norm_(trainable(model), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+
+    run = start()
+    train(*run, range(3))
+    run[1].rho = 0.2
+    torch.save([part.state_dict() for part in run], tmp_path / "half.pt")
+    train(*run, range(3, 6))
+    resumed = start()
+    states = torch.load(tmp_path / "half.pt", weights_only=True)
+    for part, state in zip(resumed, states, strict=True):
+        part.load_state_dict(state)
+    assert resumed[1].rho == 0.2
+    train(*resumed, range(3, 6))
+    assert difference([part.state_dict() for part in run], [part.state_dict() for part in resumed]) is None
+
+
+@pytest.mark.parametrize("form", ["lora", "gralora"])
+def test_states_of_other_models_are_refused_and_change_nothing(form):
+    model = FORMS[form]()
+    optimizer, x = lorasam(model), batch(model)
+    step(model, optimizer, x)
+    before = copy.deepcopy(optimizer.state_dict())
+    name = next(iter(before["flatlora"]["LoRASAMOptimizer"]["layers"]))
+
+    def refused(match, change):
+        state = copy.deepcopy(before)
+        change(state["flatlora"]["LoRASAMOptimizer"])
+        with pytest.raises(ValueError, match=match):
+            optimizer.load_state_dict(state)
+        assert difference(before, optimizer.state_dict()) is None
+
+    refused("lacks rho", lambda own: own.pop("rho"))
+    refused("rho must be", lambda own: own.update(rho=float("nan")))
+    refused("another model", lambda own: own["layers"].pop(name))
+    refused("another model", lambda own: own["layers"][name].update(shape=[3, 3]))
+    refused("no dict by layer name", lambda own: own.update(layers=[1]))
+    refused("both be None", lambda own: own["layers"][name].update(A=None))
+    refused("both be None", lambda own: own["layers"][name].update(A=own["layers"][name]["A"][..., :-1]))
+    refused("both be None", lambda own: own["layers"][name].update(B=own["layers"][name]["B"][..., :-1]))
+    optimizer.load_state_dict(before)
+
+
+def test_a_checkpoint_of_the_base_optimizer_starts_without_a_perturbation(caplog):
+    model = FORMS["lora"]()
+    optimizer, x = lorasam(model), batch(model)
+    step(model, optimizer, x)
+    optimizer.load_state_dict(torch.optim.SGD(trainable(model), lr=0.5).state_dict())
+    assert "no LoRASAM part" in caplog.text and optimizer.perturbation_norm() == 0
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_parameters_that_come_later_are_perturbed_from_then_on():
+    torch.manual_seed(0)
+    model = FORMS["lora"]()
+    inner, x = model.base_model.model, batch(model)
+    up = [p for p in inner.up.parameters() if p.requires_grad]
+    down = [p for p in inner.down.parameters() if p.requires_grad]
+    optimizer = LoRASAMOptimizer(torch.optim.SGD(up, lr=0.0), model, rho=0.3)
+    step(model, optimizer, x)
+    assert [bool(value.any()) for value in epsilon(model).values()] == [True, False]
+    model.zero_grad()
+    optimizer.add_param_group({"params": down})
+    parts, _ = dense_pass(copy.deepcopy(model), x, epsilon(model))
+    step(model, optimizer, x)
+    assert_same(epsilon(model), normalised(parts, 0.3)[0])
+
+
+def test_wrong_calls():
+    model = FORMS["lora"]()
+    base = torch.optim.SGD(trainable(model), lr=0.1)
+    for bad in (-0.1, float("inf"), True, "a"):
+        with pytest.raises(ValueError, match="rho must be"):
+            LoRASAMOptimizer(base, model, rho=bad)
+    with pytest.raises(ValueError, match="unknown adapter"):
+        LoRASAMOptimizer(base, model, adapter="other")
+    with pytest.raises(ValueError, match="none of them is an adapter"):
+        LoRASAMOptimizer(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), model)
+    with pytest.raises(TypeError, match="optimizer must be"):
+        LoRASAMOptimizer(torch.optim.SGD, model)
+    first = LoRASAMOptimizer(base, model)
+    with pytest.raises(ValueError, match="already perturbed"):
+        LoRASAMOptimizer(base, model)
+    step(model, first, batch(model))
+    LoRASAMOptimizer(base, model)
+    with pytest.raises(RuntimeError, match="built later"):
+        first.step()
