@@ -120,7 +120,8 @@ class Hook:
         extras: list[Draw | Adapter] = []
         adapters: list[Adapter] | None = None
         for ref, layer in self.entries:
-            if (attachment := ref()) is None:
+            attachment = ref()
+            if attachment is None or not (layer.module.training or attachment.source.always):
                 continue
             adapters = layer.adapters() if adapters is None else adapters
             if perturbs(attachment.source, layer, adapters):
