@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from reference import expected_std as expected_std
+from reference import projected as projected
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -269,21 +271,6 @@ def noise_of(optimizer, name=None, dtype=torch.float64):
         return draw_gaussian(draw, n, None, dtype)
     b, a = draw_low_rank(draw, n, dtype)
     return b @ a
-
-
-def projected(grad, b, a):
-    """P_B·G + G·P_A − P_B·G·P_A with pseudo-inverses."""
-    p_b = b @ torch.linalg.pinv(b, rtol=1e-9)
-    p_a = torch.linalg.pinv(a, rtol=1e-9) @ a
-    return p_b @ grad + grad @ p_a - p_b @ grad @ p_a
-
-
-def expected_std(weight, sigma, beta=0.0, grad=None):
-    """The specification's row standard deviations: σ/√n · sqrt(‖W'_i‖² + β‖G_i‖²)."""
-    row_sq = weight.square().sum(1)
-    if grad is not None:
-        row_sq = row_sq + beta * grad.square().sum(1)
-    return sigma * (row_sq / weight.shape[1]).sqrt()
 
 
 def rank_correlation(x, y):
