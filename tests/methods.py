@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from ecosystem import quantise, tokens
+from ecosystem import tokens
+from models import llama, quantise
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import flatlora
 
@@ -115,6 +115,8 @@ METHODS = [
     Method("GraLoRA under GGPO", gralora, ggpo()),
 ]
 PERTURBING = [method for method in METHODS if method.perturbs]
+OF_PEFT = [method for method in METHODS if method.adapt is not gralora]
+KEEPS_STATE = [method for method in METHODS if method.build is not plain]
 
 
 def every_method(*but: str, among: list[Method] = METHODS, xfail: dict[str, str] | None = None) -> pytest.MarkDecorator:
@@ -136,12 +138,7 @@ def adapted(
 ) -> nn.Module:
     """A one-layer Llama with the method's adapters, none of which is zero; the same for the same arguments."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=1, vocab_size=64, bos_token_id=1, eos_token_id=2,
-        )
-    )  # fmt: skip
+    model = llama(width)
     if quant is not None:
         quantise(model, quant)
     model = method.adapt(model, r=r, dropout=dropout)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ecosystem import difference
 from methods import (
-    METHODS,
+    OF_PEFT,
     PERTURBING,
     adamw,
     adapted,
@@ -32,8 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*use_reentrant"),
 ]
-
-OF_PEFT = [method for method in METHODS if hasattr(adapted(method), "peft_config")]
 
 
 def started(method, base=adamw, steps=2, **kwargs):

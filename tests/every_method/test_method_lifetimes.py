@@ -13,6 +13,7 @@ import torch
 from ecosystem import difference
 from methods import (
     METHODS,
+    OF_PEFT,
     PERTURBING,
     adamw,
     adapted,
@@ -31,8 +32,6 @@ from methods import (
 import flatlora
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-
-OF_PEFT = [method for method in METHODS if hasattr(adapted(method), "peft_config")]
 
 
 def started(method, **kwargs):

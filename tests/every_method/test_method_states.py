@@ -8,7 +8,7 @@ import io
 import pytest
 import torch
 from ecosystem import difference
-from methods import METHODS, adamw, adapted, every_method, load_weights, logits, train, values, weights
+from methods import KEEPS_STATE, adamw, adapted, every_method, load_weights, logits, train, values, weights
 
 from flatlora.wrapper import STATE_KEY
 
@@ -28,9 +28,6 @@ def begun(method, steps=3, seed=7, **kwargs):
     torch.manual_seed(5)
     train(model, optimizer, range(steps))
     return model, optimizer
-
-
-KEEPS_STATE = [method for method in METHODS if STATE_KEY in method.start(adapted(method), adamw).state_dict()]
 
 
 @every_method()
