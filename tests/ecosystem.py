@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from models import llama, quantise
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from flatlora import GGPOOptimizer, lora_layers
 
@@ -40,17 +40,7 @@ def tiny_llama(
 ) -> PeftModel:
     """A one-layer Llama with adapters everywhere; `quant` is None, ``"nf4"``, ``"fp4"`` or ``"int8"``."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=64,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config)
+    model = llama(width)
     if quant is not None:
         quantise(model, quant)
     lora = LoraConfig(
@@ -62,24 +52,6 @@ def tiny_llama(
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora).train()
-
-
-def quantise(model: nn.Module, kind: str) -> None:
-    """Puts bitsandbytes' layers in the place of every linear layer but the head."""
-    import bitsandbytes as bnb
-
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or "lm_head" in name:
-            continue
-        weight, size = module.weight.data, (module.in_features, module.out_features)
-        new: nn.Module
-        if kind == "int8":
-            new = bnb.nn.Linear8bitLt(*size, bias=False, has_fp16_weights=False)
-            new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-        else:
-            new = bnb.nn.Linear4bit(*size, bias=False, quant_type=kind, compress_statistics=True)
-            new.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type=kind, compress_statistics=True)
-        model.set_submodule(name, new.to("cpu"))
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

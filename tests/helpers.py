@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 
 import torch
 import torch.nn.functional as F
+from models import VOCAB, llama, quantise
+from models import quantised as quantised
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from reference import expected_std as expected_std
+from reference import projected as projected
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from flatlora.kernels.draw import draw_gaussian, draw_low_rank
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-VOCAB = 64
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -142,18 +142,8 @@ def one_layer(m=10, n=7, bias=True, conv1d=False, **config):
 
 
 def tiny_llama(dtype=torch.float32, layers=1, **config):
-    base = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=VOCAB,
-            max_position_embeddings=32,
-            pad_token_id=0,
-        )
-    )
+    sizes = {"intermediate_size": 48, "num_hidden_layers": layers, "max_position_embeddings": 32, "pad_token_id": 0}
+    base = llama(num_attention_heads=4, num_key_value_heads=2, **sizes)
     return peft(base, ["q_proj", "v_proj", "gate_proj", "down_proj"], dtype, **config)
 
 
@@ -175,28 +165,8 @@ def lm_loss(model, ids):
     return model(input_ids=ids, labels=ids).loss
 
 
-def quantised(linear, kind):
-    """`linear` as a bitsandbytes layer on the CPU: "nf4" (double quantisation), "fp4" or "int8"."""
-    import bitsandbytes as bnb
-
-    m, n = linear.out_features, linear.in_features
-    if kind == "int8":
-        new = bnb.nn.Linear8bitLt(n, m, bias=linear.bias is not None, has_fp16_weights=False)
-        new.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-    else:
-        double = kind == "nf4"
-        new = bnb.nn.Linear4bit(n, m, bias=linear.bias is not None, quant_type=kind, compress_statistics=double)
-        new.weight = bnb.nn.Params4bit(
-            linear.weight.data, requires_grad=False, quant_type=kind, compress_statistics=double
-        )
-    if linear.bias is not None:
-        new.bias = nn.Parameter(linear.bias.data.clone(), requires_grad=False)
-    return new.to("cpu")
-
-
 def quantised_mlp(kind, n=64, hidden=96, m=64, **config):
-    model = MLP(n, hidden, m)
-    model.up, model.down = quantised(model.up, kind), quantised(model.down, kind)
+    model = quantise(MLP(n, hidden, m), kind)
     if kind == "int8":
         model.is_loaded_in_8bit = True
     else:
@@ -269,21 +239,6 @@ def noise_of(optimizer, name=None, dtype=torch.float64):
         return draw_gaussian(draw, n, None, dtype)
     b, a = draw_low_rank(draw, n, dtype)
     return b @ a
-
-
-def projected(grad, b, a):
-    """P_B·G + G·P_A − P_B·G·P_A with pseudo-inverses."""
-    p_b = b @ torch.linalg.pinv(b, rtol=1e-9)
-    p_a = torch.linalg.pinv(a, rtol=1e-9) @ a
-    return p_b @ grad + grad @ p_a - p_b @ grad @ p_a
-
-
-def expected_std(weight, sigma, beta=0.0, grad=None):
-    """The specification's row standard deviations: σ/√n · sqrt(‖W'_i‖² + β‖G_i‖²)."""
-    row_sq = weight.square().sum(1)
-    if grad is not None:
-        row_sq = row_sq + beta * grad.square().sum(1)
-    return sigma * (row_sq / weight.shape[1]).sqrt()
 
 
 def rank_correlation(x, y):

@@ -12,6 +12,7 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from ddp_exit import leave_together
+from models import quantise
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
@@ -50,19 +51,6 @@ def lora_net(dtype=torch.float64, seed=0, sizes=SIZES, base="float", **config):
         if "lora_B" in name:
             nn.init.normal_(p, std=0.2)
     return model.train()
-
-
-def quantise(net, base):
-    for name in ("up", "down"):
-        old = getattr(net, name)
-        if base == "nf4":
-            new = bnb.nn.Linear4bit(old.in_features, old.out_features, quant_type="nf4", compute_dtype=torch.float32)
-            new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
-        else:
-            new = bnb.nn.Linear8bitLt(old.in_features, old.out_features, has_fp16_weights=False)
-            new.weight = bnb.nn.Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
-        new.bias = old.bias
-        setattr(net, name, new.to("cpu"))
 
 
 def primary(model):

@@ -1,0 +1,83 @@
+"""Every method: six steps straight against three, a checkpoint, and three more in a new process."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from ecosystem import difference
+from methods import METHODS, adamw, adapted, every_method, load_weights, logits, train, weights
+from torch.optim.lr_scheduler import OneCycleLR
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
+
+
+def begin(method, seed):
+    model = adapted(method, dropout=0.1)
+    optimizer = method.start(model, adamw, seed=seed)
+    return model, optimizer, OneCycleLR(optimizer, 1e-2, total_steps=10)
+
+
+def go_on(model, optimizer, scheduler, steps):
+    for i in steps:
+        train(model, optimizer, range(i, i + 1))
+        scheduler.step()
+
+
+def ending(model, optimizer):
+    """All that can be told of a run: weights, checkpoint, the next pass, the global random numbers."""
+    rng = torch.get_rng_state()
+    torch.manual_seed(0)  # for dropout
+    return {"weights": weights(model), "state": optimizer.state_dict(), "logits": logits(model), "rng": rng}
+
+
+def resume(folder):
+    """What the new process does: every method from its checkpoint to the end."""
+    torch.set_num_threads(1)
+    for method in METHODS:
+        torch.manual_seed(1000)
+        model, optimizer, scheduler = begin(method, seed=1000)
+        saved = torch.load(folder / f"{method.name}.half.pt", weights_only=True)
+        load_weights(model, saved["weights"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        torch.set_rng_state(saved["rng"])
+        go_on(model, optimizer, scheduler, range(3, 6))
+        torch.save(ending(model, optimizer), folder / f"{method.name}.end.pt")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The checkpoints, and what a new process made of them."""
+    folder = tmp_path_factory.mktemp("resume")
+    for method in METHODS:
+        model, optimizer, scheduler = begin(method, seed=1)
+        torch.manual_seed(5)
+        go_on(model, optimizer, scheduler, range(3))
+        state = {
+            "weights": weights(model),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        torch.save(state, folder / f"{method.name}.half.pt")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, __file__, str(folder)], check=True, timeout=300, env=environment)
+    return folder
+
+
+@every_method()
+def test_a_run_resumed_in_a_new_process_is_the_uninterrupted_one(folder, method):
+    model, optimizer, scheduler = begin(method, seed=1)
+    torch.manual_seed(5)
+    go_on(model, optimizer, scheduler, range(6))
+    resumed = torch.load(folder / f"{method.name}.end.pt", weights_only=True)
+    assert difference(ending(model, optimizer), resumed) is None
+
+
+if __name__ == "__main__":
+    resume(pathlib.Path(sys.argv[1]))
