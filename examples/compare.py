@@ -1,0 +1,239 @@
+"""Compares ways to fine-tune: methods × regimes × seeds, on your own texts, with tables, p-values and pictures.
+
+    pip install "flatlora[examples,plot]" scipy
+    python examples/compare.py --runs lora@5e-4 ggpo:0.2@5e-4 --flip 0.4 --seeds 0-4    # news headlines, five topics
+    python examples/compare.py --train-file train.tsv --test-file test.tsv --other-test-file elsewhere.tsv
+    python examples/compare.py --dataset imdb --examples 200
+    python examples/compare.py --runs lora sam ggpo bilora early-stopping --tune 6      # an equal budget for each
+
+A run is `method`, `method:strength`, and the learning rates it is made with: `ggpo:0.2@5e-4,1e-3`. Every method starts
+from the same weights and sees the same batches, wrong labels (`--flip`) included. Each run is one line of the results
+file: start the same command again after a crash or with more seeds, and it goes on where it stopped.
+
+`--tune N` gives every method N candidates of learning rate and strength. They are trained on four fifths of the
+training data as you have it, wrong labels included, and scored on the rest; the best is then trained on all of it.
+Test data never chooses anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from common import data_arguments, non_negative, positive, quiet
+from comparing.data import load_texts
+from comparing.methods import METHODS
+from comparing.report import NOTE, Values, heat_maps, table, training_curves
+from comparing.runs import Run, model_name
+from comparing.store import Store, results_of
+from tqdm import tqdm
+
+RATES = (1e-4, 1e-3)  # of --tune, from the lowest to the highest
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method with its numbers: a row of the table."""
+
+    method: str
+    strength: float
+    lr: float
+
+    def name(self) -> str:
+        method = METHODS[self.method]
+        strength = f", {method.symbol} {self.strength:g}" if method.symbol else ""
+        return f"{method.label}{strength}, lr {self.lr:g}"
+
+
+def parse_settings(text: str, rates: list[float]) -> list[Setting]:
+    """`method[:strength][@lr,lr]` as settings; `rates` where it names none."""
+    body, _, given = text.partition("@")
+    method, _, strength = body.partition(":")
+    if method not in METHODS:
+        raise SystemExit(f"error: --runs {text}: no method {method!r}; there are {', '.join(METHODS)}")
+    strengths = METHODS[method].strengths
+    if strength and not strengths:
+        raise SystemExit(f"error: --runs {text}: {method} has no strength")
+    try:
+        chosen = float(strength) if strength else strengths[0] if strengths else 0.0
+        return [Setting(method, chosen, lr) for lr in (map(float, given.split(",")) if given else rates)]
+    except ValueError as reason:
+        raise SystemExit(f"error: --runs {text}: {reason}") from reason
+
+
+def candidates(method: str, budget: int) -> list[Setting]:
+    """`budget` settings of a method: learning rates evenly spaced in the logarithm, for each of its strengths."""
+    strengths = METHODS[method].strengths or (0.0,)
+    counts = [budget // len(strengths) + (i < budget % len(strengths)) for i in range(len(strengths))]
+    low, high = RATES
+    return [
+        Setting(method, strength, float(f"{low * (high / low) ** (i / max(count - 1, 1)):.2g}"))
+        for strength, count in zip(strengths, counts, strict=True)
+        for i in range(count)
+    ]
+
+
+# --- the runs -------------------------------------------------------------------------------------------------------
+
+
+def regimes(args: argparse.Namespace, data: str) -> list[Run]:
+    """One run of no method in particular per regime; the others are made from it."""
+    return [
+        Run(
+            data=data,
+            model=model_name(args.model),
+            examples=examples,
+            flip=flip,
+            method="lora",
+            strength=0.0,
+            lr=0.0,
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            r=args.r,
+            seed=0,
+            tuning=False,
+            validation=args.validation,
+            curve_texts=args.curve_texts,
+        )
+        for examples in args.examples
+        for flip in args.flip
+    ]
+
+
+def of(regime: Run, setting: Setting, seed: int, tuning: bool = False) -> Run:
+    numbers = {"method": setting.method, "strength": setting.strength, "lr": setting.lr}
+    return replace(regime, **numbers, seed=seed, tuning=tuning)
+
+
+def make(runs: Iterable[Run], store: Store, args: argparse.Namespace, what: str) -> None:
+    """Makes those runs that the results file does not have."""
+    missing = [run for run in dict.fromkeys(runs) if run not in store]
+    if not missing or args.report_only:
+        return
+    with tqdm(total=len(missing), unit="run", desc=what, smoothing=0.1) as bar:
+        for run, result in results_of(missing, args):
+            store.add(run, result)
+            bar.set_postfix_str(f"{run.method} {run.lr:g} seed {run.seed}")
+            bar.update()
+
+
+def tuned(regime: Run, methods: list[str], store: Store, args: argparse.Namespace) -> list[Setting]:
+    """Of each method the candidate with the best mean accuracy on validation examples, of equals the lower loss."""
+    settings = {method: candidates(method, args.tune) for method in methods}
+    seeds = args.seeds[: args.tune_seeds]
+    make([of(regime, s, seed, True) for seed in seeds for each in settings.values() for s in each], store, args, "tune")
+    chosen = []
+    for each in settings.values():
+        scores = {}
+        for setting in each:
+            found = [store[run] for seed in seeds if (run := of(regime, setting, seed, True)) in store]
+            if len(found) == len(seeds):
+                accuracy = statistics.mean(result["validation_accuracy"] for result in found)
+                scores[setting] = (accuracy, -statistics.mean(result["validation_loss"] for result in found))
+        if scores:
+            chosen.append(max(scores, key=lambda setting: scores[setting]))
+    return chosen
+
+
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
+def rows_of(regime: Run, settings: list[Setting], store: Store, seeds: list[int]) -> dict[Setting, Values]:
+    found = {s: {seed: store[run] for seed in seeds if (run := of(regime, s, seed)) in store} for s in settings}
+    return {setting: results for setting, results in found.items() if results}
+
+
+def baselines_of(settings: Iterable[Setting], args: argparse.Namespace) -> dict[Setting, Setting]:
+    """What each setting is compared with: LoRA as it was tuned, at --baseline-lr, or at the same learning rate."""
+    settings = list(settings)
+    lora = {setting.lr: setting for setting in settings if setting.method == "lora"}
+    fixed = next(iter(lora.values()), None) if args.tune else lora.get(args.baseline_lr)
+    pairs = {s: fixed if fixed or args.baseline_lr else lora.get(s.lr) for s in settings if s is not fixed}
+    return {s: other for s, other in pairs.items() if other is not None and s != other}
+
+
+def report(regime: Run, settings: list[Setting], store: Store, args: argparse.Namespace) -> str:
+    rows = rows_of(regime, settings, store, args.seeds)
+    wrong = f", {100 * regime.flip:g} % wrong labels" if regime.flip else ""
+    title = f"{regime.data.rpartition(':')[0]}, {regime.examples} examples{wrong}"
+    if not rows:
+        return f"### {title}\n\nno results"
+    named = {setting.name(): results for setting, results in rows.items()}
+    baselines = {setting.name(): other.name() for setting, other in baselines_of(rows, args).items()}
+    if args.pictures is not None:
+        draw(rows, title, args.pictures)
+    return f"### {title}\n\n{table(named, baselines, args.measure)}"
+
+
+def draw(rows: dict[Setting, Values], title: str, folder: Path) -> None:
+    """Saves the training curves, and the heat maps of methods that ran with several learning rates."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = "".join(
+        character if character.isalnum() else "-" for character in title.replace(" % wrong labels", "-wrong")
+    )
+    named = {setting.name(): results for setting, results in rows.items()}
+    training_curves(named, title).savefig(folder / f"{stem}-curves.png", dpi=130)
+    grids: dict[str, dict[float, Values]] = {}
+    for setting, results in rows.items():
+        grids.setdefault(setting.name().rpartition(", lr")[0], {})[setting.lr] = results
+    grids = {name: by_lr for name, by_lr in grids.items() if len(by_lr) > 1}
+    if grids:
+        heat_maps(grids, title).savefig(folder / f"{stem}-heat.png", dpi=130)
+
+
+def seed_range(text: str) -> list[int]:
+    """`5` or `2-9` or `0,3,4` as seeds."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        seeds += range(int(first), int(last or first) + 1)
+    return seeds
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data_arguments(parser, examples=None)
+    parser.add_argument("--examples", type=positive, nargs="+", default=[256], help="training examples (256)")
+    parser.add_argument("--dataset", metavar="NAME", help="a data set of the datasets library, or NAME:CONFIGURATION")
+    parser.add_argument("--other-test-file", type=Path, metavar="TSV", help="test texts of another domain")
+    parser.add_argument("--runs", nargs="+", default=["lora", "ggpo"], metavar="RUN", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--lr", type=non_negative, nargs="+", default=[5e-4], help="of runs that name none")
+    parser.add_argument("--flip", type=non_negative, nargs="+", default=[0.0], help="shares of wrong labels")
+    parser.add_argument("--seeds", type=seed_range, default=seed_range("0-4"), help="such as 0-4 (the default) or 1,3")
+    parser.add_argument("--tune", type=positive, metavar="N", help="choose among N candidates of every method")
+    parser.add_argument("--tune-seeds", type=positive, default=3, help="of --seeds, the first (default: %(default)s)")
+    parser.add_argument("--validation", type=float, default=0.2, help="share held out to choose (default: %(default)s)")
+    parser.add_argument("--baseline-lr", type=float, help="compare with LoRA at this rate (default: at the same)")
+    parser.add_argument("--measure", choices=["accuracy", "matthews"], default="accuracy", help="what is compared")
+    parser.add_argument("--epochs", type=positive, default=8)
+    parser.add_argument("--batch-size", type=positive, default=16)
+    parser.add_argument("--r", type=positive, default=16, help="rank of the adapters (default: %(default)s)")
+    parser.add_argument("--curve-texts", type=positive, default=128, help="test texts scored after every epoch")
+    parser.add_argument("--processes", type=positive, default=1, help="runs at a time, of one thread each")
+    parser.add_argument("--results", type=Path, default=Path("results.jsonl"), help="default: %(default)s")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="save training curves and heat maps there")
+    parser.add_argument("--report-only", action="store_true", help="make no run; report those in the results file")
+    args = parser.parse_args(argv)
+    if any(flip > 1 for flip in args.flip) or not 0 < args.validation < 1:
+        parser.error("--flip must be between 0 and 1, --validation strictly so")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    quiet()
+    with Store(args.results) as store:
+        for regime in regimes(args, load_texts(args).name):
+            parsed = [setting for text in args.runs for setting in parse_settings(text, args.lr)]
+            if args.tune:
+                parsed = tuned(regime, list(dict.fromkeys(setting.method for setting in parsed)), store, args)
+            make([of(regime, setting, seed) for seed in args.seeds for setting in parsed], store, args, "runs")
+            print(f"\n{report(regime, parsed, store, args)}")
+    print(f"\n{NOTE}")
+
+
+if __name__ == "__main__":
+    main()
