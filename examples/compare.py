@@ -171,9 +171,7 @@ def report(regime: Run, settings: list[Setting], store: Store, args: argparse.Na
 def draw(rows: dict[Setting, Values], title: str, folder: Path) -> None:
     """Saves the training curves, and the heat maps of methods that ran with several learning rates."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = "".join(
-        character if character.isalnum() else "-" for character in title.replace(" % wrong labels", "-wrong")
-    )
+    stem = "-".join("".join(letter if letter.isalnum() else " " for letter in title).split())
     named = {setting.name(): results for setting, results in rows.items()}
     training_curves(named, title).savefig(folder / f"{stem}-curves.png", dpi=130)
     grids: dict[str, dict[float, Values]] = {}

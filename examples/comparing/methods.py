@@ -119,10 +119,10 @@ class Fit:
             torch.cuda.synchronize()
         start = clock()
         yield
+        self.after_step()
         if cuda:
             torch.cuda.synchronize()
         self.times.append(clock() - start)
-        self.after_step()
 
 
 def ordinary(fit: Fit) -> Iterator[None]:
