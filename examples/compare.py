@@ -97,6 +97,7 @@ def regimes(args: argparse.Namespace, data: str) -> list[Run]:
             tuning=False,
             validation=args.validation,
             curve_texts=args.curve_texts,
+            schedule=args.schedule,
         )
         for examples in args.examples
         for flip in args.flip
@@ -191,8 +192,8 @@ def seed_range(text: str) -> list[int]:
     return seeds
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     data_arguments(parser, examples=None)
     parser.add_argument("--examples", type=positive, nargs="+", default=[256], help="training examples (256)")
     parser.add_argument("--dataset", metavar="NAME", help="a data set of the datasets library, or NAME:CONFIGURATION")
@@ -207,6 +208,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--baseline-lr", type=float, help="compare with LoRA at this rate (default: at the same)")
     parser.add_argument("--measure", choices=["accuracy", "matthews"], default="accuracy", help="what is compared")
     parser.add_argument("--epochs", type=positive, default=8)
+    parser.add_argument("--schedule", choices=["constant", "linear"], default="constant", help="of the learning rate")
     parser.add_argument("--batch-size", type=positive, default=16)
     parser.add_argument("--r", type=positive, default=16, help="rank of the adapters (default: %(default)s)")
     parser.add_argument("--curve-texts", type=positive, default=128, help="test texts scored after every epoch")
@@ -214,6 +216,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=Path("results.jsonl"), help="default: %(default)s")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="save training curves and heat maps there")
     parser.add_argument("--report-only", action="store_true", help="make no run; report those in the results file")
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    parser = build_parser(__doc__) if parser is None else parser
     args = parser.parse_args(argv)
     if any(flip > 1 for flip in args.flip) or not 0 < args.validation < 1:
         parser.error("--flip must be between 0 and 1, --validation strictly so")
@@ -223,7 +230,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     quiet()
-    with Store(args.results) as store:
+    with Store(args.results, read_only=args.report_only) as store:
         for regime in regimes(args, load_texts(args).name):
             parsed = [setting for text in args.runs for setting in parse_settings(text, args.lr)]
             if args.tune:

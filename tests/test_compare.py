@@ -28,7 +28,7 @@ from comparing import runs as runs_module  # noqa: E402
 from comparing.data import flip_labels, load_named, training_data  # noqa: E402
 from comparing.methods import METHODS, Average  # noqa: E402
 from comparing.report import heat_maps, holm, paired_difference, table, training_curves  # noqa: E402
-from comparing.runs import calibration_error, execute, load_task, matthews  # noqa: E402
+from comparing.runs import calibration_error, execute, load_task, matthews, train  # noqa: E402
 from comparing.store import Store  # noqa: E402
 
 pytest.importorskip("scipy")
@@ -156,8 +156,10 @@ def test_only_the_last_line_may_be_torn(files, task, tmp_path):
         store.add(run, {"accuracy": 0.5})
         with pytest.raises(SystemExit, match="another process"):
             Store(path)
+        assert run in Store(path, read_only=True)
     line = path.read_bytes()
     path.write_bytes(line + line[:-1])
+    assert len(Store(path, read_only=True).results) == 1 and path.read_bytes() == line + line[:-1]
     with Store(path) as store:
         assert run in store and store[run] == {"accuracy": 0.5} and path.read_bytes() == line
         assert dataclasses.replace(run, seed=1) not in store
@@ -390,6 +392,14 @@ def test_methods_are_what_they_are_called(learnt):
     assert ends.pop("peft-gralora") == pytest.approx(ends["gralora"], rel=1e-3)  # one initialisation, one method
     assert ends.pop("flat-lora") == pytest.approx(ends["ggpo"], rel=0.05)  # β·‖G‖² is next to nothing
     assert len({round(loss, 6) for loss in ends.values()}) == len(ends)
+
+
+def test_the_linear_schedule_ends_at_zero(files, task, monkeypatch):
+    fits = []
+    monkeypatch.setattr(runs_module, "train", lambda fit, run, scored: fits.append(fit) or train(fit, run, scored))
+    results = {name: execute(a_run(files, task, schedule=name), task) for name in ("constant", "linear")}
+    assert results["constant"]["loss"] != results["linear"]["loss"]
+    assert fits[0].scheduler is None and fits[1].scheduler.get_last_lr() == [0.0]
 
 
 def test_early_stopping_ends_with_its_best_epoch(files, task):

@@ -15,6 +15,7 @@ from common import trainable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from flatlora import (
     BilevelOptimizer,
@@ -100,15 +101,24 @@ class Fit:
     strength: float
     epochs: list[list[Batch]]
     smoothing: float = 0.0
+    decays: bool = False
     after_step: Callable[[], None] = lambda: None
     times: list[float] = field(default_factory=list)
+    scheduler: LambdaLR | None = None
 
     def loss(self, batch: Batch) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return cross_entropy(self.model(**inputs).logits, batch["labels"], label_smoothing=self.smoothing)
 
     def optimizer(self) -> Optimizer:
-        return self.optimizer_of(self.model, self.lr, self.strength)
+        return self.scheduled(self.optimizer_of(self.model, self.lr, self.strength))
+
+    def scheduled(self, optimizer: Optimizer) -> Optimizer:
+        """The optimizer, with a learning rate that falls to zero in a straight line if the run's does."""
+        if self.decays:
+            steps = sum(map(len, self.epochs))
+            self.scheduler = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+        return optimizer
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -119,6 +129,8 @@ class Fit:
             torch.cuda.synchronize()
         start = clock()
         yield
+        if self.scheduler is not None:
+            self.scheduler.step()
         self.after_step()
         if cuda:
             torch.cuda.synchronize()
@@ -179,7 +191,7 @@ def bilevel(fit: Fit) -> Iterator[None]:
     for _ in range(max(1, steps * len(fit.epochs) // 2)):
         with fit.step():
             optimizer.step()
-    second = AdamW(directions, lr=fit.lr)
+    second = fit.scheduled(AdamW(directions, lr=fit.lr))
     everything = [batch for batches in fit.epochs for batch in batches]
     for _ in fit.epochs:
         fit.model.train()

@@ -48,6 +48,7 @@ class Run:
     validation: float
     curve_texts: int
     measures: int = MEASURES
+    schedule: str = "constant"
 
     @property
     def key(self) -> str:
@@ -190,6 +191,7 @@ def execute(run: Run, task: Task) -> dict[str, Any]:
     model = fresh_model(task.base, method, run.strength, run.r, run.seed)
     fit = Fit(model, method.optimizer, run.lr, run.strength, epochs_of(run, task, training))
     fit.smoothing = run.strength if method.trick == "smoothing" else 0.0
+    fit.decays = run.schedule == "linear"
     curve = train(fit, run, what_is_scored(run, task, training))
     result: dict[str, Any] = {"curve": curve, "step_seconds": statistics.median(fit.times)}
     if run.tuning:

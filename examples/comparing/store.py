@@ -25,18 +25,24 @@ class Store:
 
     A last line that a killed process left torn is dropped; any other line that is no result is an error.
 
+    Args:
+        path: the file; it is made where there is none.
+        read_only: leave the file as it is; another process may be writing to it.
+
     Raises:
-        SystemExit: a broken file, or one that another process is writing to.
+        SystemExit: a broken file, or one to write to that another process is writing to.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, read_only: bool = False):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b")
-        self._lock(path)
+        self._file = path.open("rb" if read_only and path.exists() else "a+b")
+        if not read_only:
+            self._lock(path)
         self._file.seek(0)
         text = self._file.read()
         whole = text[: text.rfind(b"\n") + 1]
-        self._file.truncate(len(whole))
+        if not read_only:
+            self._file.truncate(len(whole))
         self.results: dict[str, dict[str, Any]] = {}
         for number, line in enumerate(whole.splitlines(), 1):
             try:
