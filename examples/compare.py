@@ -22,11 +22,12 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from common import data_arguments, non_negative, positive, quiet
 from comparing.data import load_texts
 from comparing.methods import METHODS
-from comparing.report import NOTE, Values, heat_maps, table, training_curves
+from comparing.report import NOTE, Grid, Values, heat_maps, table, training_curves
 from comparing.runs import Run, model_name
 from comparing.store import Store, results_of
 from tqdm import tqdm
@@ -90,7 +91,7 @@ def regimes(args: argparse.Namespace, data: str) -> list[Run]:
             method="lora",
             strength=0.0,
             lr=0.0,
-            epochs=args.epochs,
+            epochs=epochs,
             batch_size=args.batch_size,
             r=args.r,
             seed=0,
@@ -101,6 +102,7 @@ def regimes(args: argparse.Namespace, data: str) -> list[Run]:
         )
         for examples in args.examples
         for flip in args.flip
+        for epochs in args.epochs
     ]
 
 
@@ -151,36 +153,62 @@ def baselines_of(settings: Iterable[Setting], args: argparse.Namespace) -> dict[
     """What each setting is compared with: LoRA as it was tuned, at --baseline-lr, or at the same learning rate."""
     settings = list(settings)
     lora = {setting.lr: setting for setting in settings if setting.method == "lora"}
-    fixed = next(iter(lora.values()), None) if args.tune else lora.get(args.baseline_lr)
-    pairs = {s: fixed if fixed or args.baseline_lr else lora.get(s.lr) for s in settings if s is not fixed}
-    return {s: other for s, other in pairs.items() if other is not None and s != other}
+    if args.tune:
+        fixed = next(iter(lora.values()), None)
+    elif args.baseline_lr is not None and args.baseline_lr not in lora:
+        raise SystemExit(f"error: --baseline-lr {args.baseline_lr:g}: LoRA has results at {sorted(lora)}")
+    else:
+        fixed = lora.get(args.baseline_lr)
+    pairs = {setting: fixed or lora.get(setting.lr) for setting in settings}
+    return {setting: other for setting, other in pairs.items() if other is not None and setting != other}
+
+
+def title_of(regime: Run) -> str:
+    wrong = f", {100 * regime.flip:g} % wrong labels" if regime.flip else ""
+    return f"{regime.data.rpartition(':')[0]}, {regime.examples} examples{wrong}"
 
 
 def report(regime: Run, settings: list[Setting], store: Store, args: argparse.Namespace) -> str:
+    """The table of one regime; its training curves are saved beside it."""
     rows = rows_of(regime, settings, store, args.seeds)
-    wrong = f", {100 * regime.flip:g} % wrong labels" if regime.flip else ""
-    title = f"{regime.data.rpartition(':')[0]}, {regime.examples} examples{wrong}"
+    title = f"{title_of(regime)}, {regime.epochs} epochs"
     if not rows:
         return f"### {title}\n\nno results"
     named = {setting.name(): results for setting, results in rows.items()}
     baselines = {setting.name(): other.name() for setting, other in baselines_of(rows, args).items()}
     if args.pictures is not None:
-        draw(rows, title, args.pictures)
+        save(training_curves(named, title), args.pictures, f"{title} curves")
     return f"### {title}\n\n{table(named, baselines, args.measure)}"
 
 
-def draw(rows: dict[Setting, Values], title: str, folder: Path) -> None:
-    """Saves the training curves, and the heat maps of methods that ran with several learning rates."""
+def draw_grids(found: dict[Run, list[Setting]], store: Store, args: argparse.Namespace) -> None:
+    """Saves heat maps over learning rates and epochs, a picture per regime, of the methods that ran with several."""
+    pictures: dict[str, dict[str, Grid]] = {}
+    for regime, settings in found.items():
+        for setting, results in rows_of(regime, settings, store, args.seeds).items():
+            cells = cells_of(results, regime)
+            grids = pictures.setdefault(title_of(regime), {})
+            grids.setdefault(setting.name().rpartition(", lr")[0], {}).update(
+                {(setting.lr, e): cells[e] for e in cells}
+            )
+    for title, grids in pictures.items():
+        grids = {name: grid for name, grid in grids.items() if len({lr for lr, _ in grid}) > 1}
+        if grids:
+            save(heat_maps(grids, title), args.pictures, f"{title} heat maps")
+
+
+def cells_of(results: Values, regime: Run) -> dict[int, float]:
+    """Mean accuracy by epochs; at a constant rate every epoch of a run is the end of a shorter run."""
+    if regime.schedule == "constant":
+        curves = [[point["accuracy"] for point in result["curve"]] for result in results.values()]
+        return {epoch: statistics.mean(points) for epoch, points in enumerate(zip(*curves, strict=True), 1)}
+    return {regime.epochs: statistics.mean(result["accuracy"] for result in results.values())}
+
+
+def save(figure: Any, folder: Path, title: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     stem = "-".join("".join(letter if letter.isalnum() else " " for letter in title).split())
-    named = {setting.name(): results for setting, results in rows.items()}
-    training_curves(named, title).savefig(folder / f"{stem}-curves.png", dpi=130)
-    grids: dict[str, dict[float, Values]] = {}
-    for setting, results in rows.items():
-        grids.setdefault(setting.name().rpartition(", lr")[0], {})[setting.lr] = results
-    grids = {name: by_lr for name, by_lr in grids.items() if len(by_lr) > 1}
-    if grids:
-        heat_maps(grids, title).savefig(folder / f"{stem}-heat.png", dpi=130)
+    figure.savefig(folder / f"{stem}.png", dpi=130)
 
 
 def seed_range(text: str) -> list[int]:
@@ -207,8 +235,8 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--validation", type=float, default=0.2, help="share held out to choose (default: %(default)s)")
     parser.add_argument("--baseline-lr", type=float, help="compare with LoRA at this rate (default: at the same)")
     parser.add_argument("--measure", choices=["accuracy", "matthews"], default="accuracy", help="what is compared")
-    parser.add_argument("--epochs", type=positive, default=8)
-    parser.add_argument("--schedule", choices=["constant", "linear"], default="constant", help="of the learning rate")
+    parser.add_argument("--epochs", type=positive, nargs="+", default=[8], help="lengths of training (8)")
+    parser.add_argument("--schedule", choices=["constant", "linear"], default="linear", help="of the learning rate")
     parser.add_argument("--batch-size", type=positive, default=16)
     parser.add_argument("--r", type=positive, default=16, help="rank of the adapters (default: %(default)s)")
     parser.add_argument("--curve-texts", type=positive, default=128, help="test texts scored after every epoch")
@@ -231,12 +259,16 @@ def main() -> None:
     args = parse_arguments()
     quiet()
     with Store(args.results, read_only=args.report_only) as store:
+        found: dict[Run, list[Setting]] = {}
         for regime in regimes(args, load_texts(args).name):
             parsed = [setting for text in args.runs for setting in parse_settings(text, args.lr)]
             if args.tune:
                 parsed = tuned(regime, list(dict.fromkeys(setting.method for setting in parsed)), store, args)
             make([of(regime, setting, seed) for seed in args.seeds for setting in parsed], store, args, "runs")
             print(f"\n{report(regime, parsed, store, args)}")
+            found[regime] = parsed
+        if args.pictures is not None:
+            draw_grids(found, store, args)
     print(f"\n{NOTE}")
 
 

@@ -27,7 +27,7 @@ from common import Example, encode  # noqa: E402
 from comparing import runs as runs_module  # noqa: E402
 from comparing.data import flip_labels, load_named, training_data  # noqa: E402
 from comparing.methods import METHODS, Average  # noqa: E402
-from comparing.report import heat_maps, holm, paired_difference, table, training_curves  # noqa: E402
+from comparing.report import curves_over, heat_maps, holm, paired_difference, table, training_curves  # noqa: E402
 from comparing.runs import calibration_error, execute, load_task, matthews, train  # noqa: E402
 from comparing.store import Store  # noqa: E402
 
@@ -97,7 +97,7 @@ def is_alive(pid):
         return False
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -351,6 +351,18 @@ def test_tuning_from_end_to_end(files, tmp_path, monkeypatch, capsys):
     assert "LoRA, early stopping, lr" in printed and "25 % wrong labels" in printed
 
 
+def test_what_is_compared_with_what():
+    low, high = compare.Setting("lora", 0.0, 1e-4), compare.Setting("lora", 0.0, 1e-3)
+    noisy, alone = compare.Setting("ggpo", 0.2, 1e-3), compare.Setting("ggpo", 0.2, 5e-4)
+    every = [low, high, noisy, alone]
+    assert compare.baselines_of(every, compare.parse_arguments([])) == {noisy: high}
+    fixed = compare.parse_arguments(["--baseline-lr", "1e-4"])
+    assert compare.baselines_of(every, fixed) == {high: low, noisy: low, alone: low}
+    assert compare.baselines_of([noisy, high], compare.parse_arguments(["--tune", "2"])) == {noisy: high}
+    with pytest.raises(SystemExit, match="LoRA has results at"):
+        compare.baselines_of([high], fixed)
+
+
 def test_runs_are_parsed():
     assert compare.parse_settings("ggpo:0.3@1e-3,5e-4", []) == [
         compare.Setting("ggpo", 0.3, 1e-3),
@@ -452,17 +464,28 @@ def test_training_curves_are_in_the_figure():
 
 def test_heat_maps_are_in_the_figure():
     pytest.importorskip("matplotlib")
-    grids = {
-        "one": {1e-3: {0: planted(0.4)}, 1e-4: {0: planted(0.6), 1: planted(0.8)}},
-        "other": {1e-4: {0: planted(0.2)}},
-    }
-    figure = heat_maps(grids, "a title")
+    one = {(1e-3, 4): 0.2, (1e-3, 8): 0.4, (1e-4, 4): 0.35, (1e-4, 8): 0.7}
+    figure = heat_maps({"one": one, "other": {(1e-4, 8): 0.1, (1e-3, 4): 0.2}}, "a title")
     maps = [axes.get_images()[0] for axes in figure.axes[:2]]
     np.testing.assert_allclose(maps[0].get_array(), [[35, 70], [20, 40]])
-    np.testing.assert_allclose(maps[1].get_array(), [[10, 20]])
+    assert maps[1].get_array().mask.tolist() == [[True, False], [False, True]]
     assert maps[0].get_clim() == maps[1].get_clim() == (10, 70)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0.0001", "0.001"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["4", "8"]
     assert "mean 41.2, worst 20.0" in figure.axes[0].get_title()
+
+
+def test_cells_of_the_heat_maps(files, task):
+    results = {0: planted(0.4), 1: planted(0.8)}
+    assert compare.cells_of(results, a_run(files, task, schedule="constant")) == pytest.approx({1: 0.3, 2: 0.6})
+    assert compare.cells_of(results, a_run(files, task, schedule="linear")) == pytest.approx({2: 0.6})
+
+
+def test_curves_over_ranks_are_in_the_figure():
+    pytest.importorskip("matplotlib")
+    (axes,) = curves_over({"LoRA": {1: [0.2, 0.4], 8: [0.5]}}, "rank", "loss", "a title").axes
+    line = axes.get_lines()[0]
+    assert line.get_xdata().tolist() == [1, 8] and line.get_ydata().tolist() == pytest.approx([0.3, 0.5])
 
 
 def test_pictures_are_saved(files, task, tmp_path):
@@ -474,5 +497,6 @@ def test_pictures_are_saved(files, task, tmp_path):
         for setting in settings:
             store.add(compare.of(regime, setting, 0), planted(0.5))
         compare.report(regime, settings, store, args)
+        compare.draw_grids({regime: settings}, store, args)
     names = sorted(path.name.rpartition("-")[2] for path in (tmp_path / "pictures").iterdir())
-    assert names == ["curves.png", "heat.png"]
+    assert names == ["curves.png", "maps.png"]

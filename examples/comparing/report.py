@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Values = dict[int, dict[str, Any]]  # results by seed
+Grid = dict[tuple[float, int], float]  # accuracy by learning rate and epochs
 
 
 @dataclass(frozen=True)
@@ -147,27 +148,36 @@ def training_curves(rows: dict[str, Values], title: str, measure: str = "accurac
     return figure
 
 
-def heat_maps(grids: dict[str, dict[float, Values]], title: str) -> Any:
-    """A figure with one map per method: mean test accuracy over learning rate and epochs, on one scale of colours."""
+def heat_maps(grids: dict[str, Grid], title: str) -> Any:
+    """A figure with one map per method: test accuracy over learning rate and epochs, on one scale of colours.
+
+    A map's title has the mean and the worst of its cells: how much there is to lose by not tuning.
+    """
     figure = new_figure(1.2 + 3.2 * len(grids), 3.4)
-    maps = {
-        name: [
-            [
-                statistics.mean(100 * result["curve"][epoch]["accuracy"] for result in by_lr[lr].values())
-                for epoch in range(min(len(result["curve"]) for result in by_lr[lr].values()))
-            ]
-            for lr in sorted(by_lr)
-        ]
-        for name, by_lr in grids.items()
-    }
-    values = [value for rows in maps.values() for row in rows for value in row]
-    axes = figure.subplots(1, len(maps), squeeze=False)[0]
-    for each, (name, rows) in zip(axes, maps.items(), strict=True):
+    values = [100 * value for grid in grids.values() for value in grid.values()]
+    axes = figure.subplots(1, len(grids), squeeze=False)[0]
+    for each, (name, grid) in zip(axes, grids.items(), strict=True):
+        rates, epochs = (sorted(set(numbers)) for numbers in zip(*grid, strict=True))
+        rows = [[100 * grid.get((lr, epoch), math.nan) for epoch in epochs] for lr in rates]
         image = each.imshow(rows, vmin=min(values), vmax=max(values), aspect="auto", origin="lower")
-        each.set_yticks(range(len(rows)), [f"{lr:g}" for lr in sorted(grids[name])])
-        each.set_xticks(range(len(rows[0])), [str(epoch + 1) for epoch in range(len(rows[0]))])
-        mean, worst = statistics.mean(v for row in rows for v in row), min(v for row in rows for v in row)
+        each.set_yticks(range(len(rates)), [f"{lr:g}" for lr in rates])
+        each.set_xticks(range(len(epochs)), [str(epoch) for epoch in epochs])
+        mean, worst = 100 * statistics.mean(grid.values()), 100 * min(grid.values())
         each.set(xlabel="epochs", ylabel="learning rate", title=f"{name}\nmean {mean:.1f}, worst {worst:.1f}")
     figure.colorbar(image, ax=list(axes), label="test accuracy, %")
     figure.suptitle(title)
+    return figure
+
+
+def curves_over(series: dict[str, dict[float, list[float]]], xlabel: str, ylabel: str, title: str) -> Any:
+    """A figure with one line per series over a logarithmic axis: means, and a bar of one standard error."""
+    figure = new_figure(7, 4.5)
+    axes = figure.add_subplot()
+    for name, points in series.items():
+        means = [statistics.mean(values) for values in points.values()]
+        errors = [statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in points.values()]
+        axes.errorbar(list(points), means, errors, label=name, marker="o", capsize=3)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.legend(fontsize=8)
     return figure

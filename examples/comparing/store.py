@@ -139,7 +139,7 @@ def work(pipe: Connection, args: argparse.Namespace) -> None:
         try:
             task = load_task(args) if task is None else task
             answer: Any = execute(run, task)
-        except Exception:  # whatever it is, the parent tells the user
+        except (Exception, SystemExit):  # whatever it is, the parent tells the user
             answer = traceback.format_exc()
         try:
             pipe.send(answer)
