@@ -23,6 +23,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import compare  # noqa: E402
+import double_descent  # noqa: E402
 from common import Example, encode  # noqa: E402
 from comparing import runs as runs_module  # noqa: E402
 from comparing.data import flip_labels, load_named, training_data  # noqa: E402
@@ -486,6 +487,22 @@ def test_curves_over_ranks_are_in_the_figure():
     (axes,) = curves_over({"LoRA": {1: [0.2, 0.4], 8: [0.5]}}, "rank", "loss", "a title").axes
     line = axes.get_lines()[0]
     assert line.get_xdata().tolist() == [1, 8] and line.get_ydata().tolist() == pytest.approx([0.3, 0.5])
+
+
+def test_the_table_over_ranks(files, tmp_path, monkeypatch, capsys):
+    wanted = arguments(
+        files, "--runs", "lora", "--seeds", "0-1", "--ranks", 1, 2, "--results", tmp_path / "results.jsonl"
+    )
+    monkeypatch.setattr(sys, "argv", ["double_descent.py", *wanted])
+    double_descent.main()
+    with Store(tmp_path / "results.jsonl") as store:
+        by_rank = {rank: [] for rank in (1, 2)}
+        for key, result in store.results.items():
+            by_rank[json.loads(key)["r"]].append(result["loss"])
+    means = [f"{np.mean(losses):.3f} ±" for losses in by_rank.values()]
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| LoRA, lr 0.003: loss"))
+    assert [cell.strip()[:7] for cell in row.split("|")[2:4]] == means
+    assert double_descent.bumps([1, 3, 2, 2, 5, 4, 6]) == [1, 4] and double_descent.bumps([3, 2, 1]) == []
 
 
 def test_pictures_are_saved(files, task, tmp_path):

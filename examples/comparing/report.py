@@ -106,7 +106,7 @@ def table(rows: dict[str, Values], baselines: dict[str, str], measure: str = "ac
 NOTE = (
     "Mean ± standard error over the seeds; differences are paired over seeds, p from a paired t-test, Holm over the "
     "table's comparisons. *The epoch that is best on the first test texts: an upper bound that nobody can choose "
-    "without them."
+    "without them. A step is timed by the processor time of one thread on a CPU, by the clock on a GPU."
 )
 
 # --- pictures -------------------------------------------------------------------------------------------------------
