@@ -3,7 +3,7 @@
     pip install "flatlora[examples,plot]" scipy
     python examples/compare.py --runs lora@5e-4 ggpo:0.2@5e-4 --flip 0.4 --seeds 0-4    # news headlines, five topics
     python examples/compare.py --train-file train.tsv --test-file test.tsv --other-test-file elsewhere.tsv
-    python examples/compare.py --dataset imdb --examples 200
+    python examples/compare.py --dataset imdb --examples 200 --model FOLDER             # or a decoder's FILE.gguf
     python examples/compare.py --runs lora sam ggpo bilora early-stopping --tune 6      # an equal budget for each
 
 A run is `method`, `method:strength`, and the learning rates it is made with: `ggpo:0.2@5e-4,1e-3`. Every method starts
