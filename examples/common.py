@@ -230,13 +230,15 @@ def method_arguments(parser: argparse.ArgumentParser) -> None:
 # --- arguments ----------------------------------------------------------------------------------------------------
 
 
-def data_arguments(parser: argparse.ArgumentParser, examples: int) -> None:
+def data_arguments(parser: argparse.ArgumentParser, examples: int | None) -> None:
+    """The model and the texts; `--examples` is added where it has a default."""
     parser.add_argument(
         "--model", type=Path, metavar="FOLDER", help="pretrained model (default: a 22M MiniLM from pip)"
     )
     parser.add_argument("--train-file", type=Path, metavar="TSV", help="header: label, sentence (default: headlines)")
     parser.add_argument("--test-file", type=Path, metavar="TSV", help="held-out texts (default: half of the others)")
-    parser.add_argument("--examples", type=int, default=examples, help="training examples (default: %(default)s)")
+    if examples is not None:
+        parser.add_argument("--examples", type=int, default=examples, help="training examples (default: %(default)s)")
 
 
 def positive(text: str) -> int:

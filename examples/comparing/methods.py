@@ -1,0 +1,319 @@
+"""The methods that are compared: flatlora's, PEFT's, and what people do today. A method is a line of `METHODS`."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from common import trainable
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from flatlora import (
+    BilevelOptimizer,
+    BiLoRAOptimizer,
+    GGPOOptimizer,
+    apply_gralora,
+    direction_parameters,
+    magnitude_parameters,
+)
+
+Batch = dict[str, Any]
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """The new classification head, which is trained whole."""
+    return [name for name in ("classifier", "score") if hasattr(model, name)]
+
+
+def add_adapter(model: nn.Module, kind: str, r: int, dropout: float = 0.0) -> nn.Module:
+    """Adapters of one kind on all linear layers but the head; alpha is 2·r."""
+    head = head_names(model)
+    blocks = 2 if r <= 32 else 4
+    if kind == "gralora":
+        return apply_gralora(model, "all-linear", r=r, k=blocks, alpha=2 * r, dropout=dropout, modules_to_save=head)
+    from peft import GraloraConfig, LoraConfig, get_peft_model
+
+    common: dict[str, Any] = {"target_modules": "all-linear", "modules_to_save": head, "task_type": "SEQ_CLS"}
+    if kind == "peft-gralora":
+        return get_peft_model(
+            model, GraloraConfig(r=r, alpha=2 * r, gralora_k=blocks, gralora_dropout=dropout, **common)
+        )
+    return get_peft_model(
+        model, LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, use_dora=kind == "dora", **common)
+    )
+
+
+# --- optimizers: (model, learning rate, strength) -------------------------------------------------------------------
+
+OptimizerOf = Callable[[nn.Module, float, float], Optimizer]
+
+
+def adamw(model: nn.Module, lr: float, strength: float) -> Optimizer:
+    return AdamW(trainable(model), lr=lr)
+
+
+def decayed(model: nn.Module, lr: float, strength: float) -> Optimizer:
+    return AdamW(trainable(model), lr=lr, weight_decay=strength)
+
+
+def wrapped(wrap: Callable[[Optimizer, nn.Module, float], Optimizer]) -> OptimizerOf:
+    """AdamW with `wrap(optimizer, model, strength)` around it."""
+    return lambda model, lr, strength: wrap(adamw(model, lr, 0.0), model, strength)
+
+
+def ggpo(**options: Any) -> OptimizerOf:
+    return wrapped(lambda optimizer, model, sigma: GGPOOptimizer(optimizer, model, sigma=sigma, **options))
+
+
+def bilora(model: nn.Module, lr: float, rho: float) -> Optimizer:
+    return BiLoRAOptimizer.for_model(model, AdamW, rho=rho, lr=lr)
+
+
+def two_pass_sam(model: nn.Module, lr: float, rho: float) -> Optimizer:
+    try:
+        from pytorch_optimizer import SAM
+    except ImportError as reason:
+        raise SystemExit("error: the method sam needs pytorch_optimizer: pip install pytorch_optimizer") from reason
+    return SAM(trainable(model), AdamW, rho=rho, lr=lr, weight_decay=0.01)
+
+
+# --- training loops: generators that yield after every epoch --------------------------------------------------------
+
+
+@dataclass
+class Fit:
+    """What a training loop works on. `times` takes the seconds of every step."""
+
+    model: nn.Module
+    optimizer_of: OptimizerOf
+    lr: float
+    strength: float
+    epochs: list[list[Batch]]
+    smoothing: float = 0.0
+    decays: bool = False
+    after_step: Callable[[], None] = lambda: None
+    times: list[float] = field(default_factory=list)
+    scheduler: LambdaLR | None = None
+
+    def loss(self, batch: Batch) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return cross_entropy(self.model(**inputs).logits, batch["labels"], label_smoothing=self.smoothing)
+
+    def optimizer(self) -> Optimizer:
+        return self.scheduled(self.optimizer_of(self.model, self.lr, self.strength))
+
+    def scheduled(self, optimizer: Optimizer) -> Optimizer:
+        """The optimizer, with a learning rate that falls to zero in a straight line if the run's does."""
+        if self.decays:
+            steps = sum(map(len, self.epochs))
+            self.scheduler = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
+        return optimizer
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around one optimizer step: its time is processor time on a CPU, where other programs may run beside it."""
+        cuda = next(self.model.parameters()).is_cuda
+        clock = time.perf_counter if cuda else time.process_time
+        if cuda:
+            torch.cuda.synchronize()
+        start = clock()
+        yield
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.after_step()
+        if cuda:
+            torch.cuda.synchronize()
+        self.times.append(clock() - start)
+
+
+def ordinary(fit: Fit) -> Iterator[None]:
+    """The loop that everybody has."""
+    optimizer = fit.optimizer()
+    for batches in fit.epochs:
+        fit.model.train()
+        for batch in batches:
+            with fit.step():
+                fit.loss(batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        yield
+
+
+def with_closure(fit: Fit) -> Iterator[None]:
+    """The loop of a two-pass optimizer."""
+    optimizer = fit.optimizer()
+    for batches in fit.epochs:
+        fit.model.train()
+        for batch in batches:
+
+            def closure(batch: Batch = batch) -> Tensor:
+                optimizer.zero_grad()
+                loss = fit.loss(batch)
+                loss.backward()
+                return loss
+
+            with fit.step():
+                closure()
+                optimizer.step(closure)
+                optimizer.zero_grad()
+        yield
+
+
+def bilevel(fit: Fit) -> Iterator[None]:
+    """BiDoRA: a search of half as many steps as the others make, then as many as they make; epochs are of the latter.
+
+    It searches directions on four fifths of the batches and magnitudes on the others, at the same learning rate.
+    """
+    head = [p for name, p in fit.model.named_parameters() if "modules_to_save" in name and p.requires_grad]
+    directions = [*direction_parameters(fit.model), *head]
+    first, steps = fit.epochs[0], len(fit.epochs[0])
+    cut = max(1, steps // 5)
+    fit.model.train()
+    optimizer = BilevelOptimizer(
+        AdamW(directions, lr=fit.lr),
+        AdamW(magnitude_parameters(fit.model), lr=fit.lr),
+        fit.model,
+        first[cut:],
+        first[:cut],
+        difference="forward",
+    )
+    for _ in range(max(1, steps * len(fit.epochs) // 2)):
+        with fit.step():
+            optimizer.step()
+    second = fit.scheduled(AdamW(directions, lr=fit.lr))
+    everything = [batch for batches in fit.epochs for batch in batches]
+    for _ in fit.epochs:
+        fit.model.train()
+        for _ in range(steps):
+            with fit.step():
+                optimizer.retrain(everything, 1, optimizer=second)
+        yield
+    optimizer.remove()
+
+
+# --- what is done beside the optimizer ------------------------------------------------------------------------------
+
+
+def add_embedding_noise(model: nn.Module, alpha: float) -> None:
+    """NEFTune (arXiv:2310.05914): uniform noise within ``alpha / sqrt(tokens · width)`` on embeddings in training."""
+
+    def noisy(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if not module.training:
+            return output
+        bound = alpha / math.sqrt(output.shape[-2] * output.shape[-1])
+        return output + torch.empty_like(output).uniform_(-bound, bound)
+
+    model.get_input_embeddings().register_forward_hook(noisy)  # type: ignore[operator]
+
+
+class Average:
+    """An exponential moving average of the trained parameters; it forgets faster during the first steps."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.parameters, self.decay, self.steps = trainable(model), decay, 0
+        self.means = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for mean, p in zip(self.means, self.parameters, strict=True):
+            mean.lerp_(p, 1 - decay)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Within the context the parameters are the average."""
+        held = snapshot(self.parameters)
+        restore(self.parameters, self.means)
+        try:
+            yield
+        finally:
+            restore(self.parameters, held)
+
+
+def snapshot(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [p.detach().clone() for p in parameters]
+
+
+@torch.no_grad()
+def restore(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    for p, value in zip(parameters, values, strict=True):
+        p.copy_(value)
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the comparison.
+
+    Attributes:
+        label: its name in tables.
+        optimizer: builds its optimizer from the model, the learning rate and the strength.
+        strengths: candidates for its one number beside the learning rate; the first is the default.
+        symbol: what tables call the strength.
+        adapter: lora, dora, gralora or peft-gralora.
+        loop: how it trains.
+        trick: what the strength sets where it is not the optimizer's: dropout, smoothing, neftune or average.
+        stops_early: holds out a part of its training data and keeps the epoch that is best there.
+    """
+
+    label: str
+    optimizer: OptimizerOf = adamw
+    strengths: tuple[float, ...] = ()
+    symbol: str = ""
+    adapter: str = "lora"
+    loop: Callable[[Fit], Iterator[None]] = ordinary
+    trick: str = ""
+    stops_early: bool = False
+
+
+METHODS = {
+    "lora": Method("LoRA"),
+    "dora": Method("DoRA", adapter="dora"),
+    "peft-gralora": Method("GraLoRA of PEFT", adapter="peft-gralora"),
+    "gralora": Method("GraLoRA", adapter="gralora"),
+    "flat-lora": Method("Flat-LoRA", ggpo(beta=0.0), (0.2, 0.1), "σ"),
+    "ggpo": Method("GGPO gaussian", ggpo(), (0.2, 0.1), "σ"),
+    "ggpo-low-rank": Method("GGPO low-rank, β = 0", ggpo(beta=0.0, noise="low_rank"), (0.2, 0.1), "σ"),
+    "bilora": Method("Bi-LoRA", bilora, (0.05, 0.1), "ρ"),
+    "bidora": Method("BiDoRA", adapter="dora", loop=bilevel),
+    "gralora-ggpo": Method("GGPO on GraLoRA", ggpo(beta=0.0), (0.2, 0.1), "σ", adapter="gralora"),
+    "gralora-bilora": Method("Bi-LoRA on GraLoRA", bilora, (0.05, 0.1), "ρ", adapter="gralora"),
+    "early-stopping": Method("LoRA, early stopping", stops_early=True),
+    "dropout": Method("LoRA, dropout", strengths=(0.1, 0.3), symbol="p", trick="dropout"),
+    "weight-decay": Method("LoRA, weight decay", decayed, (0.1, 1.0), "λ"),
+    "label-smoothing": Method("LoRA, label smoothing", strengths=(0.1, 0.2), symbol="ε", trick="smoothing"),
+    "neftune": Method("LoRA, NEFTune", strengths=(5.0, 15.0), symbol="α", trick="neftune"),
+    "ema": Method("LoRA, EMA", strengths=(0.98, 0.95), symbol="decay", trick="average"),
+    "sam": Method("two-pass SAM", two_pass_sam, (0.05, 0.02), "ρ", loop=with_closure),
+}
+
+
+def fresh_model(base: nn.Module, method: Method, strength: float, r: int, seed: int) -> nn.Module:
+    """A copy of the pretrained model with a new head and the method's adapters, the same for a seed."""
+    torch.manual_seed(seed)
+    model = copy.deepcopy(base)
+    for name in head_names(model):
+        for module in model.get_submodule(name).modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=getattr(model.config, "initializer_range", 0.02))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+    model = add_adapter(model, method.adapter, r, strength if method.trick == "dropout" else 0.0)
+    if method.trick == "neftune":
+        add_embedding_noise(model, strength)
+    torch.manual_seed(seed)  # dropout too is the same, however many numbers the adapters drew
+    return model

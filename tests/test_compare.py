@@ -1,0 +1,521 @@
+"""examples/compare.py: resuming, statistics, wrong labels, choices without test data, every method, pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import compare  # noqa: E402
+import double_descent  # noqa: E402
+from common import Example, encode  # noqa: E402
+from comparing import runs as runs_module  # noqa: E402
+from comparing.data import flip_labels, load_named, training_data  # noqa: E402
+from comparing.methods import METHODS, Average  # noqa: E402
+from comparing.report import curves_over, heat_maps, holm, paired_difference, table, training_curves  # noqa: E402
+from comparing.runs import calibration_error, execute, load_task, matthews, train  # noqa: E402
+from comparing.store import Store  # noqa: E402
+
+pytest.importorskip("scipy")
+GOOD, BAD = ["good", "fine", "great"], ["bad", "poor", "awful"]
+NOUNS = [f"noun{i}" for i in range(30)]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A tiny encoder with its tokenizer, and sentences whose label is plain from one word."""
+    folder = tmp_path_factory.mktemp("compare")
+    words = ["[PAD]", "[UNK]", "the", "was", *GOOD, *BAD, *NOUNS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(config)
+    with torch.no_grad():
+        meaning = model.get_input_embeddings().weight.normal_()
+        for word in GOOD + BAD:
+            meaning[words.index(word), :4] += 4 if word in GOOD else -4
+    model.save_pretrained(folder)
+    lines = [f"{int(word in GOOD)}\tthe {noun} was {word}" for noun in NOUNS for word in GOOD + BAD]
+    random.Random(0).shuffle(lines)
+    for name, part in (("train", lines[:100]), ("test", lines[100:])):
+        (folder / f"{name}.tsv").write_text("\n".join(["label\tsentence", *part]), encoding="utf-8")
+    return folder
+
+
+def arguments(files, *more):
+    return [
+        *("--model", str(files), "--train-file", str(files / "train.tsv"), "--test-file", str(files / "test.tsv")),
+        *("--examples", "32", "--epochs", "2", "--r", "4", "--flip", "0.25", "--lr", "0.003", "--curve-texts", "80"),
+        *map(str, more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def task(files):
+    return load_task(compare.parse_arguments(arguments(files)))
+
+
+def a_run(files, task, method="lora", **changes):
+    regime = compare.regimes(compare.parse_arguments(arguments(files)), task.texts.name)[0]
+    strength = (METHODS[method].strengths or (0.0,))[0]
+    return dataclasses.replace(compare.of(regime, compare.Setting(method, strength, 3e-3), 0), **changes)
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------
+
+
+def children(pid):
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def without_times(result):
+    return {name: value for name, value in result.items() if name != "step_seconds"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_killed_comparison_goes_on_without_losing_or_repeating_a_run(files, tmp_path, monkeypatch, capsys):
+    wanted = arguments(files, "--runs", "lora", "ggpo", "--seeds", "0-4", "--results")
+    killed, straight = tmp_path / "killed.jsonl", tmp_path / "straight.jsonl"
+    command = [sys.executable, str(EXAMPLES / "compare.py"), *wanted, str(killed), "--processes", "2"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: process.poll() is not None or (killed.exists() and killed.read_bytes().count(b"\n") >= 2))
+        workers = children(process.pid)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and workers
+    wait_for(lambda: not any(map(is_alive, workers)))
+    before = killed.read_bytes()
+    assert 2 <= before.count(b"\n") < 10
+    killed.write_bytes(before + b'{"run": {"data": "torn')
+
+    for path in (killed, straight):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *wanted, str(path)])
+        compare.main()
+    assert killed.read_bytes().startswith(before)
+    entries = [json.loads(line) for line in killed.read_text().splitlines()]
+    keys = [json.dumps(entry["run"], sort_keys=True) for entry in entries]
+    assert len(keys) == len(set(keys)) == 10
+    with Store(straight) as whole:
+        assert set(keys) == set(whole.results)
+        for key, entry in zip(keys, entries, strict=True):
+            assert without_times(entry["result"]) == without_times(whole.results[key])
+    assert "LoRA, lr 0.003 | 5 |" in capsys.readouterr().out
+
+
+def test_a_comparison_that_is_complete_makes_no_run(files, task, tmp_path, monkeypatch):
+    path = tmp_path / "results.jsonl"
+    with Store(path) as store:
+        store.add(a_run(files, task), planted(0.5))
+    monkeypatch.setattr(compare, "results_of", lambda *_: pytest.fail("a run was made"))
+    monkeypatch.setattr(
+        sys, "argv", ["compare.py", *arguments(files, "--runs", "lora", "--seeds", 0), "--results", str(path)]
+    )
+    compare.main()
+
+
+def test_only_the_last_line_may_be_torn(files, task, tmp_path):
+    path = tmp_path / "results.jsonl"
+    run = a_run(files, task)
+    with Store(path) as store:
+        store.add(run, {"accuracy": 0.5})
+        with pytest.raises(SystemExit, match="another process"):
+            Store(path)
+        assert run in Store(path, read_only=True)
+    line = path.read_bytes()
+    path.write_bytes(line + line[:-1])
+    assert len(Store(path, read_only=True).results) == 1 and path.read_bytes() == line + line[:-1]
+    with Store(path) as store:
+        assert run in store and store[run] == {"accuracy": 0.5} and path.read_bytes() == line
+        assert dataclasses.replace(run, seed=1) not in store
+    path.write_bytes(line[:40] + b"\n" + line)
+    with pytest.raises(SystemExit, match="line 1 is not a result"):
+        Store(path)
+
+
+def test_every_part_of_the_configuration_is_in_the_key(files, task):
+    run = a_run(files, task)
+    for field in dataclasses.fields(run):
+        value = getattr(run, field.name)
+        other = not value if isinstance(value, bool) else value + ("x" if isinstance(value, str) else 1)
+        assert dataclasses.replace(run, **{field.name: other}).key != run.key
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+def planted(accuracy, **more):
+    curve = [{"accuracy": accuracy / 2, "loss": 1.0}, {"accuracy": accuracy, "loss": 0.5}]
+    return {"accuracy": accuracy, "loss": 0.5, "ece": 0.1, "step_seconds": 0.1, "curve": curve, **more}
+
+
+def two_methods(effect, rng, n=10):
+    """Accuracies of a baseline and of a method, whose seeds differ by far more than the methods do."""
+    seeds = rng.normal(0.7, 0.1, n)
+    return seeds + effect + rng.normal(0, 0.01, n), seeds + rng.normal(0, 0.01, n)
+
+
+def test_a_planted_effect_is_found():
+    rng = np.random.default_rng(0)
+    for effect in (0.05, -0.05):
+        found = paired_difference(*two_methods(effect, rng))
+        assert found.p < 0.001 and abs(found.mean - effect) < 3 * found.error and found.n == 10
+
+
+def test_p_values_of_a_planted_null_are_uniform():
+    from scipy import stats
+
+    rng = np.random.default_rng(1)
+    p = [paired_difference(*two_methods(0.0, rng)).p for _ in range(200)]
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+
+
+def test_paired_difference_of_few_or_equal_values():
+    assert math.isnan(paired_difference([0.5], [0.4]).p) and math.isnan(paired_difference([], []).p)
+    same = paired_difference([0.5, 0.6], [0.5, 0.6])
+    assert (same.mean, same.error, same.p) == (0.0, 0.0, 1.0)
+    known = paired_difference([1.0, 2.0, 4.0], [0.0, 0.0, 1.0])  # differences 1, 2, 3: t = 2·sqrt(3) on 2 degrees
+    assert known.mean == 2 and known.error == pytest.approx(1 / 3**0.5) and known.p == pytest.approx(0.0741799)
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, math.nan, 0.9])[::2] == [1.0, 1.0] and holm([]) == []
+
+
+def test_the_table_holds_the_planted_effect_and_not_a_null():
+    rng = np.random.default_rng(2)
+    better, base = two_methods(0.03, rng)
+    null = base + rng.normal(0, 0.01, 10)
+    rows = {
+        name: {seed: planted(float(value)) for seed, value in enumerate(values)}
+        for name, values in (("base", base), ("better", better), ("null", null))
+    }
+    del rows["null"][9]
+    printed = table(rows, {"better": "base", "null": "base"})
+    cells = {line.split(" | ")[0].lstrip("| "): [c.strip() for c in line.split("|")] for line in printed.splitlines()}
+    heading = cells[""]
+    found = {name: dict(zip(heading, cells[name], strict=True)) for name in rows}
+    assert found["base"]["difference"] == "" and found["null"]["n"] == "9"
+    difference, error = map(float, found["better"]["difference"].split(" ± "))
+    assert abs(difference - 3) < 3 * error < 3
+    p = {name: float(found[name]["p"]) for name in ("better", "null")}
+    assert p["better"] < 0.001 < 0.05 < p["null"]
+    assert float(found["better"]["p (Holm)"]) == pytest.approx(2 * p["better"], rel=0.1)
+    mean, spread = map(float, found["base"]["accuracy, %"].split(" ± "))
+    assert mean == pytest.approx(100 * base.mean(), abs=0.06)
+    assert spread == pytest.approx(100 * base.std(ddof=1) / 10**0.5, abs=0.06)
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_flipped_labels_are_drawn_by_the_seed_alone():
+    labels = ["a", "b", "c"]
+    examples = [Example(f"text {i}", labels[i % 3]) for i in range(90)]
+    many, wrong = flip_labels(examples, 0.4, labels, 3)
+    few, wrong_few = flip_labels(examples, 0.2, labels, 3)
+    assert sum(wrong) == 36 and sum(wrong_few) == 18
+    for example, given, is_wrong in zip(examples, many, wrong, strict=True):
+        assert given.text == example.text and (given.label != example.label) == is_wrong
+    assert all(w and few[i] == many[i] for i, w in enumerate(wrong) if wrong_few[i])
+    assert flip_labels(examples, 0.4, labels, 3) == (many, wrong) != flip_labels(examples, 0.4, labels, 4)
+    to = [given.label for example, given in zip(examples, many, strict=True) if example.label == "a" != given.label]
+    assert set(to) == {"b", "c"}
+
+
+def test_every_method_of_a_seed_gets_the_same_flipped_labels(files, task, monkeypatch):
+    seen = {}
+
+    def watch(fit, run, scored):
+        texts = [tuple(row.tolist()) for batches in fit.epochs for batch in batches for row in batch["input_ids"]]
+        labels = [int(label) for batches in fit.epochs for batch in batches for label in batch["labels"]]
+        seen[run.method] = list(zip(texts, labels, strict=True))
+        raise InterruptedError
+
+    monkeypatch.setattr(runs_module, "train", watch)
+    for method in METHODS:
+        with pytest.raises(InterruptedError):
+            execute(a_run(files, task, method), task)
+    clean = {example.text: example.label for example in task.texts.data.pool}
+    given = training_data(task.texts.data, 32, 0.25, 0.0, 0)
+    assert sum(clean[example.text] != example.label for example in given.examples) == 8 == sum(given.wrong)
+    for method, pairs in seen.items():
+        if METHODS[method].stops_early:  # trains on a part of the same examples
+            assert set(pairs) < set(seen["lora"])
+        else:
+            assert pairs == seen["lora"]
+
+
+def test_validation_examples_are_training_examples_with_their_wrong_labels(task):
+    whole = training_data(task.texts.data, 32, 0.25, 0.0, 0)
+    split = training_data(task.texts.data, 32, 0.25, 0.25, 0)
+    assert len(split.validation) == 8 and len(split.examples) == 24
+    assert {*split.validation, *split.examples} == set(whole.examples)
+    clean = {example.text: example.label for example in task.texts.data.pool}
+    assert sum(clean[e.text] != e.label for e in split.validation) == 8 - sum(split.wrong) > 0
+
+
+def test_a_data_set_of_the_datasets_library(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    for split, n in (("train", 12), ("test", 6)):
+        rows = "\n".join(f"{split} text {i},{i % 2}" for i in range(n))
+        (tmp_path / f"{split}.csv").write_text(f"text,label\n{rows}\n", encoding="utf-8")
+    data = load_named(str(tmp_path))
+    assert (len(data.pool), len(data.held_out), data.labels) == (12, 6, ["0", "1"])
+    assert data.pool[1] == Example("train text 1", "1")
+
+
+# --- choices --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [4, 5, 6])
+def test_every_method_has_the_same_budget(budget):
+    for method in METHODS:
+        settings = compare.candidates(method, budget)
+        assert len(set(settings)) == budget
+        assert {setting.strength for setting in settings} == set(METHODS[method].strengths or (0.0,))
+
+
+def test_the_choice_follows_validation_and_not_the_test(files, task, tmp_path):
+    args = compare.parse_arguments(arguments(files, "--tune", 4, "--tune-seeds", 2, "--report-only"))
+    regime = compare.regimes(args, task.texts.name)[0]
+    with Store(tmp_path / "results.jsonl") as store:
+        for i, setting in enumerate(compare.candidates("ggpo", 4)):
+            for seed in (0, 1):
+                tuning = {"validation_accuracy": 0.9 if i == 2 else 0.5, "validation_loss": 1.0, "curve": []}
+                store.add(compare.of(regime, setting, seed, True), tuning)
+                store.add(compare.of(regime, setting, seed), planted(0.9 - 0.1 * i))
+        assert compare.tuned(regime, ["ggpo"], store, args) == [compare.candidates("ggpo", 4)[2]]
+
+
+@pytest.mark.parametrize("method", ["lora", "early-stopping"])
+def test_a_tuning_run_never_sees_the_test_data(method, files, task, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runs_module, "encode", lambda examples, *more: seen.extend(examples) or encode(examples, *more))
+    result = execute(a_run(files, task, method, tuning=True), task)
+    assert seen and not {example.text for example in seen} & {example.text for example in task.texts.data.held_out}
+    points = [(point["validation_accuracy"], -point["validation_loss"]) for point in result["curve"]]
+    chosen = max(points) if method == "early-stopping" else points[-1]
+    assert (result["validation_accuracy"], -result["validation_loss"]) == chosen and "accuracy" not in result
+
+
+def test_tuning_from_end_to_end(files, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.jsonl"
+    wanted = arguments(files, "--runs", "lora", "early-stopping", "--tune", 2, "--tune-seeds", 1, "--seeds", 0)
+    monkeypatch.setattr(sys, "argv", ["compare.py", *wanted, "--results", str(path)])
+    compare.main()
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [entry["run"]["tuning"] for entry in entries] == [True] * 4 + [False] * 2
+    for method, final in zip(("lora", "early-stopping"), entries[4:], strict=True):
+        tuning = [entry for entry in entries[:4] if entry["run"]["method"] == method]
+        best = max(tuning, key=lambda e: (e["result"]["validation_accuracy"], -e["result"]["validation_loss"]))
+        assert final["run"]["lr"] == best["run"]["lr"]
+    printed = capsys.readouterr().out
+    assert "LoRA, early stopping, lr" in printed and "25 % wrong labels" in printed
+
+
+def test_what_is_compared_with_what():
+    low, high = compare.Setting("lora", 0.0, 1e-4), compare.Setting("lora", 0.0, 1e-3)
+    noisy, alone = compare.Setting("ggpo", 0.2, 1e-3), compare.Setting("ggpo", 0.2, 5e-4)
+    every = [low, high, noisy, alone]
+    assert compare.baselines_of(every, compare.parse_arguments([])) == {noisy: high}
+    fixed = compare.parse_arguments(["--baseline-lr", "1e-4"])
+    assert compare.baselines_of(every, fixed) == {high: low, noisy: low, alone: low}
+    assert compare.baselines_of([noisy, high], compare.parse_arguments(["--tune", "2"])) == {noisy: high}
+    with pytest.raises(SystemExit, match="LoRA has results at"):
+        compare.baselines_of([high], fixed)
+
+
+def test_runs_are_parsed():
+    assert compare.parse_settings("ggpo:0.3@1e-3,5e-4", []) == [
+        compare.Setting("ggpo", 0.3, 1e-3),
+        compare.Setting("ggpo", 0.3, 5e-4),
+    ]
+    assert compare.parse_settings("lora", [2e-4]) == [compare.Setting("lora", 0.0, 2e-4)]
+    for wrong in ("lara", "lora:0.2", "ggpo@x"):
+        with pytest.raises(SystemExit, match=f"error: --runs {wrong}"):
+            compare.parse_settings(wrong, [1e-3])
+    assert compare.seed_range("2-4,7") == [2, 3, 4, 7]
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def learnt(files, task):
+    """The result of a method on correct labels, made once."""
+
+    @functools.cache
+    def result(method):
+        return execute(a_run(files, task, method, flip=0.0, examples=64, epochs=6, batch_size=8, lr=1e-2), task)
+
+    return result
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(method, task, learnt):
+    if method == "sam":
+        pytest.importorskip("pytorch_optimizer")
+    before = {name: p.clone() for name, p in task.base.named_parameters()}
+    result = learnt(method)
+    assert result["accuracy"] > 0.9 and len(result["curve"]) == 6 and math.isfinite(result["rise"])
+    assert all(torch.equal(p, before[name]) for name, p in task.base.named_parameters())
+
+
+def test_methods_are_what_they_are_called(learnt):
+    ends = {name: learnt(name)["loss"] for name, method in METHODS.items() if method.loop.__name__ == "ordinary"}
+    assert ends.pop("peft-gralora") == pytest.approx(ends["gralora"], rel=1e-3)  # one initialisation, one method
+    assert ends.pop("flat-lora") == pytest.approx(ends["ggpo"], rel=0.05)  # β·‖G‖² is next to nothing
+    assert len({round(loss, 6) for loss in ends.values()}) == len(ends)
+
+
+def test_the_linear_schedule_ends_at_zero(files, task, monkeypatch):
+    fits = []
+    monkeypatch.setattr(runs_module, "train", lambda fit, run, scored: fits.append(fit) or train(fit, run, scored))
+    results = {name: execute(a_run(files, task, schedule=name), task) for name in ("constant", "linear")}
+    assert results["constant"]["loss"] != results["linear"]["loss"]
+    assert fits[0].scheduler is None and fits[1].scheduler.get_last_lr() == [0.0]
+
+
+def test_early_stopping_ends_with_its_best_epoch(files, task, monkeypatch):
+    accuracies, epoch = iter([0.3, 0.9, 0.5, 0.9]), runs_module.Scored.epoch
+    planned = lambda: {"validation_accuracy": next(accuracies), "validation_loss": 1.0}  # noqa: E731
+    monkeypatch.setattr(runs_module.Scored, "epoch", lambda self, model: epoch(self, model) | planned())
+    result = execute(a_run(files, task, "early-stopping", epochs=4, flip=0.4, lr=1e-2), task)
+    losses = [point["loss"] for point in result["curve"]]
+    assert result["loss"] == losses[1] and len(set(losses)) == 4
+    assert result["memorised"] == result["curve"][1]["memorised"]
+
+
+def test_the_average_of_the_weights():
+    model = torch.nn.Linear(1, 1, bias=False)
+    average, values = Average(model, 0.5), [1.0, 2.0, 4.0]
+    expected = model.weight.item()
+    for step, value in enumerate(values, 1):
+        torch.nn.init.constant_(model.weight, value)
+        average.update()
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+    with average.used():
+        assert model.weight.item() == pytest.approx(expected)
+    assert model.weight.item() == 4.0
+
+
+def test_calibration_and_correlation():
+    logits = torch.tensor([[0.8, 0.2]] * 10).log()
+    labels = torch.tensor([0] * 6 + [1] * 4)
+    assert calibration_error(logits, labels) == pytest.approx(0.2, abs=1e-6)
+    assert calibration_error(logits, torch.tensor([0] * 8 + [1] * 2)) == pytest.approx(0.0, abs=1e-6)
+    predicted, truth = torch.tensor([0, 1, 1, 0, 1, 1]), torch.tensor([0, 1, 0, 0, 1, 0])
+    assert matthews(predicted, truth) == pytest.approx(float(np.corrcoef(predicted, truth)[0, 1]))
+    assert matthews(truth, truth) == pytest.approx(1) and matthews(torch.zeros(3, dtype=int), truth[:3]) == 0
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def test_training_curves_are_in_the_figure():
+    pytest.importorskip("matplotlib")
+    rows = {"one": {0: planted(0.4), 1: planted(0.8)}, "other": {0: planted(0.5)}}
+    (axes,) = training_curves(rows, "a title").axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert set(lines) == {"one", "other"} == {text.get_text() for text in axes.get_legend().get_texts()}
+    assert lines["one"].get_xdata().tolist() == [1, 2] and axes.get_title() == "a title"
+    assert lines["one"].get_ydata().tolist() == pytest.approx([30, 60])
+    assert lines["other"].get_ydata().tolist() == pytest.approx([25, 50])
+    band = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((20, 80))
+
+
+def test_heat_maps_are_in_the_figure():
+    pytest.importorskip("matplotlib")
+    one = {(1e-3, 4): 0.2, (1e-3, 8): 0.4, (1e-4, 4): 0.35, (1e-4, 8): 0.7}
+    figure = heat_maps({"one": one, "other": {(1e-4, 8): 0.1, (1e-3, 4): 0.2}}, "a title")
+    maps = [axes.get_images()[0] for axes in figure.axes[:2]]
+    np.testing.assert_allclose(maps[0].get_array(), [[35, 70], [20, 40]])
+    assert maps[1].get_array().mask.tolist() == [[True, False], [False, True]]
+    assert maps[0].get_clim() == maps[1].get_clim() == (10, 70)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0.0001", "0.001"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["4", "8"]
+    assert "mean 41.2, worst 20.0" in figure.axes[0].get_title()
+
+
+def test_cells_of_the_heat_maps(files, task):
+    results = {0: planted(0.4), 1: planted(0.8)}
+    assert compare.cells_of(results, a_run(files, task, schedule="constant")) == pytest.approx({1: 0.3, 2: 0.6})
+    assert compare.cells_of(results, a_run(files, task, schedule="linear")) == pytest.approx({2: 0.6})
+
+
+def test_curves_over_ranks_are_in_the_figure():
+    pytest.importorskip("matplotlib")
+    (axes,) = curves_over({"LoRA": {1: [0.2, 0.4], 8: [0.5]}}, "rank", "loss", "a title").axes
+    line = axes.get_lines()[0]
+    assert line.get_xdata().tolist() == [1, 8] and line.get_ydata().tolist() == pytest.approx([0.3, 0.5])
+
+
+def test_the_table_over_ranks(files, tmp_path, monkeypatch, capsys):
+    wanted = arguments(
+        files, "--runs", "lora", "--seeds", "0-1", "--ranks", 1, 2, "--results", tmp_path / "results.jsonl"
+    )
+    monkeypatch.setattr(sys, "argv", ["double_descent.py", *wanted])
+    double_descent.main()
+    with Store(tmp_path / "results.jsonl") as store:
+        by_rank = {rank: [] for rank in (1, 2)}
+        for key, result in store.results.items():
+            by_rank[json.loads(key)["r"]].append(result["loss"])
+    means = [f"{np.mean(losses):.3f} ±" for losses in by_rank.values()]
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| LoRA, lr 0.003: loss"))
+    assert [cell.strip()[:7] for cell in row.split("|")[2:4]] == means
+    assert double_descent.bumps([1, 3, 2, 2, 5, 4, 6]) == [1, 4] and double_descent.bumps([3, 2, 1]) == []
+
+
+def test_pictures_are_saved(files, task, tmp_path):
+    pytest.importorskip("matplotlib")
+    args = compare.parse_arguments(arguments(files, "--pictures", tmp_path / "pictures"))
+    regime = compare.regimes(args, task.texts.name)[0]
+    settings = [compare.Setting("lora", 0.0, lr) for lr in (1e-3, 3e-3)]
+    with Store(tmp_path / "results.jsonl") as store:
+        for setting in settings:
+            store.add(compare.of(regime, setting, 0), planted(0.5))
+        compare.report(regime, settings, store, args)
+        compare.draw_grids({regime: settings}, store, args)
+    names = sorted(path.name.rpartition("-")[2] for path in (tmp_path / "pictures").iterdir())
+    assert names == ["curves.png", "maps.png"]
