@@ -276,7 +276,7 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         for name, layer in self._uphill.layers.items():
             factors = self._uphill.direction.get(name, (None, None))
             B, A = (None if factor is None else factor.clone() for factor in factors)  # of a tensor of many layers
-            layers[name] = {"shape": list(layer.shape), "B": B, "A": A}
+            layers[name] = {**_identity(layer), "B": B, "A": A}
         return {"rho": self.rho, "layers": layers}
 
     def check_method_state(self, state: dict[str, Any]) -> None:
@@ -287,10 +287,12 @@ class LoRASAMOptimizer(PerturbingOptimizer):
             raise ValueError(
                 "the state_dict's LoRASAM part has no dict by layer name; load one that this library wrote"
             )
-        ours = {name: {"shape": list(layer.shape)} for name, layer in self._uphill.layers.items()}
-        checks.same_layers("adapted layers", {n: {"shape": layer.get("shape")} for n, layer in layers.items()}, ours)
+        ours = {name: _identity(layer) for name, layer in self._uphill.layers.items()}
+        theirs = {name: {key: layer.get(key) for key in ("shape", "ranks")} for name, layer in layers.items()}
+        checks.same_layers("adapted layers", theirs, ours)
         for name, layer in layers.items():
-            if not _fit(layer.get("B"), layer.get("A"), *layer["shape"]):
+            checks.state_fields("LoRASAM", layer, "B", "A")
+            if not _fit(layer["B"], layer["A"], *layer["shape"]):
                 raise ValueError(
                     f"the state_dict's B and A of layer {name!r} must both be None, or factors of a {layer['shape']} "
                     "perturbation; load a state_dict that this library wrote"
@@ -307,6 +309,11 @@ class LoRASAMOptimizer(PerturbingOptimizer):
             if layer["B"] is not None:
                 device = source.layers[name].base.device
                 source.direction[name] = layer["B"].to(device, copy=True), layer["A"].to(device, copy=True)
+
+
+def _identity(layer: LoRALayer) -> dict[str, Any]:
+    """What must be so in a checkpoint's model too."""
+    return {"shape": list(layer.shape), "ranks": layer.ranks()}
 
 
 def _fit(B: Any, A: Any, m: int, n: int) -> bool:

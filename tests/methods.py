@@ -89,6 +89,10 @@ def ggpo(**kwargs: Any) -> Callable[[nn.Module, Base, int], Optimizer]:
     return lambda model, base, seed: flatlora.GGPOOptimizer(base(trained(model)), model, seed=seed, **options)
 
 
+def lorasam(model: nn.Module, base: Base, seed: int) -> Optimizer:
+    return flatlora.LoRASAMOptimizer(base(trained(model)), model, rho=0.05)
+
+
 def attach_auxiliary(model: nn.Module, seed: int) -> None:
     flatlora.attach_auxiliary(model, r=4, seed=seed)
 
@@ -109,6 +113,7 @@ def bidora(model: nn.Module, base: Base, seed: int) -> Optimizer:
 METHODS = [
     Method("GGPO gaussian", lora, ggpo()),
     Method("GGPO low_rank", lora, ggpo(noise="low_rank", noise_rank=4)),
+    Method("LoRASAM", lora, lorasam),
     Method("Bi-LoRA", lora, bilora, before_wrapping=attach_auxiliary),
     Method("BiDoRA", dora, bidora, perturbs=False, one_process=True),
     Method("GraLoRA", gralora, plain, perturbs=False),

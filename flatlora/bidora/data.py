@@ -60,6 +60,9 @@ class Batches:
         TypeError: it can be iterated once only, or not at all.
     """
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_iterator": None}  # a copy goes on from the position
+
     def __init__(self, loader: Any, name: str, seed: int):
         if not isinstance(loader, Iterable):
             raise TypeError(f"{name} must be an iterable of batches, such as a DataLoader; got {type(loader).__name__}")

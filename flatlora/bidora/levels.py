@@ -38,6 +38,13 @@ class TwoLevels(Method, Optimizer):
         # Not Optimizer.__init__, which would make groups and state of its own; __setstate__ makes the hooks alone.
         Optimizer.__setstate__(self, {"lower": lower, "upper": upper})
 
+    def __getstate__(self) -> dict[str, Any]:
+        # As of torch's optimizers, neither hooks nor what a scheduler or Accelerate patched in.
+        ours = (
+            key for key in self.__dict__ if key not in ("step", "_opt_called") and not key.startswith("_optimizer_")
+        )
+        return {key: self.__dict__[key] for key in ours}
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         return [*self.lower.param_groups, *self.upper.param_groups]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,10 +26,33 @@ class Seen:
     magnitude_grads: Values = field(default_factory=dict)
 
 
+class _Hook:
+    """Calls a method of the watch while there is one."""
+
+    def __init__(self, watch: LoopWatch, method: str):
+        self._watch, self._method = weakref.ref(watch), method
+
+    def __call__(self, *args: Any) -> None:
+        if (watch := self._watch()) is not None:
+            getattr(watch, self._method)(*args)
+
+    def __reduce__(self) -> Any:
+        return _copied_hook, ()
+
+
+def _copied_hook() -> Any:
+    """What stands in a copy of a watched model."""
+    return _nothing
+
+
+def _nothing(*args: Any) -> None: ...
+
+
 class LoopWatch:
     """Remembers the calls of `model` in train mode, until `clear()`, and takes the magnitudes' gradients away.
 
-    While `on` is False it sees nothing.
+    While `on` is False it sees nothing. The model knows it weakly: it goes with its optimizer, and copies of the model
+    are not watched. A copy of it is None.
     """
 
     def __init__(self, model: nn.Module, magnitudes: Iterable[Tensor]):
@@ -36,11 +60,17 @@ class LoopWatch:
         self._seen = Seen()
         self._streams: RandomStreams | None = None
         self._handles = [
-            model.register_forward_pre_hook(self._before),
-            model.register_forward_hook(self._after, with_kwargs=True),
+            model.register_forward_pre_hook(_Hook(self, "before")),
+            model.register_forward_hook(_Hook(self, "after"), with_kwargs=True),
             # Collected before the loop clips, which would scale them, and which should see the directions alone.
-            *(p.register_post_accumulate_grad_hook(self._collect) for p in magnitudes),
+            *(p.register_post_accumulate_grad_hook(_Hook(self, "collect")) for p in magnitudes),
         ]
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def __del__(self) -> None:
+        self.remove()
 
     def train_loss(self) -> TrainLoss:
         """L_tr of the passes that backward went through, weighted as the loop weighted them.
@@ -81,11 +111,11 @@ class LoopWatch:
         while self._handles:
             self._handles.pop().remove()
 
-    def _before(self, model: nn.Module, args: Any) -> None:
+    def before(self, model: nn.Module, args: Any) -> None:
         if self.on and model.training and torch.is_grad_enabled():
             self._streams = RandomStreams(devices_of(model))
 
-    def _after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         loss, streams, self._streams = model_loss(output), self._streams, None
         if not self.on or streams is None or loss is None or not loss.requires_grad:
             return
@@ -103,7 +133,7 @@ class LoopWatch:
 
         loss.register_hook(weigh)
 
-    def _collect(self, p: Tensor) -> None:
+    def collect(self, p: Tensor) -> None:
         if self.on and p.grad is not None:
             before = self._seen.magnitude_grads.get(p)
             self._seen.magnitude_grads[p] = p.grad if before is None else before + p.grad

@@ -341,6 +341,16 @@ class BilevelOptimizer(TwoLevels):
             self._watch.remove()
         self._layout.release()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_watch": self._watch is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._watch = LoopWatch(self.model, parameters_of(self.upper)) if state["_watch"] else None  # of its own model
+        self._phase_two.watch = self._watch
+        if self._watch is not None:
+            self._watch.on = self.phase == 1
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         if self._watch is not None:

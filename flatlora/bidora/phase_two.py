@@ -37,7 +37,7 @@ class PhaseTwo:
         adapter: str | Iterable[str] | None,
         watch: LoopWatch | None,
     ) -> None:
-        self._lower, self._upper, self._model, self._adapter, self._watch = lower, upper, model, adapter, watch
+        self._lower, self._upper, self._model, self._adapter, self.watch = lower, upper, model, adapter, watch
         self.phase = 1
         self._batches: Batches | None = None
         self._optimizer: Optimizer | None = None
@@ -131,8 +131,8 @@ class PhaseTwo:
         for p in parameters_of(self._upper):
             p.requires_grad_(phase == 1)
             p.grad = None
-        if self._watch is not None:
-            self._watch.on = phase == 1
+        if self.watch is not None:
+            self.watch.on = phase == 1
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 

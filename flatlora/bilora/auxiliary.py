@@ -15,7 +15,15 @@ from ..layers.view import LoRALayer, lora_layers
 from ..perturbation import Attachment, Companions, Source, attachments
 from ..streams import shared_seed
 
-__all__ = ["Ascent", "Auxiliaries", "Auxiliary", "attach_auxiliary", "attached_auxiliaries", "detach_auxiliary"]
+__all__ = [
+    "Ascent",
+    "Auxiliaries",
+    "Auxiliary",
+    "attach_auxiliary",
+    "attached_auxiliaries",
+    "detach_auxiliary",
+    "primary_ranks",
+]
 
 # The auxiliaries' name in the model they are attached to. They are registered there and not in their layers, because
 # PEFT saves whatever lies in its layers, and in earlier versions whatever has "lora_" in its key.
@@ -153,3 +161,9 @@ def attached_auxiliaries(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, fl
     """(A, B, scaling) of every auxiliary on the model, by its layer's name."""
     auxiliaries = [module for module in model.modules() if isinstance(module, Auxiliary)]
     return {auxiliary.layer.name: (auxiliary.A, auxiliary.B, auxiliary.scaling) for auxiliary in auxiliaries}
+
+
+def primary_ranks(model: nn.Module) -> dict[str, dict[str, int]]:
+    """The ranks of the adapters beside each auxiliary, by layer and adapter name."""
+    auxiliaries = [module for module in model.modules() if isinstance(module, Auxiliary)]
+    return {module.layer.name: module.layer.ranks() for module in auxiliaries}

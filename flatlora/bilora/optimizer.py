@@ -16,7 +16,15 @@ from ..layers.base import whole, wide
 from ..layers.view import plain_name
 from ..perturbing import PerturbingOptimizer
 from ..wrapper import chain
-from .auxiliary import Ascent, Auxiliaries, Auxiliary, attach_auxiliary, attached_auxiliaries, detach_auxiliary
+from .auxiliary import (
+    Ascent,
+    Auxiliaries,
+    Auxiliary,
+    attach_auxiliary,
+    attached_auxiliaries,
+    detach_auxiliary,
+    primary_ranks,
+)
 
 __all__ = ["BiLoRAOptimizer"]
 
@@ -284,7 +292,11 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     # --- checkpoints: a saved adapter leaves the auxiliary out, so the optimizer's state carries it ---------------
 
     def method_state(self) -> dict[str, Any]:
-        layers = {name: {"A": A.detach(), "B": B.detach()} for name, (A, B, _) in self._auxiliaries().items()}
+        ranks = primary_ranks(self._model) if self._triples is None else {}
+        layers = {
+            name: {"A": A.detach(), "B": B.detach(), "ranks": ranks.get(name, {})}
+            for name, (A, B, _) in self._auxiliaries().items()
+        }
         return {"rho": self.rho, "layers": layers}
 
     def check_method_state(self, state: dict[str, Any]) -> None:
@@ -304,11 +316,14 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
 
 def _shapes(layers: Any) -> dict[str, Any]:
-    """The shapes of A and B of a checkpoint's layers."""
+    """The shapes of A and B of a checkpoint's layers, and the ranks of the adapters beside them."""
     try:
-        return {name: {part: tuple(layer[part].shape) for part in ("A", "B")} for name, layer in layers.items()}
+        return {
+            name: {"A": tuple(layer["A"].shape), "B": tuple(layer["B"].shape), "ranks": layer["ranks"]}
+            for name, layer in layers.items()
+        }
     except (AttributeError, KeyError, TypeError) as reason:
-        raise ValueError("the state_dict's Bi-LoRA part has no tensors A and B for each layer") from reason
+        raise ValueError("the state_dict's Bi-LoRA part has no tensors A, B and ranks for each layer") from reason
 
 
 @torch.no_grad()

@@ -38,12 +38,6 @@ class Rows:
     grad_sq: Tensor | None = None  # squared row norms (m,) of its last gradient
     std: tuple[Any, Tensor] | None = None  # what it was computed from, and the standard deviations (m,)
 
-    def ranks(self) -> dict[str, int]:
-        ranks: dict[str, int] = {}
-        for adapter in self.layer.all_adapters():  # a hybrid GraLoRA layer has two of a name
-            ranks[adapter.name] = ranks.get(adapter.name, 0) + adapter.rank
-        return ranks
-
     def at_hand(self, device: torch.device) -> bool:
         """Whether all its tensors are whole and on `device`, as those of a sharded layer are in its forward alone."""
         parameters = self.layer.module.parameters()

@@ -182,7 +182,7 @@ class GGPOOptimizer(PerturbingOptimizer):
         layers = {
             name: {
                 "shape": list(rows.layer.shape),
-                "ranks": rows.ranks(),
+                "ranks": rows.layer.ranks(),
                 "grad_sq": None if rows.grad_sq is None else rows.grad_sq.clone(),  # of a tensor of many layers
             }
             for name, rows in noise.rows.items()
@@ -202,7 +202,8 @@ class GGPOOptimizer(PerturbingOptimizer):
         ours = self.method_state()["layers"]
         checks.same_layers("adapted layers", _identity(state["layers"]), _identity(ours))
         for name, layer in state["layers"].items():
-            found, m = layer.get("grad_sq"), ours[name]["shape"][0]
+            checks.state_fields("GGPO", layer, "grad_sq")
+            found, m = layer["grad_sq"], ours[name]["shape"][0]
             if found is not None and not (isinstance(found, Tensor) and tuple(found.shape) == (m,)):
                 raise ValueError(f"the state_dict's grad_sq of layer {name!r} must be None or a tensor ({m},)")
 

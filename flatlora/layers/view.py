@@ -89,6 +89,13 @@ class LoRALayer:
             return []
         return [adapter for name in reader.active(module) for adapter in reader.adapters(module, name, shape)]
 
+    def ranks(self) -> dict[str, int]:
+        """The rank of every adapter asked for; of a hybrid GraLoRA layer that of both its parts together."""
+        ranks: dict[str, int] = {}
+        for adapter in self.all_adapters():
+            ranks[adapter.name] = ranks.get(adapter.name, 0) + adapter.rank
+        return ranks
+
     def __repr__(self) -> str:
         m, n = self.shape
         return f"LoRALayer({self.name!r}, {n} -> {m}, {self.base.kind} base, adapters {sorted(self.names)})"

@@ -85,7 +85,7 @@ def test_a_copy_of_the_model_is_a_plain_model(method, how):
 
 
 @pytest.mark.parametrize("how", COPIES)
-@every_method(xfail={"BiDoRA": "a copy of a BilevelOptimizer raises AttributeError"})
+@every_method()
 def test_a_copy_of_model_and_optimizer_goes_on_alike(method, how):
     model, optimizer = started(method)
     other, its = COPIES[how]((model, optimizer))
@@ -99,10 +99,8 @@ def test_a_copy_of_model_and_optimizer_goes_on_alike(method, how):
 
 # --- the end of an optimizer --------------------------------------------------------------------------------------
 
-OUTLIVED = "the hooks that watch the loop outlive their optimizer and take the magnitudes' gradients"
 
-
-@every_method(xfail={"BiDoRA": OUTLIVED})
+@every_method()
 def test_without_its_optimizer_the_model_is_a_plain_one(method):
     model, optimizer = started(method)
     other = twin(model, method)
@@ -111,7 +109,7 @@ def test_without_its_optimizer_the_model_is_a_plain_one(method):
     assert trains_as(model, other) is None
 
 
-@every_method(xfail={"BiDoRA": OUTLIVED})
+@every_method()
 def test_a_new_optimizer_takes_the_place_of_one_that_is_gone(method):
     model, optimizer = started(method)
     own = weights(model)
@@ -272,8 +270,7 @@ def test_any_order_of_attach_and_remove_ends_with_a_clean_model(request, adapter
         logits(model)
         fresh = shape(model)
         session = Session(model)
-        # A 4-bit layer's layout is held by who is removed by hand; see the test below.
-        moves = chance.choices([move for move in MOVES if not (quant and move.startswith("drop"))], k=10)
+        moves = chance.choices(MOVES, k=10)
         for move in moves:
             getattr(session, move)()
             assert (session.ggpo is None and not session.auxiliary) or not any(repacking(model)), (trial, moves, move)
@@ -289,7 +286,6 @@ def repacks(monkeypatch):
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
 
 
-@pytest.mark.xfail(strict=True, reason="an optimizer that goes without remove() keeps the layout of 4-bit weights held")
 @every_method(among=[method for method in PERTURBING if method in OF_PEFT])
 def test_the_layout_of_4_bit_weights_is_held_as_long_as_the_optimizer_lives(repacks, method):
     model = adapted(method, quant="nf4", width=64)
@@ -305,10 +301,7 @@ def test_the_layout_of_4_bit_weights_is_held_as_long_as_the_optimizer_lives(repa
 
 @pytest.mark.parametrize("first_off", ["ggpo", "auxiliary"])
 @pytest.mark.parametrize("first_on", ["ggpo", "auxiliary"])
-def test_the_layout_of_4_bit_weights_is_held_while_anything_is_attached(repacks, request, first_on, first_off):
-    if first_on == first_off:
-        reason = "what was attached first releases the layout under what is still attached"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_the_layout_of_4_bit_weights_is_held_while_anything_is_attached(repacks, first_on, first_off):
     session = Session(adapted(METHODS[0], quant="nf4", width=64))
     on = {"ggpo": session.attach_ggpo, "auxiliary": session.attach_auxiliary}
     off = {"ggpo": session.remove_ggpo, "auxiliary": session.detach}
