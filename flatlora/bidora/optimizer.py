@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -57,8 +57,7 @@ class BilevelOptimizer(TwoLevels):
     whose second term is a finite difference of ∂_μ L_tr around V, on the training batch just used, over ``e·v`` with
     ``e = epsilon/‖v‖``. The passes it subtracts see the same dropout as the lower pass and, if `lower` perturbs the
     model (any `OptimizerWrapper` that says so), the same perturbation: L_tr is the perturbed loss, and what makes up
-    the perturbation is no part of V. L_val is that of the unperturbed model. R does not depend on μ and so is not in
-    the difference.
+    the perturbation is no part of V. L_val is that of the unperturbed model. R, which lacks μ, is in no difference.
 
     PEFT treats DoRA's norm ``‖W0 + s·B·A‖`` as a constant in backward. ∂_μ is exact all the same, and the difference
     moves the norm along with V: the second term is the exact derivative of ∂_μ L_tr along v. But v lacks the part of
@@ -75,9 +74,8 @@ class BilevelOptimizer(TwoLevels):
         lower: a built optimizer of the directions, and of a new head if there is one.
         upper: a built optimizer of the magnitudes.
         model: the model. Without PEFT adapters any two-level problem will do, whatever `lower` and `upper` hold.
-        train_dataloader: batches of the lower level, cycled for ever and reshuffled each epoch (see
-            `flatlora.bidora.data.Batches`). None if another's loop, such as the Hugging Face Trainer, runs forward and
-            backward of the training batches itself and calls `step()`; see below.
+        train_dataloader: batches of the lower level, cycled for ever and reshuffled each epoch. None if another's loop,
+            such as the Hugging Face Trainer, runs forward and backward itself and calls `step()`; see below.
         val_dataloader: batches of the upper level.
         loss_fn: ``loss_fn(model, batch)`` returns a scalar tensor; by default ``model(**batch).loss``.
         xi: ξ ≥ 0, or ``"lr"`` for the learning rate of each of the lower's groups. 0 drops the second term and its
@@ -95,8 +93,7 @@ class BilevelOptimizer(TwoLevels):
 
     Raises:
         ValueError: a model without magnitudes, levels that overlap or are swapped, parameters of another model, an
-            empty dataloader, a bad number. From `step()` also a loss that is not a finite scalar or a batch without
-            labels.
+            empty dataloader, a bad number; from `step()` a loss that is no finite scalar, a batch without labels.
         TypeError: an argument of the wrong type.
         RuntimeError: one of several distributed processes.
 
@@ -104,8 +101,7 @@ class BilevelOptimizer(TwoLevels):
         >>> lower = torch.optim.AdamW(direction_parameters(model), lr=5e-5, weight_decay=0.1)
         >>> upper = torch.optim.AdamW(magnitude_parameters(model), lr=5e-5, weight_decay=0.1)
         >>> optimizer = BilevelOptimizer(lower, upper, model, train_dataloader, val_dataloader)
-        >>> for _ in range(1000):
-        ...     losses = optimizer.step()
+        >>> losses = [optimizer.step() for _ in range(1000)]
     """
 
     def __init__(
@@ -189,9 +185,9 @@ class BilevelOptimizer(TwoLevels):
 
     def _lower_loss(self) -> LowerPoint:
         """L_tr(V, μ), with ∇_V of it in `.grad`."""
-        if self._watch is not None:
+        if self._train is None:  # the loop has been through it
+            assert self._watch is not None
             return self._here(self._watch.train_loss())
-        assert self._train is not None
         return self._here(self._take([self._pass(self._train.next(), "training")]))
 
     def _take(self, passes: list[LossPass]) -> TrainLoss:
@@ -209,17 +205,17 @@ class BilevelOptimizer(TwoLevels):
     def _lower_step(self, at: LowerPoint) -> BilevelStep:
         """V becomes V', by a step of `lower` along ``∇_V (L_tr + γ·R)``."""
         self._add_orthogonality()
-        norm = norm_of(grads_of(at.V))
+        self._norms["lower_grad_norm"] = norm = norm_of(grads_of(at.V))
         train_loss, grad_norm = finite("training", at.loss.value, norm)
         self.lower.step()
         self._lower_steps += 1
-        self._norms["lower_grad_norm"] = norm
         return BilevelStep(train_loss, None, grad_norm, None)
 
     def _val_loss(self, batch: Any) -> ValLoss:
         """L_val(V', μ) of the unperturbed model, and its gradients."""
         # Dropout in this pass draws from a seed of its own, or it would shift the stream of the lower passes.
-        with self._aside(derived_seed(self._seed, "validation", self._lower_steps)), unperturbed(chain(self.lower)):
+        seed = derived_seed(self._seed, "validation", self._lower_steps)
+        with traceless(self.model, seed, self._watch), unperturbed(chain(self.lower)):
             value = self._backward([self._pass(batch, "validation")])
             return ValLoss(value, grads_of(self._magnitudes()), grads_of(parameters_of(self.lower)))
 
@@ -230,8 +226,8 @@ class BilevelOptimizer(TwoLevels):
         norm = norm_of(grads_of(self._magnitudes()))
         val_loss, grad_norm = finite("validation", val.value, norm)
         self.upper.step()
-        first, second = norm_of(hypergradient.first), norm_of(hypergradient.second)
-        self._norms |= {"hypergradient_norm": norm, "first_order_norm": first, "second_order_norm": second}
+        parts = {"first_order_norm": norm_of(hypergradient.first), "second_order_norm": norm_of(hypergradient.second)}
+        self._norms |= {"hypergradient_norm": norm, **parts}
         return replace(seen, val_loss=val_loss, upper_grad_norm=grad_norm)
 
     def _hypergradient(self, at: LowerPoint, val: ValLoss) -> Hypergradient:
@@ -254,7 +250,8 @@ class BilevelOptimizer(TwoLevels):
                 self._backward(at.loss.passes)
             return grads_of(self._magnitudes())
 
-        with self._aside(), perturbed_as(self.lower, at.perturbations), frozen(parameters_of(self.lower)):
+        aside, as_then = traceless(self.model, watch=self._watch), perturbed_as(self.lower, at.perturbations)
+        with aside, as_then, frozen(parameters_of(self.lower)):
             ahead = magnitude_grads(e)
             behind = at.loss.magnitude_grads if self.difference == "forward" else magnitude_grads(-e)
         per_e = length / (self.epsilon if self.difference == "forward" else 2 * self.epsilon)
@@ -276,7 +273,7 @@ class BilevelOptimizer(TwoLevels):
             ValueError: a loss that is not a finite scalar, or a batch without labels.
         """
         passes = [self._pass(train_batch, "training")]
-        with self._aside():
+        with traceless(self.model, watch=self._watch):
             at = self._here(self._take(passes))
             self._add_orthogonality()
             finite("training", at.loss.value)
@@ -342,13 +339,12 @@ class BilevelOptimizer(TwoLevels):
         self._layout.release()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_watch": self._watch is not None}
+        return {**super().__getstate__(), "_watch": None if self._watch is None else True}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._watch = LoopWatch(self.model, parameters_of(self.upper)) if state["_watch"] else None  # of its own model
-        self._phase_two.watch = self._watch
-        if self._watch is not None:
+        if state["_watch"]:  # a copy watches its own model
+            self._watch = self._phase_two.watch = LoopWatch(self.model, parameters_of(self.upper))
             self._watch.on = self.phase == 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -399,11 +395,6 @@ class BilevelOptimizer(TwoLevels):
         """Adds ``γ·∇_V R`` to `.grad`."""
         if self.orthogonality > 0:
             add_orthogonality_gradient(self._layers, self.orthogonality)
-
-    @contextmanager
-    def _aside(self, seed: int = 0) -> Iterator[None]:
-        with traceless(self.model, seed), self._watch.away() if self._watch is not None else nullcontext():
-            yield
 
     def _magnitudes(self) -> list[Tensor]:
         return parameters_of(self.upper)

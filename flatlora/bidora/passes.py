@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,14 +182,17 @@ def running_statistics(model: nn.Module) -> Values:
 
 
 @contextmanager
-def traceless(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Puts gradients, random streams and running statistics back afterwards; within, the streams start at `seed`."""
+def traceless(model: nn.Module, seed: int = 0, watch: Any = None) -> Iterator[None]:
+    """Puts gradients, random streams and running statistics back afterwards; within, the streams start at `seed`.
+
+    Nor does `watch`, a `LoopWatch` if one is given, see what is done within.
+    """
     grads = [(p, p.grad) for p in model.parameters() if p.requires_grad]
     statistics = running_statistics(model)
     try:
         for p, _ in grads:
             p.grad = None  # backward would add to it in place
-        with private_streams(seed, devices_of(model)):
+        with private_streams(seed, devices_of(model)), nullcontext() if watch is None else watch.away():
             yield
     finally:
         assign(statistics)
