@@ -231,14 +231,22 @@ def applied_weight(module, n):
 
 def noise_of(optimizer, name=None, dtype=torch.float64):
     """This step's dense ε (m, n) of a layer, from its seed; by default of the only layer."""
-    rows = optimizer._noise.rows
-    layer = rows[name or next(iter(rows))].layer
-    draw = optimizer._noise.draw(layer)
-    n = layer.shape[1]
+    name = name or next(iter(gradient_rows(optimizer)))
+    draw, n = optimizer.current_perturbation()[name], optimizer.method_state()["layers"][name]["shape"][1]
     if draw.kind == "gaussian":
         return draw_gaussian(draw, n, None, dtype)
     b, a = draw_low_rank(draw, n, dtype)
     return b @ a
+
+
+def gradient_rows(optimizer):
+    """What a GGPOOptimizer remembers of each layer's last gradient: its squared row norms (m,), or None."""
+    return {name: layer["grad_sq"] for name, layer in optimizer.method_state()["layers"].items()}
+
+
+def at_step(optimizer, step):
+    """Has a GGPOOptimizer draw the noise of another step."""
+    optimizer.load_method_state({**optimizer.method_state(), "step": step})
 
 
 def rank_correlation(x, y):

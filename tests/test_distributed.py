@@ -118,7 +118,8 @@ def reads(model, optimizer, x):
         found.append(hasattr(self.module.weight, "full_tensor"))
         return original(self, *args)
 
-    optimizer._noise.step += 1
+    state = optimizer.method_state()
+    optimizer.load_method_state({**state, "step": state["step"] + 1})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FloatBase, "apply_rows", counted)
         for _ in range(2):

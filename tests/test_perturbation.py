@@ -488,7 +488,7 @@ def test_quantised_layers_compute_at_the_perturbed_weight(kind, noise):
     model = quantised_mlp(kind)
     optimizer = ggpo(model, noise)
     layer = model.base_model.model.up
-    name = next(name for name in optimizer._noise.rows if name.endswith("up"))
+    name = next(name for name in optimizer.row_std() if name.endswith("up"))
     x = torch.randn(5, 64, requires_grad=True)
     params = [p for p in layer.parameters() if p.requires_grad]
     expected = F.linear(x.double(), dense(layer)[0] + noise_of(optimizer, name, torch.float32).double())

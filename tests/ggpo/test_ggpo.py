@@ -10,9 +10,11 @@ from helpers import (
     Net,
     ParameterLoRA,
     applied_weight,
+    at_step,
     base_weight,
     dense,
     expected_std,
+    gradient_rows,
     lm_loss,
     lora_modules,
     noise_of,
@@ -82,10 +84,10 @@ def test_moments_of_the_noise(options):
         grad = projected(gradients[name], *factors)
         assert beta * grad.square().sum() > 0.05 * dense(module)[0].square().sum()  # the term is there to be seen
         stds.append(expected_std(dense(module)[0], sigma, beta, grad).detach())
-    names = list(optimizer._noise.rows)
+    names = list(gradient_rows(optimizer))
     samples = []
     for t in range(draws):
-        optimizer._noise.step = t
+        at_step(optimizer, t)
         noises = [noise_of(optimizer, name) / std[:, None] for name, std in zip(names, stds, strict=True)]
         samples.append(torch.cat([noise.flatten() for noise in noises]))
     z = torch.stack(samples)
@@ -109,7 +111,7 @@ def test_noise_is_a_function_of_seed_step_and_layer():
         optimizer = ggpo(model, seed=seed)
         found = []
         for _ in range(steps):
-            found += [noise_of(optimizer, name) for name in optimizer._noise.rows]
+            found += [noise_of(optimizer, name) for name in gradient_rows(optimizer)]
             step(model, optimizer, torch.randn(3, 6, dtype=torch.float64))
         return found
 
@@ -119,7 +121,7 @@ def test_noise_is_a_function_of_seed_step_and_layer():
     assert len({float(noise[0, 0]) for noise in first}) == 4
     torch.manual_seed(21)
     default = GGPOOptimizer(torch.optim.SGD(trainable(model := one_layer()), 0.1), model)
-    assert default._noise.seed == 21
+    assert default.method_state()["seed"] == 21
 
 
 # --- row_std: the weight's part -----------------------------------------------------------------------------------
@@ -151,11 +153,11 @@ def test_row_std_equals_the_dense_formula(form):
 def test_row_std_of_quantised_layers(kind):
     model = quantised_mlp(kind)
     optimizer = ggpo(model, sigma=0.07)
-    for _ in range(2):  # before and after the first forward
+    for t in range(2):  # before and after the first forward
         for name, std in optimizer.row_std().items():
             assert_rows(std, expected_std(dense(model.get_submodule(name))[0], 0.07))
         model(torch.randn(2, 64))
-        optimizer._noise.step += 1
+        at_step(optimizer, t + 1)
 
 
 MIXED = {
@@ -305,7 +307,7 @@ def test_gradient_rows_are_those_of_the_projected_dense_gradient(form, micro_bat
         (model(x) - 1).square().mean().backward()
     optimizer.step()
     expected = projected(grad, *factors)
-    rows = optimizer._noise.rows[name].grad_sq
+    rows = gradient_rows(optimizer)[name]
     torch.testing.assert_close(rows.sqrt(), expected.norm(dim=1), rtol=1e-6, atol=1e-9 * float(expected.norm()))
     assert expected.norm() < 0.999 * grad.norm() or form in ("square", "two adapters")
     assert_rows(only(optimizer.row_std()), expected_std(weight, 0.3, 1.0, expected))
@@ -368,13 +370,13 @@ def test_layers_are_read_in_their_own_forward_where_their_weights_come_for_it():
 
     optimizer = ggpo(model, sigma=0.1, beta=5.0)
     expected = model(input_ids=tokens()).logits
-    optimizer._noise.step += 1
+    at_step(optimizer, 1)
     for module in stored:
         take(module)
         module.register_forward_pre_hook(bring)
         module.register_forward_hook(take)
     assert not torch.equal(model(input_ids=tokens()).logits, expected)
-    optimizer._noise.step -= 1
+    at_step(optimizer, 0)
     torch.testing.assert_close(model(input_ids=tokens()).logits, expected)
 
 
@@ -387,7 +389,7 @@ def test_layers_that_are_not_perturbed_are_not_read(monkeypatch):
     model.base_model.model.model.layers[1].eval()
     for _ in range(3):
         model(input_ids=tokens())
-    assert len(asked) == len(optimizer._noise.rows) // 2
+    assert len(asked) == len(gradient_rows(optimizer)) // 2
 
 
 def test_each_layers_state_is_a_tensor_of_its_own():
@@ -431,10 +433,10 @@ def test_float32_gradients_near_a_singular_b_give_finite_rows():
             weight.requires_grad_(False)
         optimizer.step()
         optimizer.zero_grad()
-        for name, rows in optimizer._noise.rows.items():
-            assert rows.grad_sq.isfinite().all() and (rows.grad_sq >= 0).all()
+        for name, rows in gradient_rows(optimizer).items():
+            assert rows.isfinite().all() and (rows >= 0).all()
             # A projection is never longer than what is projected, up to float32 rounding.
-            assert rows.grad_sq.sum().sqrt() <= gradients[name] * 1.01
+            assert rows.sum().sqrt() <= gradients[name] * 1.01
 
 
 def test_projection_ranks_rows_better_than_the_usual_stand_in():
@@ -468,7 +470,7 @@ def test_projection_ranks_rows_better_than_the_usual_stand_in():
     optimizer.step()
     figures = []
     for name, grad in true.items():
-        ours = optimizer._noise.rows[name].grad_sq.sqrt()
+        ours = gradient_rows(optimizer)[name].sqrt()
         torch.testing.assert_close(ours, dense_ours[name].norm(dim=1), rtol=1e-2, atol=1e-3 * float(ours.max()))
         assert ours.norm() <= grad.norm() * (1 + 1e-4)
         assert (grad - dense_ours[name]).norm() <= (grad - usual[name]).norm()
@@ -497,7 +499,8 @@ def loss_rises(kind, rank, draws):
     expected = 0.5 * float(std.square().sum() * x.square().sum())
     rises = []
     with torch.no_grad():
-        for optimizer._noise.step in range(draws):
+        for t in range(draws):
+            at_step(optimizer, t)
             rises.append(0.5 * float((model(x) - target).square().sum()))
     return torch.tensor(rises), expected
 
@@ -989,7 +992,7 @@ def test_metrics_are_the_expected_noise_and_the_gradients_share_of_it():
     step(model, optimizer, x)
     model(x)
     weight, _ = dense(fc(model))
-    grad_sq = float(only({"": optimizer._noise.rows[next(iter(optimizer._noise.rows))].grad_sq}).sum())
+    grad_sq = float(only(gradient_rows(optimizer)).sum())
     weight_sq = float(weight.square().sum())
     found = optimizer.metrics()
     assert float(found["gradient_share"]) == pytest.approx(2 * grad_sq / (weight_sq + 2 * grad_sq), rel=1e-6)
