@@ -17,7 +17,7 @@ import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from flatlora import BiLoRAOptimizer, GGPOOptimizer
+from flatlora import BiLoRAOptimizer, GGPOOptimizer, LoRASAMOptimizer
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported, and peft imports it
 
@@ -205,7 +205,7 @@ def evaluate(model: torch.nn.Module, batches: list[dict[str, Any]]) -> tuple[flo
 
 # --- the methods --------------------------------------------------------------------------------------------------
 
-METHODS = ["ggpo", "ggpo-low-rank", "bilora"]
+METHODS = ["ggpo", "ggpo-low-rank", "bilora", "lorasam"]
 
 
 def make_optimizer(
@@ -217,6 +217,8 @@ def make_optimizer(
     optimizer = optimizer_cls(trainable(model), lr=args.lr)
     if method == "none":
         return optimizer
+    if method == "lorasam":
+        return LoRASAMOptimizer(optimizer, model, rho=args.rho)
     noise = "low_rank" if method == "ggpo-low-rank" else "gaussian"
     return GGPOOptimizer(optimizer, model, sigma=args.sigma, noise=noise)
 
@@ -224,7 +226,9 @@ def make_optimizer(
 def method_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, default="ggpo", help="default: %(default)s")
     parser.add_argument("--sigma", type=non_negative, default=0.03, help="ggpo's noise (default: %(default)s)")
-    parser.add_argument("--rho", type=non_negative, default=0.05, help="bilora's radius (default: %(default)s)")
+    parser.add_argument(
+        "--rho", type=non_negative, default=0.05, help="radius of bilora, lorasam (default: %(default)s)"
+    )
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def tsv(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ggpo", "bilora"])
+@pytest.mark.parametrize("method", ["ggpo", "bilora", "lorasam"])
 def test_quickstart(method, tsv):
     out = run_example(
         "quickstart.py", "--train-file", tsv, "--examples", 4, "--epochs", 1, "--seeds", 1, "--method", method
