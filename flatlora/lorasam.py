@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from .layers.base import wide
 from .layers.stack import BaseNorms, Stack, stacks
 from .layers.tangent import Projection, project
 from .layers.view import LoRALayer
-from .perturbation import Source, trains
+from .perturbation import Source
 from .perturbing import PerturbingOptimizer, claim, trained_layers
 
 __all__ = ["LoRASAMOptimizer"]
@@ -33,7 +32,6 @@ class Uphill(Source):
         direction: u of each layer as factors B (m, 2r) and A (2r, n), of GraLoRA (g, g, m/g, 2q) and (g, g, 2q, n/g);
             empty before the first gradients.
         gradient_norm: ``sqrt(Σ_layers ‖P(G)‖_F²)`` of the gradients looked at last, on their device.
-        fixed: given to layers instead.
     """
 
     def __init__(self, layers: list[LoRALayer], rho: float, no_grad: bool):
@@ -41,14 +39,11 @@ class Uphill(Source):
         self.rho, self.no_grad = rho, no_grad
         self.direction: dict[str, tuple[Tensor, Tensor]] = {}
         self.gradient_norm = torch.zeros(())
-        self.fixed: dict[str, Adapter | None] | None = None
         self._next: dict[str, tuple[Tensor, Tensor]] = {}
         self._norms = BaseNorms()
         self._warned = False
 
     def draw(self, layer: LoRALayer) -> Adapter | None:
-        if self.fixed is not None:
-            return self.fixed.get(layer.name)
         if self.rho == 0 or layer.name not in self.direction:
             return None
         B, A = (factor.to(layer.base.device) for factor in self.direction[layer.name])
@@ -245,29 +240,7 @@ class LoRASAMOptimizer(PerturbingOptimizer):
 
     @property
     def _attached(self) -> bool:
-        return self._attachment is not None and self._attachment.attached
-
-    # --- what others are told of the perturbation ---------------------------------------------------------------------
-
-    def current_perturbation(self) -> dict[str, Adapter | None]:
-        """The ε that each layer sees in this step, by layer name; None where it sees none."""
-        source = self._uphill
-        seen = {name: trains(source, layer, layer.adapters()) for name, layer in source.layers.items()}
-        return {name: source.draw(layer) if seen[name] else None for name, layer in source.layers.items()}
-
-    @contextmanager
-    def perturbed_as(self, perturbation: dict[str, Adapter | None]) -> Iterator[None]:
-        """Within the context layers see these ε, whatever the step and the weights have become."""
-        source = self._uphill
-        before = source.fixed, source.frozen
-        try:
-            source.fixed, source.frozen = perturbation, True
-            yield
-        finally:
-            source.fixed, source.frozen = before
-
-    def unperturbed(self) -> AbstractContextManager[None]:
-        return self.perturbed_as({})
+        return bool(self._attachment is not None and self._attachment.layers)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 

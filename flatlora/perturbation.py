@@ -44,11 +44,13 @@ class Source:
         always: perturb in eval mode, in passes without gradients and under merged adapters too: for measuring.
         no_grad: perturb passes in train mode that record no gradients too.
         frozen: perturb beside adapters that require no gradient at present: someone runs a pass again as it was.
+        fixed: what layers get, by name, instead of what `draw` gives them; None for `draw`'s.
     """
 
     always = False
     no_grad = False
     frozen = False
+    fixed: dict[str, Draw | Adapter | None] | None = None
 
     def draw(self, layer: LoRALayer) -> Draw | Adapter | None:
         """The ε for this forward of `layer`, drawn or as an adapter; None for none. The same for a whole step.
@@ -56,6 +58,10 @@ class Source:
         An adapter whose factors require gradients gets them. One made of a grid of blocks must not require any.
         """
         raise NotImplementedError
+
+    def given(self, layer: LoRALayer) -> Draw | Adapter | None:
+        """The ε that `layer` gets at present where it is perturbed."""
+        return self.draw(layer) if self.fixed is None else self.fixed.get(layer.name)
 
 
 class Attachment:
@@ -66,6 +72,7 @@ class Attachment:
 
     Attributes:
         source: what decides the ε.
+        layers: those that are perturbed; none once it is removed.
         used: whether a step has been taken with it.
         superseded: whether another optimizer took its layers over.
     """
@@ -73,12 +80,9 @@ class Attachment:
     def __init__(self, model: nn.Module, source: Source):
         self.source = source
         self.used = self.superseded = False
+        self.layers: list[LoRALayer] = []
         self._hooks: list[Hook] = []
         self._layout = hold_training_layout(model)
-
-    @property
-    def attached(self) -> bool:
-        return bool(self._hooks)
 
     def add(self, layer: LoRALayer) -> None:
         hook = layer.module.__dict__.get("forward")
@@ -86,12 +90,13 @@ class Attachment:
             hook = Hook(layer.module)
         hook.entries.append((weakref.ref(self, hook.leave_out), layer))
         self._hooks.append(hook)
+        self.layers.append(layer)
 
     def remove(self) -> None:
         """Takes the source off all layers. Idempotent."""
         for hook in self._hooks:
             hook.leave_out(self)
-        self._hooks = []
+        self._hooks, self.layers = [], []
         self._layout.release()
 
     def __reduce__(self) -> Any:
@@ -125,7 +130,7 @@ class Hook:
                 continue
             adapters = layer.adapters() if adapters is None else adapters
             if perturbs(attachment.source, layer, adapters):
-                extra = attachment.source.draw(layer)
+                extra = attachment.source.given(layer)
                 extras += [] if extra is None else [extra]
         if not extras or adapters is None:
             return self.original(*args, **kwargs)

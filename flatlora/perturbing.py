@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from .layers.view import LoRALayer, lora_layers
-from .perturbation import Attachment, Source, attachments
+from .perturbation import Attachment, Source, attachments, trains
 from .wrapper import OptimizerWrapper, chain
 
 __all__ = ["PerturbingOptimizer", "claim", "trained_layers"]
@@ -71,8 +72,34 @@ class PerturbingOptimizer(OptimizerWrapper):
             self._attachment.remove()
             self._attachment = None
 
+    # --- what others are told of the perturbation ---------------------------------------------------------------------
+
+    def current_perturbation(self) -> Any:
+        """The ε that each layer sees in this step, by layer name; None where it sees none."""
+        if self._attachment is None:
+            return {}
+        source, layers = self._attachment.source, self._attachment.layers
+        return {a.name: source.given(a) if trains(source, a, a.adapters()) else None for a in layers}
+
+    @contextmanager
+    def perturbed_as(self, perturbation: Any) -> Iterator[None]:
+        """Within the context layers see these ε, whatever the step and the weights have become."""
+        if self._attachment is None:
+            yield
+            return
+        source = self._attachment.source
+        before = source.fixed, source.frozen
+        try:
+            source.fixed, source.frozen = perturbation, True
+            yield
+        finally:
+            source.fixed, source.frozen = before
+
+    def unperturbed(self) -> AbstractContextManager[None]:
+        return self.perturbed_as({})
+
     def __getstate__(self) -> dict[str, Any]:
-        attached = self._attachment is not None and self._attachment.attached
+        attached = bool(self._attachment is not None and self._attachment.layers)
         return {**super().__getstate__(), "_attachment": None, "_attached": attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

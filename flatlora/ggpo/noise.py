@@ -62,14 +62,11 @@ class RowNoise(Source):
         self.sigma, self.beta, self.kind, self.rank, self.seed = sigma, beta, kind, rank, seed
         self.always = always
         self.step = 0
-        self.fixed: dict[str, Draw | None] | None = None  # given to layers instead of what would be drawn
         self._norms = BaseNorms()
         self._observed: list[tuple[list[Rows], Tensor]] = []
         self._warned = False
 
     def draw(self, layer: LoRALayer) -> Draw | None:
-        if self.fixed is not None:
-            return self.fixed.get(layer.name)
         if self.sigma == 0:
             return None
         # The seed is a function of (seed, step, layer) and no running stream: every micro-batch, every recomputation,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import checks
-from ..kernels.draw import Draw
 from ..perturbing import PerturbingOptimizer, claim, trained_layers
 from ..streams import shared_seed
 from .noise import RowNoise, Rows
@@ -153,27 +152,6 @@ class GGPOOptimizer(PerturbingOptimizer):
     @beta.setter
     def beta(self, value: float) -> None:
         self._noise.beta = checks.number("beta", value)
-
-    # --- what others are told of the perturbation ---------------------------------------------------------------------
-
-    def current_perturbation(self) -> dict[str, Draw | None]:
-        """The ε that each layer sees in this step, by layer name; None where it sees none."""
-        noise = self._noise
-        return {name: noise.draw(rows.layer) if noise.trains(rows.layer) else None for name, rows in noise.rows.items()}
-
-    @contextmanager
-    def perturbed_as(self, perturbation: dict[str, Draw | None]) -> Iterator[None]:
-        """Within the context layers see these ε, whatever the step and the weights have become."""
-        noise = self._noise
-        before = noise.fixed, noise.frozen
-        try:
-            noise.fixed, noise.frozen = perturbation, True
-            yield
-        finally:
-            noise.fixed, noise.frozen = before
-
-    def unperturbed(self) -> AbstractContextManager[None]:
-        return self.perturbed_as({})
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
