@@ -709,3 +709,16 @@ def test_metrics_say_how_far_the_perturbation_is_from_its_bound():
     assert float(optimizer.metrics()["perturbation_to_rho"]) == 0
     train(model, optimizer, data(3))
     assert float(optimizer.metrics()["perturbation_to_rho"]) == pytest.approx(1, rel=1e-4)
+
+
+def test_remove_takes_the_auxiliaries_off_and_those_of_a_successor_not():
+    model = lora_net()
+    names = set(dict(model.named_parameters()))
+    first = BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1, seed=0)
+    train(model, first, data(1))
+    second = BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1, seed=0)
+    first.remove()
+    assert len(second.perturbation_parameters()) == 4
+    second.remove()
+    second.remove()
+    assert set(dict(model.named_parameters())) == names

@@ -96,6 +96,13 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             layer.names = frozenset(names) or layer.names  # another optimizer may hold the primary
         self.attach(source, layers)
 
+    def remove(self) -> None:
+        """Takes the auxiliaries off the model. Idempotent; the optimizer goes on with the rest of its parameters."""
+        attachment = self._attachment
+        super().remove()
+        if attachment is not None and not attachment.superseded:
+            detach_auxiliary(self._model)
+
     @property
     def rho(self) -> float:
         """ρ; a change is felt at the next step."""
