@@ -267,8 +267,7 @@ def test_another_default_device_changes_nothing():
     def run(device: str) -> list:
         model, data = peft_net(dropout=0.2), [net_batch(4) for _ in range(6)]
         torch.manual_seed(3)
-        torch.set_default_device(device)
-        try:
+        with torch.device(device):
             train, val = split_dataset(data, 0.4, seed=1)
             train, val = ([part[i] for i in range(len(part))] for part in (train, val))
             results: list = [split_dataset(range(9))[1].indices]
@@ -278,8 +277,6 @@ def test_another_default_device_changes_nothing():
             optimizer.load_state_dict(optimizer.state_dict())
             second = SGD(direction_parameters(model), lr=0.1)
             results += optimizer.retrain(data, 2, optimizer=second)
-        finally:
-            torch.set_default_device(None)
         return [*results, state_of(model)]
 
     assert difference(run("cpu"), run("meta")) is None

@@ -348,9 +348,8 @@ def test_a_refused_merge_takes_nothing_off():
 @pytest.fixture
 def elsewhere():
     """A default device that is not the model's, as a GPU is; whatever strays to it has lost its values."""
-    torch.set_default_device("meta")
-    yield
-    torch.set_default_device(None)
+    with torch.device("meta"):
+        yield
 
 
 def test_under_another_default_device_all_is_on_the_models(tmp_path, request):
