@@ -356,6 +356,10 @@ def plain_dropout(model):
 # --- TRL -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="with a CUDA build of torch, TRL asks triton for a driver, and there is no GPU",
+)
 def test_sft_trainer(tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")

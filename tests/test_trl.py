@@ -16,6 +16,10 @@ from flatlora import BiLoRAOptimizer, GGPOOptimizer
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
+pytestmark = pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="with a CUDA build of torch, TRL asks triton for a driver, and there is no GPU",
+)
 
 
 def tokenizer():
