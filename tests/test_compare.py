@@ -143,11 +143,13 @@ def test_a_comparison_that_is_complete_makes_no_run(files, task, tmp_path, monke
     path = tmp_path / "results.jsonl"
     with Store(path) as store:
         store.add(a_run(files, task), planted(0.5))
+    before = path.read_bytes()
     monkeypatch.setattr(compare, "results_of", lambda *_: pytest.fail("a run was made"))
     monkeypatch.setattr(
         sys, "argv", ["compare.py", *arguments(files, "--runs", "lora", "--seeds", 0), "--results", str(path)]
     )
     compare.main()
+    assert path.read_bytes() == before
 
 
 def test_only_the_last_line_may_be_torn(files, task, tmp_path):
