@@ -12,7 +12,9 @@ from .gralora.transform import apply_gralora, merge_gralora, unload_gralora
 from .layers.view import LoRALayer, lora_layers
 from .lorasam import LoRASAMOptimizer
 from .perturbation import remove_perturbation
-from .sharpness import NoiseRise, WeightNoise, noise_rise, weight_noise, worst_case_rise
+from .sharpness.hessian import TopEigenvalue, hessian_top_eigenvalue
+from .sharpness.landscapes import Landscape, landscape, plot_landscape
+from .sharpness.rise import NoiseRise, WeightNoise, noise_rise, weight_noise, worst_case_rise
 from .wrapper import OptimizerWrapper
 
 __all__ = [
@@ -21,20 +23,25 @@ __all__ = [
     "BilevelStep",
     "GGPOOptimizer",
     "GraLoRALinear",
+    "Landscape",
     "LoRALayer",
     "LoRASAMOptimizer",
     "NoiseRise",
     "OptimizerWrapper",
+    "TopEigenvalue",
     "WeightNoise",
     "apply_gralora",
     "attach_auxiliary",
     "detach_auxiliary",
     "direction_parameters",
+    "hessian_top_eigenvalue",
+    "landscape",
     "load_gralora",
     "lora_layers",
     "magnitude_parameters",
     "merge_gralora",
     "noise_rise",
+    "plot_landscape",
     "remove_perturbation",
     "save_gralora",
     "split_dataset",

@@ -1,20 +1,19 @@
-"""Measuring how flat the minimum is that a fine-tuned model sits in."""
+"""How much the loss rises when the weights are moved: by noise, and up the gradient."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import checks
-from .ggpo.noise import RowNoise
-from .layers.adapter import Adapter
-from .layers.view import LoRALayer, lora_layers
-from .perturbation import Attachment, Source
+from .. import checks
+from ..ggpo.noise import RowNoise
+from ..layers.view import lora_layers
+from .measuring import LossFn, WorstDirection, attached, evaluating, list_of, mean_loss, progress_bar
 
 __all__ = ["NoiseRise", "WeightNoise", "noise_rise", "weight_noise", "worst_case_rise"]
 
@@ -67,19 +66,8 @@ def weight_noise(
     """
     sigma = checks.number("sigma", sigma)
     noise = RowNoise(lora_layers(model, adapter), sigma, 0.0, "gaussian", 0, seed, always=True)
-    with _attached(model, noise, [rows.layer for rows in noise.rows.values()]):
+    with attached(model, noise, [rows.layer for rows in noise.rows.values()]):
         yield WeightNoise(noise)
-
-
-@contextmanager
-def _attached(model: nn.Module, source: Source, layers: list[LoRALayer]) -> Iterator[None]:
-    attachment = Attachment(model, source)
-    try:
-        for layer in layers:
-            attachment.add(layer)
-        yield
-    finally:
-        attachment.remove()
 
 
 @dataclass(frozen=True)
@@ -94,13 +82,14 @@ class NoiseRise:
 @torch.no_grad()
 def noise_rise(
     model: nn.Module,
-    loss_fn: Callable[[nn.Module, Any], Tensor],
+    loss_fn: LossFn,
     batches: Iterable[Any],
     *,
     sigma: float = 0.03,
     draws: int = 8,
     seed: int = 0,
     adapter: str | Iterable[str] | None = None,
+    progress: bool = False,
 ) -> NoiseRise:
     """How much the mean loss over `batches` rises under random weight noise: the smaller, the flatter.
 
@@ -114,20 +103,24 @@ def noise_rise(
         draws: number of ε drawn.
         seed: of the private generator; equal seeds give models of the same shape the same standard normals.
         adapter: as in `weight_noise`.
+        progress: whether to show a bar of tqdm.
 
     Raises:
         ValueError: no draws, no batches, no adapted layer.
+        ImportError: `progress` without tqdm.
     """
-    batches = list(batches)
-    if draws < 1 or not batches:
-        raise ValueError(f"need at least one draw and one batch, got draws={draws} and {len(batches)} batches")
+    batches, draws = list_of(batches), checks.integer("draws", draws, 1)
     rises = []
-    with evaluating(model), weight_noise(model, sigma, seed=seed, adapter=adapter) as noise:
+    with (
+        progress_bar(progress, (draws + 1) * len(batches), "noise_rise") as advance,
+        evaluating(model),
+        weight_noise(model, sigma, seed=seed, adapter=adapter) as noise,
+    ):
         noise.sigma = 0.0
-        clean = _mean_loss(model, loss_fn, batches)
+        clean = mean_loss(model, loss_fn, batches, advance)
         noise.sigma = sigma
         for noise.step in range(draws):
-            rises.append(_mean_loss(model, loss_fn, batches) - clean)
+            rises.append(mean_loss(model, loss_fn, batches, advance) - clean)
     spread = torch.tensor(rises, dtype=torch.float64)
     error = float(spread.std()) / draws**0.5 if draws > 1 else float("nan")
     return NoiseRise(clean, float(spread.mean()), error)
@@ -136,11 +129,12 @@ def noise_rise(
 @torch.no_grad()
 def worst_case_rise(
     model: nn.Module,
-    loss_fn: Callable[[nn.Module, Any], Tensor],
+    loss_fn: LossFn,
     batches: Iterable[Any],
     *,
     rho: float = 0.05,
     adapter: str | Iterable[str] | None = None,
+    progress: bool = False,
 ) -> float:
     """How much the mean loss over `batches` rises after one step of length ρ up its gradient in the full weights.
 
@@ -150,58 +144,20 @@ def worst_case_rise(
     left as it was found.
 
     Args:
-        model, loss_fn, batches, adapter: as in `noise_rise`.
+        model, loss_fn, batches, adapter, progress: as in `noise_rise`.
         rho: ρ, the Frobenius norm of the step over all adapted layers.
 
     Raises:
         ValueError: no batches, no adapted layer.
     """
-    batches = list(batches)
-    if not batches:
-        raise ValueError("need at least one batch, got none")
+    batches, rho = list_of(batches), checks.number("rho", rho)
     layers = lora_layers(model, adapter)
-    step = _FullStep(layers)
-    with evaluating(model), _attached(model, step, layers):
-        clean = 0.0
-        for batch in batches:
-            with torch.enable_grad():
-                loss = loss_fn(model, batch) / len(batches)
-            clean += float(loss)
-            for total, grad in zip(step.grads, torch.autograd.grad(loss, step.weights), strict=True):
-                total += grad
-        norm = torch.stack([grad.double().square().sum() for grad in step.grads]).sum().sqrt()
-        for weight, grad in zip(step.weights, step.grads, strict=True):
-            weight.copy_(grad * (rho / norm))
-        return _mean_loss(model, loss_fn, batches) - clean
-
-
-class _FullStep(Source):
-    """ε as an adapter of full rank, ``B·I``: zero at first, so that the gradient of B is the layer's whole G."""
-
-    always = True
-
-    def __init__(self, layers: list[LoRALayer]):
-        likes = [layer.all_adapters()[0].A for layer in layers]
-        self.weights = [like.new_zeros(layer.shape).requires_grad_() for layer, like in zip(layers, likes, strict=True)]
-        self.grads = [torch.zeros_like(weight) for weight in self.weights]
-        self._of = {layer.name: weight for layer, weight in zip(layers, self.weights, strict=True)}
-
-    def draw(self, layer: LoRALayer) -> Adapter:
-        weight = self._of[layer.name]
-        return Adapter("", torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight, 1.0)
-
-
-def _mean_loss(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batches: list[Any]) -> float:
-    return sum(float(loss_fn(model, batch)) for batch in batches) / len(batches)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within the context; every module's own mode is given back after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    step = WorstDirection(layers)
+    with (
+        progress_bar(progress, 2 * len(batches), "worst_case_rise") as advance,
+        evaluating(model),
+        attached(model, step, layers),
+    ):
+        clean = step.find(model, loss_fn, batches, advance)
+        step.at = rho
+        return mean_loss(model, loss_fn, batches, advance) - clean

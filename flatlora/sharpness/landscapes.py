@@ -1,0 +1,185 @@
+"""The loss along directions in the full weights, and pictures of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import checks
+from ..layers.view import lora_layers
+from .measuring import (
+    LossFn,
+    RandomDirection,
+    WorstDirection,
+    attached,
+    evaluating,
+    list_of,
+    mean_loss,
+    progress_bar,
+)
+
+__all__ = ["Landscape", "landscape", "plot_landscape"]
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """Mean losses around a model.
+
+    Attributes:
+        at: how far the weights are moved, relative to their norm: ``±‖ε‖_F / ‖W'‖_F`` over all adapted layers.
+        lines: the losses along each direction, one for each of `at`.
+        plane: ``plane[i][j]`` is the loss at ``at[i]`` along the first direction and ``at[j]`` along the second; None
+            where it was not asked for.
+    """
+
+    at: list[float]
+    lines: dict[str, list[float]]
+    plane: list[list[float]] | None = None
+
+
+@torch.no_grad()
+def landscape(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    directions: Sequence[str] = ("random", "worst"),
+    plane: bool = False,
+    reach: float = 0.2,
+    points: int = 11,
+    seed: int = 0,
+    adapter: str | Iterable[str] | None = None,
+    progress: bool = False,
+) -> Landscape:
+    """The mean loss over `batches` along directions in the adapted layers' full weights, on both sides of the model.
+
+    ``"random"`` is gaussian noise in proportion to each row's norm, as `weight_noise` adds it: moved by t, its expected
+    length is ``t·‖W'‖_F``. ``"worst"`` is up the gradient G of the mean loss by the full weights, as in
+    `worst_case_rise`: ``t·‖W'‖_F · G/‖G‖_F``. Moved by t both are of one length, so the two lines may be compared, and
+    those of several models. The direction of the gradient is that at the model itself, and needs what
+    `worst_case_rise` needs.
+
+    The model is measured in eval mode and left as it was found; no weight is written to.
+
+    Args:
+        model, loss_fn, batches, adapter, progress: as in `noise_rise`.
+        directions: one or two of ``"random"`` and ``"worst"``.
+        plane: whether to go through all sums of two directions, which takes ``points²`` passes over `batches`; the
+            lines are then its middle row and column.
+        reach: the largest distance, relative to ``‖W'‖_F``.
+        points: odd number of distances, from ``-reach`` to ``reach``.
+        seed: of the random direction's private generator; equal seeds give models of the same shape the same one.
+
+    Raises:
+        ValueError: an unknown direction, one twice, a plane of one, an even number of points, no batches, no adapted
+            layer.
+    """
+    batches, reach = list_of(batches), checks.number("reach", reach, above=0.0)
+    directions = _directions(directions, plane)
+    if checks.integer("points", points, 3) % 2 == 0:
+        raise ValueError(f"points must be odd, so that the model itself is the one in the middle; got {points}")
+    layers = lora_layers(model, adapter)
+    random, worst = RandomDirection(layers, seed), None
+    at = [reach * (2 * i / (points - 1) - 1) for i in range(points)]
+    passes = (points**2 if plane else points * len(directions)) + ("worst" in directions)
+    with progress_bar(progress, passes * len(batches), "landscape") as advance, evaluating(model), ExitStack() as stack:
+        norm = random.weight_norm()
+        if "worst" in directions:
+            worst = WorstDirection(layers)
+            stack.enter_context(attached(model, worst, layers))
+            worst.find(model, loss_fn, batches, advance)
+        if "random" in directions:
+            stack.enter_context(attached(model, random, layers))
+
+        def loss_at(**moved: float) -> float:
+            random.at = moved.get("random", 0.0)
+            if worst is not None:
+                worst.at = moved.get("worst", 0.0) * norm
+            return mean_loss(model, loss_fn, batches, advance)
+
+        if not plane:
+            return Landscape(at, {name: [loss_at(**{name: t}) for t in at] for name in directions})
+        first, second = directions
+        losses = [[loss_at(**{first: t, second: u}) for u in at] for t in at]
+        middle = points // 2
+        return Landscape(at, {first: [row[middle] for row in losses], second: losses[middle]}, losses)
+
+
+def _directions(directions: Sequence[str], plane: bool) -> list[str]:
+    found = [checks.option("direction", name, ("random", "worst")) for name in directions]
+    if len(set(found)) != len(found) or not found:
+        raise ValueError(f"directions must name one or two different ones, got {found}")
+    if plane and len(found) != 2:
+        raise ValueError(f"a plane is spanned by two directions, got {found}")
+    return found
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def plot_landscape(results: Mapping[str, Landscape], path: str | PathLike[str]) -> Any:
+    """Draws landscapes and saves the picture.
+
+    Of one model with a plane it draws the contours of the loss, the model at a cross in the middle. Otherwise each
+    direction gets a panel, with one line for each model.
+
+    Args:
+        results: landscapes by the model's name in the picture.
+        path: of the picture; its suffix says the format.
+
+    Returns:
+        The `matplotlib.figure.Figure` that was saved.
+
+    Raises:
+        ValueError: no landscapes, or landscapes along different directions.
+        ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as reason:
+        raise ImportError("pictures need matplotlib; install it with: pip install 'flatlora[plot]'") from reason
+    kinds = {tuple(found.lines) for found in results.values()}
+    if len(kinds) != 1:
+        raise ValueError(f"need landscapes along the same directions, got {sorted(kinds) or 'no landscape'}")
+    (names,) = kinds
+    only = next(iter(results.values()))
+    if len(results) == 1 and only.plane is not None:
+        figure = Figure(figsize=(5.5, 4.5), layout="constrained")
+        _draw_plane(figure, next(iter(results)), only, names)
+    else:
+        figure = Figure(figsize=(0.8 + 4.2 * len(names), 3.8), layout="constrained")
+        _draw_lines(figure, results, names)
+    figure.savefig(path, dpi=130)
+    return figure
+
+
+def _label(name: str) -> str:
+    return f"{name} direction, ‖ε‖ / ‖W'‖"
+
+
+def _draw_lines(figure: Any, results: Mapping[str, Landscape], names: Sequence[str]) -> None:
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for model, found in results.items():
+            axes.plot(found.at, found.lines[name], label=model)
+        axes.set(xlabel=_label(name), ylabel="loss")
+        axes.legend(fontsize=8)
+
+
+def _draw_plane(figure: Any, model: str, found: Landscape, names: Sequence[str]) -> None:
+    axes = figure.add_subplot()
+    assert found.plane is not None
+    columns = [list(column) for column in zip(*found.plane, strict=True)]  # the first direction is drawn to the right
+    finite = [loss for row in found.plane for loss in row if math.isfinite(loss)]
+    low, high = min(finite), max(finite)
+    levels = [low + (high - low) * (i / 12) ** 2 for i in range(13)] if high > low else None
+    contours = axes.contour(found.at, found.at, columns, levels)
+    axes.clabel(contours, fontsize=7)
+    axes.plot([0], [0], marker="+", color="black")
+    axes.set(xlabel=_label(names[0]), ylabel=_label(names[1]), title=model)

@@ -1,0 +1,146 @@
+"""What every measure is made of: the mean loss in eval mode, directions in the full weights, a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ggpo.noise import RowNoise
+from ..kernels.draw import Draw
+from ..layers.adapter import Adapter
+from ..layers.view import LoRALayer
+from ..perturbation import Attachment, Source
+
+__all__ = [
+    "LossFn",
+    "RandomDirection",
+    "WorstDirection",
+    "attached",
+    "evaluating",
+    "list_of",
+    "mean_loss",
+    "progress_bar",
+]
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+def list_of(batches: Iterable[Any]) -> list[Any]:
+    """The batches, to be gone through several times; ValueError if there are none."""
+    if not (found := list(batches)):
+        raise ValueError("need at least one batch, got none")
+    return found
+
+
+def mean_loss(model: nn.Module, loss_fn: LossFn, batches: list[Any], advance: Callable[[], object]) -> float:
+    """The mean over batches, each counted equally; `advance` is called after every one."""
+    total = 0.0
+    for batch in batches:
+        total += float(loss_fn(model, batch))
+        advance()
+    return total / len(batches)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode within the context; every module's own mode is given back after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def attached(model: nn.Module, source: Source, layers: list[LoRALayer]) -> Iterator[None]:
+    """Within the context the layers see the source's ε; no weight is written to, so an exception leaves no trace."""
+    attachment = Attachment(model, source)
+    try:
+        for layer in layers:
+            attachment.add(layer)
+        yield
+    finally:
+        attachment.remove()
+
+
+@contextmanager
+def progress_bar(wanted: bool, total: int, name: str) -> Iterator[Callable[[], object]]:
+    """Yields what to call after each of `total` batches; it moves a bar of tqdm if one is wanted.
+
+    Raises:
+        ImportError: a bar is wanted and tqdm is missing.
+    """
+    if not wanted:
+        yield lambda: None
+        return
+    try:
+        from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
+    except ImportError as reason:
+        raise ImportError("progress=True shows a bar of tqdm; install it with: pip install tqdm") from reason
+    with tqdm(total=total, desc=name, unit="batch") as bar:
+        yield bar.update
+
+
+class WorstDirection(Source):
+    """``at · G/‖G‖_F``: up the gradient of the mean loss by all layers' weights together.
+
+    It is an adapter of full rank, ``at · B·I``. Until `find` B is zero and `at` one, so that the gradient of B is the
+    layer's whole G.
+    """
+
+    always = True
+
+    def __init__(self, layers: list[LoRALayer]):
+        likes = [layer.all_adapters()[0].A for layer in layers]
+        self.at = 1.0
+        self.weights = [like.new_zeros(layer.shape).requires_grad_() for layer, like in zip(layers, likes, strict=True)]
+        self._of = {layer.name: weight for layer, weight in zip(layers, self.weights, strict=True)}
+
+    def draw(self, layer: LoRALayer) -> Adapter:
+        weight = self._of[layer.name]
+        return Adapter("", torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight, self.at)
+
+    @torch.no_grad()
+    def find(self, model: nn.Module, loss_fn: LossFn, batches: list[Any], advance: Callable[[], object]) -> float:
+        """Sets the direction, zero where the gradient is; returns the mean loss."""
+        grads = [torch.zeros_like(weight) for weight in self.weights]
+        clean = 0.0
+        for batch in batches:
+            with torch.enable_grad():
+                loss = loss_fn(model, batch) / len(batches)
+            clean += float(loss)
+            for total, grad in zip(grads, torch.autograd.grad(loss, self.weights), strict=True):
+                total += grad
+            advance()
+        norm = torch.stack([grad.double().square().sum() for grad in grads]).sum().sqrt()
+        for weight, grad in zip(self.weights, grads, strict=True):
+            weight.copy_(grad / norm if norm > 0 else grad)
+        return clean
+
+
+class RandomDirection(Source):
+    """``at · ε`` with one ε: that of `weight_noise` at σ = 1, whose rows have those of ``W'``'s norms on average."""
+
+    always = True
+
+    def __init__(self, layers: list[LoRALayer], seed: int):
+        self.at = 0.0
+        self._noise = RowNoise(layers, 1.0, 0.0, "gaussian", 0, seed, always=True)
+
+    def draw(self, layer: LoRALayer) -> Draw | None:
+        draw = self._noise.draw(layer)
+        return None if draw is None or self.at == 0 else replace(draw, std=draw.std * self.at)
+
+    def weight_norm(self) -> float:
+        """``‖W'‖_F`` over all layers together."""
+        for rows in self._noise.rows.values():
+            self._noise.std(rows)
+        squares = self._noise.squares()
+        return 0.0 if squares is None else float(squares[0].sqrt())
