@@ -5,6 +5,7 @@
     python examples/compare.py --train-file train.tsv --test-file test.tsv --other-test-file elsewhere.tsv
     python examples/compare.py --dataset imdb --examples 200 --model FOLDER             # or a decoder's FILE.gguf
     python examples/compare.py --runs lora sam ggpo bilora early-stopping --tune 6      # an equal budget for each
+    python examples/compare.py --model FILE.gguf --generate --examples 64 --quantise    # a decoder that says the label
 
 A run is `method`, `method:strength`, and the learning rates it is made with: `ggpo:0.2@5e-4,1e-3`. Every method starts
 from the same weights and sees the same batches, wrong labels (`--flip`) included. Each run is one line of the results
@@ -27,10 +28,12 @@ from typing import Any
 from common import data_arguments, non_negative, positive, quiet
 from comparing.data import load_texts
 from comparing.methods import METHODS
-from comparing.report import NOTE, Grid, Values, heat_maps, table, training_curves
+from comparing.report import NOTE, Grid, Values, heat_maps, mean_landscapes, table, training_curves
 from comparing.runs import Run, model_name
 from comparing.store import Store, results_of
 from tqdm import tqdm
+
+from flatlora import plot_landscape
 
 RATES = (1e-4, 1e-3)  # of --tune, from the lowest to the highest
 
@@ -99,6 +102,9 @@ def regimes(args: argparse.Namespace, data: str) -> list[Run]:
             validation=args.validation,
             curve_texts=args.curve_texts,
             schedule=args.schedule,
+            task="generate" if args.generate else "classify",
+            quantise=args.quantise,
+            landscape=args.landscape,
         )
         for examples in args.examples
         for flip in args.flip
@@ -165,11 +171,12 @@ def baselines_of(settings: Iterable[Setting], args: argparse.Namespace) -> dict[
 
 def title_of(regime: Run) -> str:
     wrong = f", {100 * regime.flip:g} % wrong labels" if regime.flip else ""
-    return f"{regime.data.rpartition(':')[0]}, {regime.examples} examples{wrong}"
+    said = ", labels generated" if regime.task == "generate" else ""
+    return f"{regime.data.rpartition(':')[0]}, {regime.examples} examples{wrong}{said}"
 
 
 def report(regime: Run, settings: list[Setting], store: Store, args: argparse.Namespace) -> str:
-    """The table of one regime; its training curves are saved beside it."""
+    """The table of one regime; its training curves, and the losses around its models, are saved beside it."""
     rows = rows_of(regime, settings, store, args.seeds)
     title = f"{title_of(regime)}, {regime.epochs} epochs"
     if not rows:
@@ -178,6 +185,8 @@ def report(regime: Run, settings: list[Setting], store: Store, args: argparse.Na
     baselines = {setting.name(): other.name() for setting, other in baselines_of(rows, args).items()}
     if args.pictures is not None:
         save(training_curves(named, title), args.pictures, f"{title} curves")
+        if around := mean_landscapes(named):
+            plot_landscape(around, picture_path(args.pictures, f"{title} landscapes"))
     return f"### {title}\n\n{table(named, baselines, args.measure)}"
 
 
@@ -205,10 +214,14 @@ def cells_of(results: Values, regime: Run) -> dict[int, float]:
     return {regime.epochs: statistics.mean(result["accuracy"] for result in results.values())}
 
 
-def save(figure: Any, folder: Path, title: str) -> None:
+def picture_path(folder: Path, title: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     stem = "-".join("".join(letter if letter.isalnum() else " " for letter in title).split())
-    figure.savefig(folder / f"{stem}.png", dpi=130)
+    return folder / f"{stem}.png"
+
+
+def save(figure: Any, folder: Path, title: str) -> None:
+    figure.savefig(picture_path(folder, title), dpi=130)
 
 
 def seed_range(text: str) -> list[int]:
@@ -240,6 +253,9 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=positive, default=16)
     parser.add_argument("--r", type=positive, default=16, help="rank of the adapters (default: %(default)s)")
     parser.add_argument("--curve-texts", type=positive, default=128, help="test texts scored after every epoch")
+    parser.add_argument("--generate", action="store_true", help="a decoder answers with the label's name (exact match)")
+    parser.add_argument("--quantise", action="store_true", help="measure merged models in NF4 and int8 too")
+    parser.add_argument("--landscape", action="store_true", help="measure, and draw, the loss along two directions")
     parser.add_argument("--processes", type=positive, default=1, help="runs at a time, of one thread each")
     parser.add_argument("--results", type=Path, default=Path("results.jsonl"), help="default: %(default)s")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="save training curves and heat maps there")
@@ -250,6 +266,8 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
 def parse_arguments(argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     parser = build_parser(__doc__) if parser is None else parser
     args = parser.parse_args(argv)
+    if args.generate and args.measure == "matthews":
+        parser.error("--generate measures exact match; --measure matthews is of classes")
     if any(flip > 1 for flip in args.flip) or not 0 < args.validation < 1:
         parser.error("--flip must be between 0 and 1, --validation strictly so")
     return args

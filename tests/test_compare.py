@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import llama, quantised
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
@@ -27,14 +29,16 @@ import double_descent  # noqa: E402
 from common import Example, encode  # noqa: E402
 from comparing import runs as runs_module  # noqa: E402
 from comparing.data import flip_labels, load_named, training_data  # noqa: E402
-from comparing.methods import METHODS, Average  # noqa: E402
+from comparing.methods import METHODS, Average, Fit, fresh_model  # noqa: E402
+from comparing.quantised import rounded  # noqa: E402
 from comparing.report import curves_over, heat_maps, holm, paired_difference, table, training_curves  # noqa: E402
-from comparing.runs import calibration_error, execute, load_task, matthews, train  # noqa: E402
+from comparing.runs import calibration_error, execute, load_task, matthews, score, train  # noqa: E402
 from comparing.store import Store  # noqa: E402
 
 pytest.importorskip("scipy")
 GOOD, BAD = ["good", "fine", "great"], ["bad", "poor", "awful"]
 NOUNS = [f"noun{i}" for i in range(30)]
+NEW_FIELDS = ("task", "quantise", "landscape")  # of a run, which the first results files do not have
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ def task(files):
     return load_task(compare.parse_arguments(arguments(files)))
 
 
-def a_run(files, task, method="lora", **changes):
+def a_run(files, task, /, method="lora", **changes):
     regime = compare.regimes(compare.parse_arguments(arguments(files)), task.texts.name)[0]
     strength = (METHODS[method].strengths or (0.0,))[0]
     return dataclasses.replace(compare.of(regime, compare.Setting(method, strength, 3e-3), 0), **changes)
@@ -177,6 +181,17 @@ def test_every_part_of_the_configuration_is_in_the_key(files, task):
         value = getattr(run, field.name)
         other = not value if isinstance(value, bool) else value + ("x" if isinstance(value, str) else 1)
         assert dataclasses.replace(run, **{field.name: other}).key != run.key
+
+
+def test_results_from_before_a_field_was_there_are_still_found(files, task, tmp_path):
+    """A line of the first version of the results file."""
+    run = a_run(files, task)
+    old = {name: value for name, value in dataclasses.asdict(run).items() if name not in NEW_FIELDS}
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps({"run": old, "result": {"accuracy": 0.5}}) + "\n")
+    with Store(path) as store:
+        assert store[run] == {"accuracy": 0.5} and run.measures == 1
+        assert dataclasses.replace(run, quantise=True) not in store
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------
@@ -418,13 +433,23 @@ def test_the_linear_schedule_ends_at_zero(files, task, monkeypatch):
 
 
 def test_early_stopping_ends_with_its_best_epoch(files, task, monkeypatch):
-    accuracies, epoch = iter([0.3, 0.9, 0.5, 0.9]), runs_module.Scored.epoch
-    planned = lambda: {"validation_accuracy": next(accuracies), "validation_loss": 1.0}  # noqa: E731
-    monkeypatch.setattr(runs_module.Scored, "epoch", lambda self, model: epoch(self, model) | planned())
+    accuracies, epoch, ids = iter([0.3, 0.9, 0.5, 0.9]), runs_module.Scored.epoch, task.batches(task.texts.data.pool)
+    outputs = []
+
+    def planned(self, model):
+        outputs.append(torch.cat([model(**batch).logits for batch in ids]))
+        return epoch(self, model) | {"validation_accuracy": next(accuracies), "validation_loss": 1.0}
+
+    monkeypatch.setattr(runs_module.Scored, "epoch", planned)
     result = execute(a_run(files, task, "early-stopping", epochs=4, flip=0.4, lr=1e-2), task)
     losses = [point["loss"] for point in result["curve"]]
     assert result["loss"] == losses[1] and len(set(losses)) == 4
-    assert result["memorised"] == result["curve"][1]["memorised"]
+    training = training_data(task.texts.data, 32, 0.4, 0.2, 0)
+    given = {example.text: task.texts.data.labels.index(example.label) for example in training.examples}
+    wrong = {e.text for e, is_wrong in zip(training.examples, training.wrong, strict=True) if is_wrong}
+    texts = [e.text for e in sorted(task.texts.data.pool, key=lambda e: len(task.rows([e])[0]["input_ids"]))]
+    learnt = [int(row.argmax()) == given[text] for text, row in zip(texts, outputs[1], strict=True) if text in wrong]
+    assert result["memorised"] == pytest.approx(sum(learnt) / len(learnt))
 
 
 def test_the_average_of_the_weights():
@@ -449,6 +474,115 @@ def test_calibration_and_correlation():
     predicted, truth = torch.tensor([0, 1, 1, 0, 1, 1]), torch.tensor([0, 1, 0, 0, 1, 0])
     assert matthews(predicted, truth) == pytest.approx(float(np.corrcoef(predicted, truth)[0, 1]))
     assert matthews(truth, truth) == pytest.approx(1) and matthews(torch.zeros(3, dtype=int), truth[:3]) == 0
+
+
+def test_merged_models_are_measured_in_4_and_8_bits(files, task):
+    """Against bitsandbytes' own layers in the place of the merged model's."""
+    changes = {"flip": 0.0, "examples": 64, "epochs": 2, "lr": 1e-2}
+    for method in ("lora", "gralora", "bilora"):
+        plain, measured = (execute(a_run(files, task, method, quantise=on, **changes), task) for on in (False, True))
+        added = {name: measured.pop(name) for name in list(measured) if name.startswith(("nf4_", "int8_"))}
+        assert without_times(plain) == without_times(measured) and len(added) == 8
+        assert abs(added["int8_loss"] - plain["loss"]) < abs(added["nf4_loss"] - plain["loss"]) < 0.2
+        assert added["int8_loss"] != plain["loss"]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_rounded_weights_are_those_of_the_layers_of_bitsandbytes(kind):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(64, 96, bias=False), torch.eye(64)
+    model = torch.nn.ModuleDict({"fc": layer, "classifier": copy.deepcopy(layer)})
+    found = rounded(model, kind)
+    assert torch.equal(found["classifier"].weight, layer.weight) and torch.equal(model["fc"].weight, layer.weight)
+    with torch.no_grad():
+        expected = quantised(layer, kind)(x).float().t()
+    close = {"rtol": 1e-3, "atol": 1e-5} if kind == "nf4" else {"rtol": 0.01, "atol": 2e-3}
+    torch.testing.assert_close(found["fc"].weight, expected, **close)
+    assert not torch.equal(found["fc"].weight, layer.weight)
+
+
+# --- generation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def decoder(files, tmp_path_factory):
+    """A tiny Llama whose tokenizer knows the labels' names and the end of a text."""
+    folder = tmp_path_factory.mktemp("decoder")
+    words = ["[PAD]", "[UNK]", "</s>", "0", "1", "Topic", ":", "the", "was", *GOOD, *BAD, *NOUNS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="</s>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    model = llama(32, num_key_value_heads=2)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_()
+        model.lm_head.weight.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+def generating(files, decoder, *more):
+    wanted = arguments(files, "--generate", *more)
+    wanted[wanted.index("--model") + 1] = str(decoder)
+    return wanted
+
+
+def test_exact_match_is_that_of_greedy_generation(files, decoder):
+    args = compare.parse_arguments(generating(files, decoder))
+    task = load_task(args)
+    run = dataclasses.replace(a_run(files, task, flip=0.0), examples=64, epochs=3, lr=1e-2, task="generate")
+    model = fresh_model(task.base, METHODS["lora"], 0.0, 8, 0)
+    training = training_data(task.texts.data, 64, 0.0, 0.0, 0)
+    fit = Fit(model, METHODS["lora"].optimizer, 1e-2, 0.0, runs_module.epochs_of(run, task, training))
+    some = [*task.texts.data.held_out[:30], Example("good", "1")]  # of two lengths: padded
+    scores = []
+    for _ in METHODS["lora"].loop(fit):
+        model.eval()
+        right, loss, tokens = 0, 0.0, 0
+        for row in task.rows(some):
+            ids, answer = torch.tensor([row["input_ids"]]), row["labels"]
+            prompt = ids[:, : -len(answer)]
+            ones = torch.ones_like(prompt)
+            with torch.no_grad():
+                written = model.generate(
+                    input_ids=prompt,
+                    attention_mask=ones,
+                    max_new_tokens=len(answer),
+                    do_sample=False,
+                    eos_token_id=2,
+                    pad_token_id=0,
+                )
+                logits = model(input_ids=ids).logits[0, -len(answer) - 1 : -1]
+            right += written[0, prompt.shape[1] :].tolist() == answer
+            loss += float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
+            tokens += len(answer)
+        found = score(model, task.batches(some, 8))
+        assert found == pytest.approx({"accuracy": right / len(some), "loss": loss / tokens}, rel=1e-4)
+        scores.append(found["accuracy"])
+    assert scores[-1] > 0.5
+
+
+@pytest.mark.parametrize(
+    "method", ["lora", "ggpo", "gralora", "bilora", "lorasam", "bidora", "early-stopping", "neftune"]
+)
+def test_methods_learn_to_generate(method, files, decoder):
+    task = load_task(compare.parse_arguments(generating(files, decoder)))
+    changes = {"flip": 0.25, "examples": 64, "epochs": 4, "batch_size": 8, "task": "generate", "r": 8}
+    result = execute(a_run(files, task, method, lr=1e-2, **changes), task)
+    assert result["accuracy"] > 0.5 and result["loss"] < 1 and 0 <= result["memorised"] <= 1
+    assert math.isfinite(result["rise"]) and "ece" not in result
+
+
+def test_a_comparison_of_generation_from_end_to_end(files, decoder, tmp_path, monkeypatch, capsys):
+    more = ("--runs", "lora", "--seeds", "0-1", "--quantise", "--results", tmp_path / "results.jsonl")
+    monkeypatch.setattr(sys, "argv", ["compare.py", *generating(files, decoder, *more)])
+    compare.main()
+    printed = capsys.readouterr().out
+    assert "labels generated" in printed and "NF4, %" in printed and "ECE" not in printed
+    with pytest.raises(SystemExit):
+        compare.parse_arguments(generating(files, decoder, "--measure", "matthews"))
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
@@ -507,6 +641,29 @@ def test_the_table_over_ranks(files, tmp_path, monkeypatch, capsys):
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| LoRA, lr 0.003: loss"))
     assert [cell.strip()[:7] for cell in row.split("|")[2:4]] == means
     assert double_descent.bumps([1, 3, 2, 2, 5, 4, 6]) == [1, 4] and double_descent.bumps([3, 2, 1]) == []
+
+
+def test_landscapes_are_means_over_seeds_and_are_drawn(files, task, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    result = execute(a_run(files, task, landscape=True), task)
+    around = result["landscape"]
+    assert set(around["lines"]) == {"random", "worst"} and len(around["at"]) == len(around["lines"]["worst"]) == 9
+    assert around["lines"]["random"][4] == around["lines"]["worst"][4] < around["lines"]["worst"][-1]
+
+    args = compare.parse_arguments(arguments(files, "--landscape", "--seeds", "0-1", "--pictures", tmp_path))
+    regime, setting = compare.regimes(args, task.texts.name)[0], compare.Setting("lora", 0.0, 3e-3)
+    drawn, plot = [], compare.plot_landscape
+    monkeypatch.setattr(compare, "plot_landscape", lambda *given: drawn.append(plot(*given)))
+    with Store(tmp_path / "results.jsonl") as store:
+        for seed in (0, 1):
+            lines = {"random": [1.0 + seed, 0.5, 1.0], "worst": [0.4, 0.5, 3.0 + seed]}
+            store.add(compare.of(regime, setting, seed), planted(0.5, landscape={"at": [-1, 0, 1], "lines": lines}))
+        compare.report(regime, [setting], store, args)
+    (figure,) = drawn
+    lines = [axes.get_lines()[0] for axes in figure.axes]
+    assert [line.get_label() for line in lines] == ["LoRA, lr 0.003"] * 2
+    assert lines[0].get_ydata().tolist() == [1.5, 0.5, 1.0] and lines[1].get_ydata().tolist() == [0.4, 0.5, 3.5]
+    assert any(path.name.endswith("landscapes.png") for path in tmp_path.iterdir())
 
 
 def test_pictures_are_saved(files, task, tmp_path):

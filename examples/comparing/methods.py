@@ -33,7 +33,7 @@ Batch = dict[str, Any]
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """The new classification head, which is trained whole."""
+    """The new classification head, which is trained whole; a model that generates has none."""
     return [name for name in ("classifier", "score") if hasattr(model, name)]
 
 
@@ -45,7 +45,11 @@ def add_adapter(model: nn.Module, kind: str, r: int, dropout: float = 0.0) -> nn
         return apply_gralora(model, "all-linear", r=r, k=blocks, alpha=2 * r, dropout=dropout, modules_to_save=head)
     from peft import GraloraConfig, LoraConfig, get_peft_model
 
-    common: dict[str, Any] = {"target_modules": "all-linear", "modules_to_save": head, "task_type": "SEQ_CLS"}
+    common: dict[str, Any] = {
+        "target_modules": "all-linear",
+        "modules_to_save": head or None,
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
+    }
     if kind == "peft-gralora":
         return get_peft_model(
             model, GraloraConfig(r=r, alpha=2 * r, gralora_k=blocks, gralora_dropout=dropout, **common)
@@ -53,6 +57,21 @@ def add_adapter(model: nn.Module, kind: str, r: int, dropout: float = 0.0) -> nn
     return get_peft_model(
         model, LoraConfig(r=r, lora_alpha=2 * r, lora_dropout=dropout, use_dora=kind == "dora", **common)
     )
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits for each of the batch's labels: (texts, classes), or (texts, tokens, vocabulary) of a generated answer."""
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    return logits[:, :-1] if batch["labels"].dim() == 2 else logits  # the last token of an answer predicts nothing
+
+
+def mean_loss(model: nn.Module, batch: Batch, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy, the mean over texts or over the tokens of the answers."""
+    logits, labels = answer_logits(model, batch), batch["labels"]
+    return cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=smoothing)
 
 
 # --- optimizers: (model, learning rate, strength) -------------------------------------------------------------------
@@ -81,7 +100,11 @@ def bilora(model: nn.Module, lr: float, rho: float) -> Optimizer:
     return BiLoRAOptimizer.for_model(model, AdamW, rho=rho, lr=lr)
 
 
+lorasam = wrapped(lambda optimizer, model, rho: LoRASAMOptimizer(optimizer, model, rho=rho))
+
+
 def two_pass_sam(model: nn.Module, lr: float, rho: float) -> Optimizer:
+    """LoRA-SAM: the ascent is in the norm of A and B (and the head), not in that of the full weights."""
     try:
         from pytorch_optimizer import SAM
     except ImportError as reason:
@@ -108,8 +131,7 @@ class Fit:
     scheduler: LambdaLR | None = None
 
     def loss(self, batch: Batch) -> Tensor:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        return cross_entropy(self.model(**inputs).logits, batch["labels"], label_smoothing=self.smoothing)
+        return mean_loss(self.model, batch, self.smoothing)
 
     def optimizer(self) -> Optimizer:
         return self.scheduled(self.optimizer_of(self.model, self.lr, self.strength))
@@ -187,6 +209,7 @@ def bilevel(fit: Fit) -> Iterator[None]:
         fit.model,
         first[cut:],
         first[:cut],
+        loss_fn=mean_loss,
         difference="forward",
     )
     for _ in range(max(1, steps * len(fit.epochs) // 2)):
@@ -289,10 +312,11 @@ METHODS = {
     "flat-lora": Method("Flat-LoRA", ggpo(beta=0.0), (0.2, 0.1), "σ"),
     "ggpo": Method("GGPO gaussian", ggpo(), (0.2, 0.1), "σ"),
     "ggpo-low-rank": Method("GGPO low-rank, β = 0", ggpo(beta=0.0, noise="low_rank"), (0.2, 0.1), "σ"),
-    "lorasam": Method("LoRASAM", wrapped(lambda o, m, rho: LoRASAMOptimizer(o, m, rho=rho)), (0.05, 0.15), "ρ"),
+    "lorasam": Method("LoRASAM", lorasam, (0.05, 0.15), "ρ"),
     "bilora": Method("Bi-LoRA", bilora, (0.05, 0.1), "ρ"),
     "bidora": Method("BiDoRA", adapter="dora", loop=bilevel),
     "gralora-ggpo": Method("GGPO on GraLoRA", ggpo(beta=0.0), (0.2, 0.1), "σ", adapter="gralora"),
+    "gralora-lorasam": Method("LoRASAM on GraLoRA", lorasam, (0.05, 0.15), "ρ", adapter="gralora"),
     "gralora-bilora": Method("Bi-LoRA on GraLoRA", bilora, (0.05, 0.1), "ρ", adapter="gralora"),
     "early-stopping": Method("LoRA, early stopping", stops_early=True),
     "dropout": Method("LoRA, dropout", strengths=(0.1, 0.3), symbol="p", trick="dropout"),
@@ -300,7 +324,7 @@ METHODS = {
     "label-smoothing": Method("LoRA, label smoothing", strengths=(0.1, 0.2), symbol="ε", trick="smoothing"),
     "neftune": Method("LoRA, NEFTune", strengths=(5.0, 15.0), symbol="α", trick="neftune"),
     "ema": Method("LoRA, EMA", strengths=(0.98, 0.95), symbol="decay", trick="average"),
-    "sam": Method("two-pass SAM", two_pass_sam, (0.05, 0.02), "ρ", loop=with_closure),
+    "sam": Method("two-pass SAM over A and B", two_pass_sam, (0.05, 0.02), "ρ", loop=with_closure),
 }
 
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flatlora import Landscape
+
 Values = dict[int, dict[str, Any]]  # results by seed
 Grid = dict[tuple[float, int], float]  # accuracy by learning rate and epochs
 
@@ -69,6 +71,8 @@ COLUMNS = [  # heading, name of the measure, scale, form
     ("ECE, %", "ece", 100, ".1f"),
     ("wrong labels learnt, %", "memorised", 100, ".0f"),
     ("other domain, %", "other_accuracy", 100, ".1f"),
+    ("NF4, %", "nf4_accuracy", 100, ".1f"),
+    ("int8, %", "int8_accuracy", 100, ".1f"),
     ("rise under noise", "rise", 1, ".3f"),
 ]
 
@@ -146,6 +150,18 @@ def training_curves(rows: dict[str, Values], title: str, measure: str = "accurac
     axes.set(xlabel="epoch", ylabel=f"{measure}, %", title=title)
     axes.legend(fontsize=8)
     return figure
+
+
+def mean_landscapes(rows: dict[str, Values]) -> dict[str, Landscape]:
+    """The losses around the models of each row, the mean over seeds; rows without any are left out."""
+    found = {}
+    for row, results in rows.items():
+        seen = [result["landscape"] for result in results.values() if "landscape" in result]
+        if seen:
+            lines = {name: zip(*(each["lines"][name] for each in seen), strict=True) for name in seen[0]["lines"]}
+            means = {name: [statistics.mean(losses) for losses in line] for name, line in lines.items()}
+            found[row] = Landscape(seen[0]["at"], means)
+    return found
 
 
 def heat_maps(grids: dict[str, Grid], title: str) -> Any:

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 import transformers
-from common import encode, encoder_folder, load_tokenizer, make_batches, mean_loss, trainable
+from common import Example, encode, encoder_folder, load_tokenizer, make_batches, trainable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from comparing.data import Texts, Training, load_texts, training_data
-from comparing.methods import METHODS, Average, Batch, Fit, fresh_model, restore, snapshot
-from flatlora import noise_rise
+from comparing.methods import METHODS, Average, Batch, Fit, answer_logits, fresh_model, mean_loss, restore, snapshot
+from comparing.quantised import ROUNDINGS, merged, rounded
+from flatlora import landscape, noise_rise
 
 MEASURES = 1  # part of a run's key: count it up when what is measured changes its meaning
 NOISE = 0.2  # of the rise under noise
@@ -28,8 +29,9 @@ BINS = 15  # of the calibration error
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a run's figures depend on.
+    """Everything that a run's figures depend on, and what is measured of it.
 
+    The last fields have defaults that say what runs were before there were these fields, so that those stay readable.
     `tuning` holds out `validation` of the training data and is scored on that alone; it never sees the test data.
     """
 
@@ -49,6 +51,9 @@ class Run:
     curve_texts: int
     measures: int = MEASURES
     schedule: str = "constant"
+    task: str = "classify"
+    quantise: bool = False
+    landscape: bool = False
 
     @property
     def key(self) -> str:
@@ -70,16 +75,49 @@ class Task:
     base: nn.Module
     tokenizer: Any
     device: torch.device
+    generates: bool = False  # a label's name, where others classify
 
-    def batches(self, examples: list[Any], size: int = 64) -> list[Batch]:
-        """Batches for evaluation."""
-        return self.batches_of(encode(examples, self.tokenizer, self.texts.data.labels), size)
+    def batches(self, examples: list[Example], size: int = 64) -> list[Batch]:
+        """Batches for evaluation: texts of like length together, as padding costs time."""
+        rows = sorted(self.rows(examples), key=lambda row: len(row["input_ids"]))
+        return self.batches_of(rows, size)
+
+    def rows(self, examples: list[Example]) -> list[dict[str, Any]]:
+        if self.generates:
+            return [self._answered(example) for example in examples]
+        return encode(examples, self.tokenizer, self.texts.data.labels)
 
     def batches_of(self, rows: list[dict[str, Any]], size: int) -> list[Batch]:
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        batches = map(padded_answers, parts) if self.generates else make_batches(rows, self.tokenizer, size)
         return [
-            {name: value.to(self.device) for name, value in batch.items()}
-            for batch in make_batches(rows, self.tokenizer, size)
+            {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            for batch in batches
         ]
+
+    def _answered(self, example: Example) -> dict[str, Any]:
+        """The text, a question, and the label's name as the answer with the end of the text; `labels` is the answer."""
+        prompt = self.tokenizer(example.text, truncation=True, max_length=128)["input_ids"]
+        prompt += self.tokenizer("\nTopic:", add_special_tokens=False)["input_ids"]
+        answer = self.tokenizer(f" {example.label}", add_special_tokens=False)["input_ids"]
+        answer = [*answer, self.tokenizer.eos_token_id]
+        return {"input_ids": prompt + answer, "labels": answer}
+
+
+def padded_answers(rows: list[dict[str, Any]]) -> Batch:
+    """A batch whose answers end together: logits are asked for there alone, and the vocabulary is large."""
+    longest, answer = (max(len(row[name]) for row in rows) for name in ("input_ids", "labels"))
+    mask = torch.tensor([[0] * (longest - len(row["input_ids"])) + [1] * len(row["input_ids"]) for row in rows])
+    ids = torch.tensor([[0] * (longest - len(row["input_ids"])) + row["input_ids"] for row in rows])
+    labels = torch.tensor([[-100] * (answer - len(row["labels"])) + row["labels"] for row in rows])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": positions,
+        "labels": labels,
+        "logits_to_keep": answer + 1,
+    }
 
 
 def model_name(model: Path | None) -> str:
@@ -98,23 +136,18 @@ def load_task(args: argparse.Namespace, texts: Texts | None = None) -> Task:
     else:
         folder = encoder_folder(args.model)
         tokenizer = load_tokenizer(folder)
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=len(texts.data.labels), dtype=torch.float32, **options
-    )
+    if args.generate:
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    else:
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=len(texts.data.labels), dtype=torch.float32, **options
+        )
     base.config.pad_token_id = tokenizer.pad_token_id
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Task(texts, base.to(device), tokenizer, device)
+    return Task(texts, base.to(device), tokenizer, device, args.generate)
 
 
 # --- measures -------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def predict(model: nn.Module, batches: list[Batch]) -> tuple[Tensor, Tensor]:
-    """Logits and labels of all texts; the model is left in eval mode."""
-    model.eval()
-    logits = [model(**{k: v for k, v in batch.items() if k != "labels"}).logits for batch in batches]
-    return torch.cat(logits).float().cpu(), torch.cat([batch["labels"] for batch in batches]).cpu()
 
 
 def calibration_error(logits: Tensor, labels: Tensor) -> float:
@@ -126,15 +159,38 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
     return float(sum(gaps)) / len(labels)
 
 
+@torch.no_grad()
 def score(model: nn.Module, batches: list[Batch], prefix: str = "") -> dict[str, float]:
-    logits, labels = predict(model, batches)
-    measured = {
-        "accuracy": float((logits.argmax(-1) == labels).double().mean()),
-        "loss": float(cross_entropy(logits, labels)),
-        "ece": calibration_error(logits, labels),
-        "matthews": matthews(logits.argmax(-1), labels),
-    }
+    """What is measured on texts; the model is left in eval mode."""
+    model.eval()
+    if batches[0]["labels"].dim() == 2:
+        measured = score_answers(model, batches)
+    else:
+        logits = torch.cat([answer_logits(model, batch) for batch in batches]).float().cpu()
+        labels = torch.cat([batch["labels"] for batch in batches]).cpu()
+        measured = {
+            "accuracy": float((logits.argmax(-1) == labels).double().mean()),
+            "loss": float(cross_entropy(logits, labels)),
+            "ece": calibration_error(logits, labels),
+            "matthews": matthews(logits.argmax(-1), labels),
+        }
     return {prefix + name: value for name, value in measured.items()}
+
+
+def score_answers(model: nn.Module, batches: list[Batch]) -> dict[str, float]:
+    """Exact match, as `accuracy`, and the loss of an answer's token.
+
+    Greedy generation gives the answer, its end included, just where every token of it is the likeliest after those
+    before it: one pass tells.
+    """
+    right, texts, loss, tokens = 0, 0, 0.0, 0
+    for batch in batches:
+        logits, labels = answer_logits(model, batch).float(), batch["labels"]
+        loss += float(cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+        tokens += int((labels != -100).sum())
+        right += int(((logits.argmax(-1) == labels) | (labels == -100)).all(1).sum())
+        texts += len(labels)
+    return {"accuracy": right / texts, "loss": loss / tokens}
 
 
 def matthews(predicted: Tensor, labels: Tensor) -> float:
@@ -152,7 +208,6 @@ class Scored:
 
     validation: list[Batch]
     curve: list[Batch]
-    wrong: list[Batch]
 
     def epoch(self, model: nn.Module) -> dict[str, float]:
         """One point of the training curves."""
@@ -161,23 +216,15 @@ class Scored:
             if batches:
                 measured = score(model, batches)
                 point |= {prefix + name: measured[name] for name in ("accuracy", "loss")}
-        if self.wrong:
-            point["memorised"] = score(model, self.wrong)["accuracy"]
         return point
 
 
 def what_is_scored(run: Run, task: Task, training: Training) -> Scored:
     data = task.texts.data
-    wrong = [example for example, is_wrong in zip(training.examples, training.wrong, strict=True) if is_wrong]
     return Scored(
         task.batches(training.validation) if training.validation else [],
-        [] if run.tuning else task.batches(by_length(data.held_out[: run.curve_texts])),
-        task.batches(wrong) if wrong and not run.tuning else [],
+        [] if run.tuning else task.batches(data.held_out[: run.curve_texts]),
     )
-
-
-def by_length(examples: list[Any]) -> list[Any]:
-    return sorted(examples, key=lambda example: len(example.text))
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------
@@ -197,18 +244,32 @@ def execute(run: Run, task: Task) -> dict[str, Any]:
     if run.tuning:
         best = best_epoch(curve) if method.stops_early else -1
         return result | {name: curve[best][name] for name in ("validation_accuracy", "validation_loss")}
-    result |= score(model, task.batches(by_length(data.held_out)))
+    return result | measures(run, task, training, model)
+
+
+def measures(run: Run, task: Task, training: Training, model: nn.Module) -> dict[str, Any]:
+    """What is measured of a trained model."""
+    held_out = task.batches(task.texts.data.held_out)
+    result: dict[str, Any] = score(model, held_out)
     if task.texts.other:
-        result |= score(model, task.batches(by_length(task.texts.other)), "other_")
+        result |= score(model, task.batches(task.texts.other), "other_")
     if any(training.wrong):
-        result["memorised"] = curve[-1 if not method.stops_early else best_epoch(curve)]["memorised"]
-    rise = noise_rise(model, mean_loss, task.batches(training.examples[:64]), sigma=NOISE, draws=4, seed=run.seed)
-    return result | {"rise": rise.rise}
+        wrong = [example for example, is_wrong in zip(training.examples, training.wrong, strict=True) if is_wrong]
+        result["memorised"] = score(model, task.batches(wrong))["accuracy"]
+    some = task.batches(training.examples[:64])
+    result["rise"] = noise_rise(model, mean_loss, some, sigma=NOISE, draws=4, seed=run.seed).rise
+    if run.landscape:
+        result["landscape"] = asdict(landscape(model, mean_loss, some, points=9, seed=run.seed))
+    if run.quantise:
+        whole = merged(model)
+        for kind in ROUNDINGS:
+            result |= score(rounded(whole, kind), held_out, f"{kind}_")
+    return result
 
 
 def epochs_of(run: Run, task: Task, training: Training) -> list[list[Batch]]:
     """The batches of every epoch, the same for all methods of a seed."""
-    rows = encode(training.examples, task.tokenizer, task.texts.data.labels)
+    rows = task.rows(training.examples)
     shuffle = random.Random(run.seed)
     return [task.batches_of(shuffle.sample(rows, len(rows)), run.batch_size) for _ in range(run.epochs)]
 

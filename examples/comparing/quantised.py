@@ -1,0 +1,50 @@
+"""What is left of a fine-tuned model once its adapters are merged and the weights are rounded to 4 or 8 bits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from comparing.methods import head_names
+from flatlora import GraLoRALinear, merge_gralora, remove_perturbation
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """A copy of the model with its adapters in the weights."""
+    model = copy.deepcopy(model)
+    remove_perturbation(model)
+    if any(isinstance(module, GraLoRALinear) for module in model.modules()):
+        return merge_gralora(model)
+    return model.merge_and_unload()  # type: ignore[operator]
+
+
+def nf4(weight: Tensor) -> Tensor:
+    """What a `bitsandbytes.nn.Linear4bit` of type NF4 computes with: blocks of 64 weights on one scale."""
+    from bitsandbytes import functional
+
+    return functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type="nf4"))
+
+
+def int8(weight: Tensor) -> Tensor:
+    """The weights of a `bitsandbytes.nn.Linear8bitLt`, one scale for each row; it would round activations too."""
+    from bitsandbytes import functional
+
+    codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
+    return functional.int8_vectorwise_dequant(codes, scales)
+
+
+ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {"nf4": nf4, "int8": int8}
+
+
+@torch.no_grad()
+def rounded(model: nn.Module, kind: str) -> nn.Module:
+    """A copy of a merged model whose linear layers, the head's aside, have weights rounded as `kind` says."""
+    model = copy.deepcopy(model)
+    heads = {*head_names(model), "lm_head"}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.split(".")[0] not in heads:
+            module.weight.copy_(ROUNDINGS[kind](module.weight).to(module.weight))
+    return model
