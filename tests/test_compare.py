@@ -564,15 +564,14 @@ def test_exact_match_is_that_of_greedy_generation(files, decoder):
     assert scores[-1] > 0.5
 
 
-@pytest.mark.parametrize(
-    "method", ["lora", "ggpo", "gralora", "bilora", "lorasam", "bidora", "early-stopping", "neftune"]
-)
+@pytest.mark.parametrize("method", ["lora", "gralora", "ggpo", "bilora", "lorasam", "bidora", "neftune"])
 def test_methods_learn_to_generate(method, files, decoder):
     task = load_task(compare.parse_arguments(generating(files, decoder)))
-    changes = {"flip": 0.25, "examples": 64, "epochs": 4, "batch_size": 8, "task": "generate", "r": 8}
-    result = execute(a_run(files, task, method, lr=1e-2, **changes), task)
-    assert result["accuracy"] > 0.5 and result["loss"] < 1 and 0 <= result["memorised"] <= 1
-    assert math.isfinite(result["rise"]) and "ece" not in result
+    run = a_run(files, task, method, lr=1e-2, examples=64, epochs=3, task="generate")
+    untrained = score(fresh_model(task.base, METHODS[method], 0.0, 4, 0), task.batches(task.texts.data.held_out))
+    result = execute(run, task)
+    assert result["loss"] < untrained["loss"] - 1
+    assert 0 <= result["memorised"] <= 1 and math.isfinite(result["rise"]) and "ece" not in result
 
 
 def test_a_comparison_of_generation_from_end_to_end(files, decoder, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,10 @@ from ecosystem import tiny_llama, tokens
 from peft import PeftModel
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import quickstart  # noqa: E402
+
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
@@ -67,12 +71,35 @@ def tsv(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["ggpo", "bilora", "lorasam"])
-def test_quickstart(method, tsv):
+@pytest.mark.parametrize("wrong", [0, 0.5])
+def test_quickstart(wrong, tsv, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "curves.png"
     out = run_example(
-        "quickstart.py", "--train-file", tsv, "--examples", 4, "--epochs", 1, "--seeds", 1, "--method", method
+        *("quickstart.py", "--train-file", tsv, "--examples", 4, "--epochs", 1, "--wrong", wrong, "--picture", picture)
     )
-    assert re.search(rf"{method}\(AdamW8bit\) +[\d.]+ %", out)
+    assert f"{round(4 * wrong)} of them with a wrong label" in out and "One seed" in out
+    share = r"\d+ % +" if wrong else ""
+    for name in ("LoRA, lr 0.001", "GGPO, σ 0.3, lr 0.001", "LoRASAM, ρ 0.15, lr 0.001", "LoRA, lr 0.00035"):
+        assert re.search(rf"^{name} +[\d.]+ % +[\d.]+ +{share}\d+ ms$", out, re.MULTILINE)
+    assert picture.stat().st_size > 1000
+
+
+def test_the_quickstart_draws_its_rows():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    rows, figure = quickstart.rows_of(1e-3), Figure()
+    for i, row in enumerate(rows):
+        row.accuracy, row.memorised = [0.1 * i, 0.5], [0.2, 0.1 * i]
+    quickstart.draw(rows, figure)
+    for axes, name in zip(figure.axes, ("accuracy", "memorised"), strict=True):
+        lines = axes.get_lines()
+        assert [line.get_label() for line in lines] == [row.name for row in rows]
+        for line, row in zip(lines, rows, strict=True):
+            assert line.get_xdata().tolist() == [1, 2]
+            assert line.get_ydata().tolist() == pytest.approx([100 * value for value in getattr(row, name)])
+    assert figure.axes[-1].get_legend() is not None
 
 
 @pytest.mark.slow
