@@ -1,6 +1,6 @@
 """LoRA fine-tuning on texts of which some have wrong labels, with a learning rate that nobody tuned; under two minutes.
 
-    pip install "flatlora[examples,plot]"
+    pip install "flatlora[examples]"
     python examples/quickstart.py  # news headlines, five topics
     python examples/quickstart.py --train-file train.tsv --test-file test.tsv --wrong 0
 
