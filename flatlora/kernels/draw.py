@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +12,9 @@ import torch
 from torch import Tensor
 
 __all__ = ["Draw", "draw_gaussian", "draw_low_rank"]
+
+# Elements drawn at once on a CPU: they stay in a core's cache, and are too few for torch to share them out once more.
+_CHUNK = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -32,21 +38,74 @@ def _generator(draw: Draw) -> torch.Generator | None:
     return torch.Generator(draw.std.device).manual_seed(draw.seed)
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """In what noise is drawn: half precision would cost it its tails, so it is rounded once, after scaling."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
 def _normal(shape: tuple[int, ...], draw: Draw, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
-    # Half precision would cost the noise its tails; it is drawn in float32 and rounded once, after scaling.
-    dtype = dtype if dtype == torch.float64 else torch.float32
-    return torch.empty(shape, dtype=dtype, device=draw.std.device).normal_(generator=generator)
+    return torch.empty(shape, dtype=_wide(dtype), device=draw.std.device).normal_(generator=generator)
 
 
+@torch.no_grad()
 def draw_gaussian(draw: Draw, n: int, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``W + ε`` of shape (m, n) in a new tensor of `dtype`, or ε alone where `weight` is None."""
-    noise = _normal((draw.std.shape[0], n), draw, _generator(draw), dtype)
-    std = draw.std.to(noise.dtype).unsqueeze(1)
-    if weight is None:
-        noise.mul_(std)
-    else:
-        torch.addcmul(weight, noise, std, out=noise)
-    return noise.to(dtype)
+    """``W + ε`` of shape (m, n) in a new tensor of `dtype`, or ε alone where `weight` is None.
+
+    On a CPU, where torch draws normals on one core, ε is drawn in chunks of rows, each from a seed of its own, on as
+    many threads as torch has; it does not depend on their number.
+    """
+    m, device = draw.std.shape[0], draw.std.device
+    if device.type != "cpu":
+        return _scaled(_normal((m, n), draw, _generator(draw), dtype), draw.std, weight).to(dtype)
+    out = torch.empty((m, n), dtype=dtype, device=device)
+    rows, inference = max(1, _CHUNK // max(1, n)), torch.is_inference_mode_enabled()
+
+    def fill(first: int, stride: int) -> None:
+        """Every `stride`-th chunk from the `first` on; a thread starts without the modes of the one that asks."""
+        generator = torch.Generator()
+        with torch.inference_mode(inference), torch.no_grad():
+            for start in range(first * rows, m, stride * rows):
+                part = slice(start, start + rows)
+                generator.manual_seed(draw.seed + start)
+                drawn = out[part] if dtype == _wide(dtype) else torch.empty_like(out[part], dtype=_wide(dtype))
+                drawn.normal_(generator=generator)
+                _scaled(drawn, draw.std[part], None if weight is None else weight[part])
+                if drawn.dtype != dtype:
+                    out[part] = drawn
+
+    _share(fill, -(-m // rows))
+    return out
+
+
+def _scaled(noise: Tensor, std: Tensor, weight: Tensor | None) -> Tensor:
+    """Noise of standard deviation one becomes ε, or W + ε, where it lies."""
+    std = std.to(noise.dtype).unsqueeze(1)
+    return noise.mul_(std) if weight is None else torch.addcmul(weight, noise, std, out=noise)
+
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def _share(fill: Callable[[int, int], None], chunks: int) -> None:
+    """``fill(i, k)`` for each i below k, on k threads of which one is the caller's."""
+    global _pool
+    threads = min(torch.get_num_threads(), chunks)
+    if threads > 1 and _pool is None:
+        _pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "flatlora-draw")
+    others = [_pool.submit(fill, i, threads) for i in range(1, threads)] if _pool is not None else []
+    fill(0, max(1, threads))
+    for other in others:
+        other.result()
+
+
+def _forget_pool() -> None:
+    """A forked process has its parent's pool without the threads."""
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
 
 
 def draw_low_rank(draw: Draw, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
