@@ -103,6 +103,11 @@ def bilora(model: nn.Module, lr: float, rho: float) -> Optimizer:
 lorasam = wrapped(lambda optimizer, model, rho: LoRASAMOptimizer(optimizer, model, rho=rho))
 
 
+def noisy_lorasam(model: nn.Module, lr: float, rho: float) -> Optimizer:
+    """GGPO's noise around LoRASAM: a pass is perturbed by both."""
+    return GGPOOptimizer(lorasam(model, lr, rho), model, sigma=0.2, beta=0.0, noise="low_rank")
+
+
 def two_pass_sam(model: nn.Module, lr: float, rho: float) -> Optimizer:
     """LoRA-SAM: the ascent is in the norm of A and B (and the head), not in that of the full weights."""
     try:
@@ -316,6 +321,7 @@ METHODS = {
     "bilora": Method("Bi-LoRA", bilora, (0.05, 0.1), "ρ"),
     "bidora": Method("BiDoRA", adapter="dora", loop=bilevel),
     "gralora-ggpo": Method("GGPO on GraLoRA", ggpo(beta=0.0), (0.2, 0.1), "σ", adapter="gralora"),
+    "lorasam-ggpo": Method("LoRASAM in GGPO low-rank, σ 0.2", noisy_lorasam, (0.15, 0.05), "ρ"),
     "gralora-lorasam": Method("LoRASAM on GraLoRA", lorasam, (0.05, 0.15), "ρ", adapter="gralora"),
     "gralora-bilora": Method("Bi-LoRA on GraLoRA", bilora, (0.05, 0.1), "ρ", adapter="gralora"),
     "early-stopping": Method("LoRA, early stopping", stops_early=True),
