@@ -5,8 +5,9 @@
     python examples/trainer.py --train-file train.tsv --test-file test.tsv --output runs/mine
     python examples/trainer.py --resume                            # go on after an interruption
 
-The only line that differs from a Trainer script without flatlora is the one that wraps the optimizer. While training,
-texts that are neither trained on nor held out are evaluated; the held-out ones are evaluated once, at the end.
+The only line that differs from a Trainer script without flatlora is the one that wraps the optimizer, and one more if
+its numbers are to be logged. While training, texts that are neither trained on nor held out are evaluated; the held-out
+ones are evaluated once, at the end.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from common import (
 )
 from transformers import DataCollatorWithPadding, EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+
+from flatlora.hf import log_metrics
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -92,6 +95,7 @@ def main() -> None:
     )
     # The classifier's loss is the mean of its micro-batch; without this the Trainer adds these up when it accumulates.
     trainer.model_accepts_loss_kwargs = False
+    log_metrics(trainer)  # the method's numbers beside the loss, in the checkpoints' trainer_state.json too
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint if args.resume else None)
     minutes = (time.perf_counter() - start) / 60

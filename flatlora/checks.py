@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["built_optimizer", "integer", "module", "number", "option", "same_layers", "state_fields"]
+__all__ = ["built_optimizer", "integer", "module", "number", "optimizer_cls", "option", "same_layers", "state_fields"]
 
 _T = TypeVar("_T")
 _MOST = 1e18  # the square of a σ or ρ must stay finite in float32
@@ -54,6 +54,13 @@ def built_optimizer(name: str, value: Any) -> Optimizer:
         raise TypeError(
             f"{name} must be a torch.optim.Optimizer instance, got {found}; build it first: AdamW(params, lr=...)"
         )
+    return value
+
+
+def optimizer_cls(value: Any) -> Any:
+    """`value` if it can be called to make an optimizer; else TypeError."""
+    if not callable(value):
+        raise TypeError(f"optimizer_cls must be a class such as torch.optim.AdamW, got {type(value).__name__}")
     return value
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
 
+from . import checks
 from .layers.view import LoRALayer, lora_layers
-from .perturbation import Attachment, Source, attachments, trains
+from .perturbation import Attachment, Companions, Source, attachments, trains
 from .wrapper import OptimizerWrapper, chain
 
-__all__ = ["PerturbingOptimizer", "claim", "trained_layers"]
+__all__ = ["PerturbingOptimizer", "claim", "trainable", "trained_layers"]
 
 logger = logging.getLogger("flatlora")
+
+_P = TypeVar("_P", bound="PerturbingOptimizer")
 
 
 class PerturbingOptimizer(OptimizerWrapper):
@@ -31,6 +35,35 @@ class PerturbingOptimizer(OptimizerWrapper):
     _model: nn.Module
     _attachment: Attachment | None = None
     _asleep: tuple[tuple[str, nn.Parameter], ...] = ()  # held adapters that were frozen when this was built
+
+    @classmethod
+    def for_model(
+        cls: type[_P],
+        model: nn.Module,
+        optimizer_cls: Callable[..., Optimizer],
+        *,
+        params: Iterable[Any] | None = None,
+        **kwargs: Any,
+    ) -> _P:
+        """Builds the base optimizer over the model, and this one around it.
+
+        Args:
+            model: the model with adapters.
+            optimizer_cls: makes the base: ``optimizer_cls(params, **kwargs)``.
+            params: parameters or parameter groups of the base; by default all parameters that require a gradient.
+            kwargs: the method's own options, by the names of its constructor; all others are `optimizer_cls`'s.
+
+        Raises:
+            TypeError: `optimizer_cls` is no class, or does not know one of `kwargs`.
+            ValueError: as the constructor.
+
+        Example:
+            >>> optimizer = GGPOOptimizer.for_model(model, torch.optim.AdamW, lr=3e-4, sigma=0.2)
+        """
+        checks.optimizer_cls(optimizer_cls)
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name in inspect.signature(cls).parameters}
+        method: Any = cls  # whose constructor takes the model
+        return method(optimizer_cls(trainable(model) if params is None else params, **kwargs), model, **own)
 
     def attach(self, source: Source, layers: list[LoRALayer], all_trained: bool = True) -> None:
         """Attaches `source` to the layers; `all_trained`: they stand for every adapter that the optimizer is to train.
@@ -107,6 +140,14 @@ class PerturbingOptimizer(OptimizerWrapper):
         super().__setstate__(state)
         if attached:
             self.reattach()
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient; those of an auxiliary, which an earlier optimizer left, are not among
+    them."""
+    companions = [module for module in model.modules() if isinstance(module, Companions)]
+    left = {id(p) for module in companions for p in module.parameters()}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in left]
 
 
 def claim(source: Source, layers: list[LoRALayer], optimizer: Optimizer) -> None:

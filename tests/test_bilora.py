@@ -239,19 +239,38 @@ def test_accumulation_equals_the_whole_batch():
         torch.testing.assert_close(whole, accumulated, rtol=0, atol=1e-10)
 
 
-def test_clipping_bounds_the_joint_norm_by_one_factor():
+def test_gradient_norm_and_clipping_are_those_of_the_primary_alone():
     model = lora_net()
     optimizer = BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=1e-2, seed=0)
     x, y = next(data())
     F.mse_loss(model(x), y).backward()
-    grads = [p.grad.clone() for p in held(optimizer)]
-    before = [p.detach().clone() for p in held(optimizer)]
-    joint = float(torch.cat([grad.flatten() for grad in grads]).norm())
-    nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], joint / 4)
-    optimizer.step()
     down = len(primary(model))
+    grads = [p.grad.clone() for p in held(optimizer)]
+    ours = float(torch.cat([grad.flatten() for grad in grads[:down]]).norm())
+    assert float(torch.cat([grad.flatten() for grad in grads[down:]]).norm()) * 2**20 > 0.1 * ours
+    before = [p.detach().clone() for p in held(optimizer)]
+    norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], ours / 4)
+    assert float(norm) == pytest.approx(ours, rel=1e-9)
+    optimizer.step()
     for i, (p, old, grad) in enumerate(zip(held(optimizer), before, grads, strict=True)):
-        torch.testing.assert_close(p.detach(), old + (-1e-2 if i < down else 1e-2) * grad / 4, rtol=1e-5, atol=1e-9)
+        lr = -1e-2 if i < down else 1e-2 * 2**20  # which the auxiliary's gradients are faint by
+        torch.testing.assert_close(p.detach(), old + lr * grad / 4, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_no_gradient_vanishes_in_half_precision(dtype):
+    """An auxiliary's gradients of 1e-4 and less are there at the step, whatever the type of its factors."""
+    model = lora_net(torch.float32).to(dtype)
+    optimizer = BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.0, seed=0)
+    x, y = next(data(dtype=dtype))
+    (F.mse_loss(model(x), y) * 1e-3).backward()
+    seen = []
+    optimizer.base_optimizer.register_step_pre_hook(
+        lambda base, *_: seen.extend(p.grad.clone() for p in base.param_groups[-1]["params"])
+    )
+    optimizer.step()
+    B = [grad for grad in seen if grad.shape[1] == 8]
+    assert all(float((grad == 0).float().mean()) < 0.2 for grad in B)
 
 
 def test_a_step_that_grad_scaler_skips_changes_nothing():
@@ -706,9 +725,36 @@ def test_after_detaching_the_optimizer_goes_on_with_the_primary():
 def test_metrics_say_how_far_the_perturbation_is_from_its_bound():
     model = lora_net()
     optimizer = BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=5.0, rho=0.01, seed=0)
-    assert float(optimizer.metrics()["perturbation_to_rho"]) == 0
+    assert {name: float(value) for name, value in optimizer.metrics().items()} == {
+        "perturbation_to_rho": 0,
+        "clipped_share": 0,
+    }
     train(model, optimizer, data(3))
     assert float(optimizer.metrics()["perturbation_to_rho"]) == pytest.approx(1, rel=1e-4)
+    assert float(optimizer.metrics()["clipped_share"]) == 1
+    optimizer.rho = 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(model, optimizer, data(1))
+    assert float(optimizer.metrics()["clipped_share"]) == 0.75
+
+
+def test_for_model_keeps_groups_and_gives_the_auxiliary_a_rate_of_its_own():
+    model = lora_net()
+    given = [{"params": primary(model)[:2], "lr": 0.3}, {"params": primary(model)[2:], "weight_decay": 0.2}]
+    optimizer = BiLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=0.1, params=given, auxiliary_lr=0.01, seed=0)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.1, 0.01]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.2, 0.0]
+    with pytest.raises(ValueError, match="auxiliary_lr must be a finite number >= 0"):
+        BiLoRAOptimizer.for_model(lora_net(), torch.optim.AdamW, lr=0.1, auxiliary_lr=-1.0)
+
+
+def test_a_second_for_model_leaves_the_first_ones_auxiliary_out():
+    model = lora_net()
+    train(model, BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1, seed=0), data(1))
+    ours = {id(p) for p in primary(model)}
+    optimizer = BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1, seed=0)
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == ours
 
 
 def test_remove_takes_the_auxiliaries_off_and_those_of_a_successor_not():

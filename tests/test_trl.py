@@ -7,11 +7,12 @@ import warnings
 import pytest
 import torch
 import transformers
-from ecosystem import adamw, adapters, difference, frozen, tiny_llama
+from ecosystem import adamw, adapters, difference, frozen, tiny_llama, tokens
 from peft import LoraConfig
 from transformers import LlamaForCausalLM
 
-from flatlora import BiLoRAOptimizer, GGPOOptimizer
+from flatlora import BiLoRAOptimizer, GGPOOptimizer, LoRASAMOptimizer
+from flatlora.hf import BiLoRAFactory, GGPOFactory, LoRASAMFactory, log_metrics
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -89,6 +90,15 @@ def with_bilora(model):
     return optimizer
 
 
+def with_lorasam(model):
+    """After a step, since the first one is unperturbed."""
+    optimizer = LoRASAMOptimizer(adamw(model), model, rho=1.0)
+    model(input_ids=tokens(0), labels=tokens(0)).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
 def watch(model):
     """What each pass through one layer was: recording gradients, its active adapters, perturbed."""
     seen = []
@@ -107,7 +117,7 @@ def watch(model):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("wrap", [with_ggpo, with_bilora])
+@pytest.mark.parametrize("wrap", [with_ggpo, with_bilora, with_lorasam])
 @pytest.mark.parametrize("reference", ["ref", "disabled"])
 @pytest.mark.parametrize("build", [dpo, grpo])
 def test_the_policy_alone_is_perturbed(build, reference, wrap, tmp_path):
@@ -129,3 +139,29 @@ def test_the_policy_alone_is_perturbed(build, reference, wrap, tmp_path):
     assert {off for grad, _, off in seen if not grad} == {False}
     assert any(name == reference for _, name, _ in seen)
     assert not any(off for _, name, off in seen if name == reference) and optimizer is not None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif("is_optimizer_factory" not in vars(transformers.trainer), reason="calls no factories")
+@pytest.mark.parametrize(
+    ("factory", "method"),
+    [(GGPOFactory, GGPOOptimizer), (BiLoRAFactory, BiLoRAOptimizer), (LoRASAMFactory, LoRASAMOptimizer)],
+)
+def test_sft_by_a_factory_logs_its_own_numbers_and_the_methods(factory, method, tmp_path):
+    base: LlamaForCausalLM = tiny_llama().unload()
+    trainer = trl.SFTTrainer(
+        base,
+        trl.SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=2, logging_steps=1, **COMMON),
+        train_dataset=datasets.Dataset.from_dict({"text": [text(i, i + 1, i + 2) for i in range(8)]}),
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        optimizer_cls_and_kwargs=(factory, {"lr": 1e-2}),
+    )
+    log_metrics(trainer)
+    start = adapters(trainer.model)
+    trainer.train()
+    assert type(trainer.optimizer.optimizer) is method
+    assert all(not torch.equal(p, start[n]) for n, p in adapters(trainer.model).items() if n in start)
+    steps = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(steps) == 2 and all("mean_token_accuracy" in log for log in steps)
+    assert {key for log in steps for key in log if key.startswith("flatlora/")}

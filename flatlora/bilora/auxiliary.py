@@ -16,6 +16,7 @@ from ..perturbation import Attachment, Companions, Source, attachments
 from ..streams import shared_seed
 
 __all__ = [
+    "FAINT",
     "Ascent",
     "Auxiliaries",
     "Auxiliary",
@@ -28,6 +29,11 @@ __all__ = [
 # The auxiliaries' name in the model they are attached to. They are registered there and not in their layers, because
 # PEFT saves whatever lies in its layers, and in earlier versions whatever has "lora_" in its key.
 NAME = "ascent_branches"
+
+# What an auxiliary's gradients are multiplied by until its optimizer steps. Whoever measures or clips the gradients of
+# all parameters then sees the primary's norm, up to a part in 10^12, and yet finds the auxiliary's for DDP, GradScaler
+# and FSDP to do with as with any other. A power of two: taken back, not a bit of them has changed.
+FAINT = 2.0**-20
 
 
 class Auxiliary(nn.Module):
@@ -63,14 +69,39 @@ class Auxiliaries(Companions):
 
 
 class Ascent(Source):
-    """Gives each layer its auxiliary."""
+    """Gives each layer its auxiliary.
 
-    def __init__(self, auxiliaries: Iterable[Any]):
+    Attributes:
+        faint: whether gradients are made faint, for an optimizer that brings them back to their size.
+        faded: what the gradients of the last forward pass are multiplied by.
+    """
+
+    def __init__(self, auxiliaries: Iterable[Any], faint: bool = False):
         self.auxiliaries: dict[str, Auxiliary] = {auxiliary.layer.name: auxiliary for auxiliary in auxiliaries}
+        self.faint = faint and all(one.A.dtype != torch.float16 for one in self.auxiliaries.values())
+        self.faded = 1.0
 
     def draw(self, layer: LoRALayer) -> Adapter:
         auxiliary = self.auxiliaries[layer.name]
-        return Adapter("", auxiliary.A, auxiliary.B, auxiliary.scaling)
+        A, B = auxiliary.A, auxiliary.B
+        # In float16, which FSDP may cast to, they would vanish.
+        self.faded = FAINT if self.faint and A.dtype != torch.float16 else 1.0
+        if self.faded != 1.0:
+            A, B = Faded.apply(self.faded, A, B)
+        return Adapter("", A, B, auxiliary.scaling)
+
+
+class Faded(torch.autograd.Function):
+    """Tensors as they are, whose gradients are multiplied by `factor`."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: float, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.factor = factor
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(grad * ctx.factor for grad in grads)
 
 
 def attach_auxiliary(
@@ -86,7 +117,8 @@ def attach_auxiliary(
     In train mode a layer then computes ``x·(W0 + s1·B1·A1 + s2·B2·A2)ᵀ``, both adapters through one pair of matmuls; in
     eval mode, in what PEFT saves and in merged weights it is as if the auxiliary were not there. The parameters are
     registered in `model`, so DDP and FSDP (wrap it after this call) and `.to()` see them; its `state_dict()` leaves
-    them out, and the optimizer's carries them.
+    them out, and the optimizer's carries them. PEFT's `print_trainable_parameters` counts them from now on, though
+    they are not saved: call it before.
 
     Args:
         model: a model with adapters, as `lora_layers` reads it.

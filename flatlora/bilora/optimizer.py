@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import checks
 from ..layers.base import whole, wide
 from ..layers.view import plain_name
-from ..perturbing import PerturbingOptimizer
+from ..perturbing import PerturbingOptimizer, trainable
 from ..wrapper import chain
 from .auxiliary import (
     Ascent,
@@ -40,8 +40,9 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     the signs back, and clips the auxiliaries together: with ``c = sqrt(Σ_layers ‖s2·B2·A2‖_F²)``, every B2 and A2 is
     multiplied by ``sqrt(ρ/c)`` if ``c > ρ``.
 
-    Gradient clipping: `clip_grad_norm_` over all parameters sees both sides, bounds their joint norm and scales them by
-    one factor. To clip as plain LoRA would, pass it the primary's parameters alone.
+    Gradient norms and clipping are those of plain LoRA: until the step the auxiliary's gradients, which have their
+    bound in ρ, are kept 2⁻²⁰ times their size, too faint to count in the norm over all parameters. A factor by which
+    others scale all gradients reaches both sides. Those of float16 auxiliaries and of layers of your own are not faint.
 
     Args:
         optimizer: the built base optimizer, with at least one ascent group. An ascent group has its own `lr` and
@@ -77,7 +78,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         self._settings = {"rho": checks.number("rho", rho, above=0)}
         self._model, self._no_grad = checks.module(model), perturb_no_grad
         self._triples = None if auxiliary is None else _named_triples(model, auxiliary)
-        self._turned: list[Tensor] = []
+        self._turned: tuple[list[Tensor], float] = [], 1.0
+        self._clips: list[Tensor | int] = [0, 0]  # steps that ρ clipped, counted on the device, and all
         self._check_groups()
         if auxiliary is None:
             self.reattach()
@@ -87,7 +89,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             if auxiliaries.attachment is not None:
                 auxiliaries.attachment.remove()
                 auxiliaries.attachment = None
-        source = Ascent(module for module in self._model.modules() if isinstance(module, Auxiliary))
+        source = Ascent((module for module in self._model.modules() if isinstance(module, Auxiliary)), faint=True)
         source.no_grad = self._no_grad
         layers = [auxiliary.layer for auxiliary in source.auxiliaries.values()]
         held = {id(p) for group in self.param_groups for p in group["params"]}
@@ -116,8 +118,10 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def for_model(
         cls,
         model: nn.Module,
-        optimizer_cls: type[Optimizer],
+        optimizer_cls: Callable[..., Optimizer],
         *,
+        params: Iterable[Any] | None = None,
+        auxiliary_lr: float | None = None,
         r: int = 8,
         alpha: float | None = None,
         rho: float = 0.05,
@@ -128,21 +132,19 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     ) -> BiLoRAOptimizer:
         """Attaches an auxiliary and builds the optimizer over it and every parameter that requires a gradient.
 
-        ``optimizer_cls(groups, **kwargs)`` is the base; the auxiliary's group gets no weight decay. `r`, `alpha`,
-        `adapter` and `seed` are `attach_auxiliary`'s. If anything fails, the auxiliary is taken off again.
+        ``optimizer_cls(groups, **kwargs)`` is the base. `params` are the primary's parameters or parameter groups, by
+        default one group of all; the auxiliary's group is the last, with no weight decay and with `auxiliary_lr`, by
+        default the ``lr`` among `kwargs`. `r`, `alpha`, `adapter` and `seed` are `attach_auxiliary`'s. If anything
+        fails, the auxiliary is taken off again.
         """
-        if not callable(optimizer_cls):
-            raise TypeError(
-                f"optimizer_cls must be a class such as torch.optim.AdamW, got {type(optimizer_cls).__name__}"
-            )
-        primary = [p for p in model.parameters() if p.requires_grad]
+        checks.optimizer_cls(optimizer_cls)
+        own_lr = {} if auxiliary_lr is None else {"lr": checks.number("auxiliary_lr", auxiliary_lr)}
+        primary = list(trainable(model) if params is None else params)
+        groups = primary if primary and isinstance(primary[0], dict) else [{"params": primary}]
         ascending = attach_auxiliary(model, r, alpha=alpha, adapter=adapter, seed=seed)
         try:
-            groups: list[dict[str, Any]] = [
-                {"params": primary},
-                {"params": ascending, "ascent": True, "weight_decay": 0.0},
-            ]
-            return cls(optimizer_cls(groups, **kwargs), model, rho=rho, perturb_no_grad=perturb_no_grad)
+            ascent = {"params": ascending, "ascent": True, "weight_decay": 0.0, **own_lr}
+            return cls(optimizer_cls([*groups, ascent], **kwargs), model, rho=rho, perturb_no_grad=perturb_no_grad)
         except BaseException:
             detach_auxiliary(model)
             raise
@@ -150,7 +152,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     # --- the method: turn the ascending gradients, step, turn them back, clip all auxiliaries together ------------
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        """As the base optimizer's; gradients have their own sign for everyone but its update, whatever it raises."""
+        """As the base optimizer's; gradients are as they were for everyone but its update, whatever it raises."""
 
         def evaluate() -> Any:  # the gradients are new at each evaluation
             assert closure is not None
@@ -201,6 +203,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         # On the device, as is the comparison: reading the norm would stall the host at every step.
         factors = [p for A, B, _ in triples.values() for p in (A, B)]
         below = 1 - max(torch.finfo(p.dtype).eps for p in factors)  # or rounding could leave the norm above ρ
+        clipped, steps = self._clips
+        self._clips = [clipped + (norm > self.rho), steps + 1]
         factor = torch.where(norm > self.rho, (self.rho / norm).sqrt() * below, 1.0)
         for p in factors:
             p.mul_(factor.to(p.device))
@@ -208,15 +212,19 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     @torch.no_grad()
     def _turn(self) -> None:
         grads = [p.grad for group in self.param_groups if group.get("ascent") for p in group["params"]]
-        self._turned = [grad for grad in grads if grad is not None]
-        if self._turned:
-            torch._foreach_neg_(self._turned)
+        found = [grad for grad in grads if grad is not None]
+        source: Any = None if self._attachment is None else self._attachment.source
+        faded = 1.0 if source is None else source.faded
+        self._turned = found, -faded
+        if found:
+            torch._foreach_mul_(found, -1 / faded)
 
     @torch.no_grad()
     def _turn_back(self) -> None:
-        if self._turned:
-            torch._foreach_neg_(self._turned)
-        self._turned = []
+        turned, factor = self._turned
+        self._turned = [], 1.0
+        if turned:
+            torch._foreach_mul_(turned, factor)
 
     @torch.no_grad()
     def perturbation_norm(self) -> float:
@@ -225,9 +233,13 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
-        """``perturbation_to_rho``: the auxiliaries' norm over ρ, 1 where the last step clipped it."""
-        auxiliaries = self._auxiliaries()
-        return {**super().metrics(), **({"perturbation_to_rho": _norm(auxiliaries) / self.rho} if auxiliaries else {})}
+        """``perturbation_to_rho``: the auxiliaries' norm over ρ, 1 where the last step clipped it; ``clipped_share``:
+        the share of steps, since this optimizer was built, that clipped it."""
+        if not (auxiliaries := self._auxiliaries()):
+            return super().metrics()
+        norm, (clipped, steps) = _norm(auxiliaries), self._clips
+        share = torch.as_tensor(clipped, dtype=norm.dtype, device=norm.device) / max(steps, 1)
+        return {**super().metrics(), "perturbation_to_rho": norm / self.rho, "clipped_share": share}
 
     def perturbation_parameters(self) -> list[Tensor]:
         return [p for A, B, _ in self._auxiliaries().values() for p in (A, B)]

@@ -1004,3 +1004,35 @@ def test_metrics_are_the_expected_noise_and_the_gradients_share_of_it():
 def noise_rms(optimizer, weight):
     """One draw's ‖ε‖ over ‖W'‖."""
     return float(noise_of(optimizer).norm() / weight.norm())
+
+
+# --- over the whole model in one call ------------------------------------------------------------------------------
+
+
+def test_for_model_is_the_constructor_over_all_that_requires_a_gradient():
+    results = []
+    for build in (
+        lambda model: GGPOOptimizer.for_model(model, torch.optim.AdamW, lr=1e-2, sigma=0.3, seed=1, weight_decay=0.1),
+        lambda model: GGPOOptimizer(
+            torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.1), model, sigma=0.3, seed=1
+        ),
+    ):
+        torch.manual_seed(0)
+        model = one_layer()
+        optimizer = build(model)
+        for i in range(3):
+            step(model, optimizer, torch.full((2, 7), float(i), dtype=torch.float64))
+        results.append([p.detach() for p in trainable(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_for_model_keeps_given_groups_and_refuses_what_nobody_knows():
+    model = one_layer()
+    groups = [{"params": [p], "lr": 0.1 * i} for i, p in enumerate(trainable(model), 1)]
+    with pytest.raises(TypeError, match="momentun"):
+        GGPOOptimizer.for_model(model, torch.optim.SGD, params=groups, lr=1.0, momentun=0.9)
+    with pytest.raises(TypeError, match="optimizer_cls must be a class"):
+        GGPOOptimizer.for_model(model, torch.optim.SGD(trainable(model), lr=1.0))
+    assert "forward" not in fc(model).__dict__
+    optimizer = GGPOOptimizer.for_model(model, torch.optim.SGD, params=groups, lr=1.0)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
