@@ -1,12 +1,14 @@
-"""Step time and peak memory of the methods against PEFT's adapters with AdamW, interleaved in one process.
+"""Step time, peak memory and operators of the methods and their rivals against PEFT's LoRA, interleaved in one process.
 
-    python examples/benchmark.py                      # SmolLM2-135M's geometry, 1,024 tokens
-    python examples/benchmark.py --layers 8 --base nf4
-    python examples/benchmark.py --compare gralora    # or bidora
-    python examples/benchmark.py --methods "PEFT LoRA" "Bi-LoRA"
+    python examples/benchmark.py                              # SmolLM2-135M's geometry, 1,024 tokens, fp32, CPU
+    python examples/benchmark.py --compare peers              # or gralora, bidora
+    python examples/benchmark.py --methods "PEFT LoRA" "Bi-LoRA" --layers 8 --nf4
+    python examples/benchmark.py --device cuda --model 7B --dtype bf16 --nf4 --tokens 4096
+    python examples/benchmark.py --sweep sweep.jsonl --dtype bf16      # over width, tokens, rank and layers
 
 Every round runs one training step of each contender, in an order that rotates; what is printed are ratios of medians to
-the first contender. Peak memory is a fresh process's. Weights are random: neither time nor memory depends on them.
+the first contender, and how many operators a step asks torch for, forward and backward and then the update. Peak memory
+is a fresh process's. Weights are random: neither time nor memory depends on them.
 
 While steps are timed, glibc keeps the memory that is freed. By default it returns large blocks to the system and gets
 them anew, zeroed page by page, which costs a step up to a second here, by chance one contender's and not another's;
@@ -16,25 +18,15 @@ them anew, zeroed page by page, which costs a step up to a second here, by chanc
 from __future__ import annotations
 
 import argparse
-import ctypes
-import logging
-import multiprocessing
-import resource
 import statistics
-import sys
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported, and peft imports it
-
-import torch  # noqa: E402
-from peft import GraloraConfig, LoraConfig, get_peft_model  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-
-import flatlora  # noqa: E402
+import torch
+from benchmarking import sweep
+from benchmarking.contenders import CONTENDERS
+from benchmarking.measuring import in_fresh_process, interleaved, keep_freed_memory, peak_memory
+from benchmarking.models import DTYPES, GEOMETRIES, geometry
 
 warnings.filterwarnings("ignore")
 
@@ -42,203 +34,80 @@ SETS = {
     "lora": ["PEFT LoRA", "GGPO gaussian", "GGPO low_rank", "Bi-LoRA", "LoRASAM", "PEFT two adapters", "two-pass SAM"],
     "gralora": ["PEFT LoRA", "PEFT GraLoRA", "GraLoRA"],
     "bidora": ["PEFT DoRA", "BiDoRA forward", "BiDoRA central"],
+    "peers": [name for name in CONTENDERS if not name.startswith("BiDoRA")],
 }
-Step = Callable[[torch.Tensor], None]
+FLOAT_BASE = ("noise in place", "noise materialised")  # they write to the weights, or add to them in their dtype
 
 
-def smollm2(layers: int) -> LlamaForCausalLM:
-    """SmolLM2-135M's shape with random weights."""
-    config = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
-
-
-def quantise(model: nn.Module, kind: str) -> None:
-    """Replaces every linear layer but the head by bitsandbytes' NF4 or int8 one."""
-    import bitsandbytes as bnb
-
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or "lm_head" in name:
-            continue
-        new: nn.Module
-        if kind == "nf4":
-            new = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, quant_type="nf4")
-            new.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
-        else:
-            new = bnb.nn.Linear8bitLt(module.in_features, module.out_features, bias=False, has_fp16_weights=False)
-            new.weight = bnb.nn.Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
-        model.set_submodule(name, new.to("cpu"))
-
-
-def add_adapters(name: str, model: LlamaForCausalLM, args: argparse.Namespace) -> nn.Module:
-    """Adapters of equal rank and scaling on all linear layers but the head."""
-    r, alpha, targets = args.r, 2 * args.r, "all-linear"
-    if name == "GraLoRA":
-        return flatlora.apply_gralora(model, targets, r=r, k=args.k, alpha=alpha, hybrid_r=args.hybrid_r)
-    if name == "PEFT GraLoRA":
-        config = GraloraConfig(r=r, gralora_k=args.k, alpha=alpha, hybrid_r=args.hybrid_r, target_modules=targets)
-        return get_peft_model(model, config)
-    adapted = get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, use_dora="DoRA" in name))
-    if name == "PEFT two adapters":
-        adapted.add_adapter("second", LoraConfig(r=8, lora_alpha=16, target_modules=targets))
-        adapted.base_model.set_adapter(["default", "second"])
-    return adapted
-
-
-def build(name: str, args: argparse.Namespace) -> Step:
-    """One training step of a contender, as a function of the token ids."""
-    torch.manual_seed(0)
-    model = smollm2(args.layers)
-    if args.base in ("nf4", "int8"):
-        quantise(model, args.base)
-    elif args.base == "bf16":
-        model.to(torch.bfloat16)
-    adapted = add_adapters(name, model, args)
-    if args.checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable()
-    adapted.train()
-    if name.startswith("BiDoRA"):
-        return bidora_step(adapted, name.split()[1])
-
-    params = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer: torch.optim.Optimizer
-    if name == "two-pass SAM":
-        optimizer = two_pass_sam(params)
-    elif name == "Bi-LoRA":
-        optimizer = flatlora.BiLoRAOptimizer.for_model(adapted, torch.optim.AdamW, lr=1e-4)
-    else:
-        optimizer = torch.optim.AdamW(params, lr=1e-4)
-    if name.startswith("GGPO"):
-        optimizer = flatlora.GGPOOptimizer(optimizer, adapted, noise=name.split()[1], noise_rank=args.noise_rank)
-    elif name == "LoRASAM":
-        optimizer = flatlora.LoRASAMOptimizer(optimizer, adapted)
-
-    def step(ids: torch.Tensor) -> None:
-        def closure() -> torch.Tensor:
-            loss = adapted(input_ids=ids, labels=ids).loss
-            loss.backward()
-            return loss
-
-        closure()
-        if name == "two-pass SAM":
-            optimizer.step(closure)
-        else:
-            optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def two_pass_sam(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """SAM over AdamW from the package pytorch-optimizer."""
-    try:
-        from pytorch_optimizer import SAM
-    except ImportError as error:
-        raise SystemExit("'two-pass SAM' needs: pip install pytorch-optimizer (or name other --methods)") from error
-    return SAM(params, torch.optim.AdamW, rho=0.05, lr=1e-4)
-
-
-def bidora_step(model: nn.Module, difference: str) -> Step:
-    """One iteration: a lower and an upper step. Both levels see the same number of tokens."""
-    lower = torch.optim.AdamW(flatlora.direction_parameters(model), lr=1e-4)
-    upper = torch.optim.AdamW(flatlora.magnitude_parameters(model), lr=1e-4)
-    train, val = [{}], [{}]  # filled by the step
-    optimizer = flatlora.BilevelOptimizer(lower, upper, model, train, val, difference=difference)
-
-    def step(ids: torch.Tensor) -> None:
-        train[0] = val[0] = {"input_ids": ids, "labels": ids}
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def peak_memory(name: str, args: argparse.Namespace, queue: multiprocessing.Queue) -> None:
-    step = build(name, args)
-    ids = torch.randint(0, 49152, (1, args.tokens))
-    for _ in range(3):
-        step(ids)
-    if sys.platform == "linux":  # getrusage would hand on what the parent had at the fork
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        queue.put(int(status["VmHWM"].split()[0]) / 1024)
-    else:
-        queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-
-
-def keep_freed_memory() -> None:
-    """Has glibc serve large blocks from its heap, and never shrink it; elsewhere it changes nothing."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD
-
-
-def time_steps(names: list[str], args: argparse.Namespace) -> dict[str, list[float]]:
-    steps = {name: build(name, args) for name in names}
-    torch.manual_seed(1)
-    ids = torch.randint(0, 49152, (1, args.tokens))
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(args.rounds + 2):
-        for i in range(len(names)):
-            name = names[(round_ + i) % len(names)]
-            start = time.perf_counter()
-            steps[name](ids)
-            if round_ >= 2:  # the first steps warm caches up
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compare", choices=list(SETS), default="lora", help="default: %(default)s")
-    parser.add_argument("--methods", nargs="*", metavar="METHOD", help="contenders by name, the first is 1.0")
-    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--methods", nargs="*", metavar="METHOD", help=f"the first is 1.0; of: {', '.join(CONTENDERS)}")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--model", choices=list(GEOMETRIES), default="135M", help="geometry (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="instead of the geometry's own")
+    parser.add_argument("--width", type=int, help="instead of --model: a Llama of that width, 2 layers, and 8k words")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--r", type=int, help="rank (default: 16, for gralora 32)")
     parser.add_argument("--k", type=int, default=4, help="GraLoRA's blocks along each side (default: %(default)s)")
     parser.add_argument("--hybrid-r", type=int, default=0, help="rank of the LoRA beside GraLoRA's blocks")
     parser.add_argument("--noise-rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--base", choices=["fp32", "bf16", "nf4", "int8"], default="fp32")
+    parser.add_argument("--warm-up", type=int, default=2, help="rounds that are not timed (default: %(default)s)")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of the base (default: %(default)s)")
+    quantised = parser.add_mutually_exclusive_group()
+    quantised.add_argument("--nf4", action="store_true", help="a base in NF4, computed in --dtype")
+    quantised.add_argument("--int8", action="store_true", help="a base in int8")
+    parser.add_argument("--compile", action="store_true", help="torch.compile; operators are not counted then")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--malloc", choices=["keep", "default"], default="keep", help="default: %(default)s")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--sweep", type=Path, metavar="FILE", help="measure sizes into FILE, going on where it stopped")
+    parser.add_argument("--quick", action="store_true", help="a sweep of small sizes")
+    parser.add_argument("--most-minutes", type=float, default=10, help="sizes that would take longer are skipped")
     args = parser.parse_args()
     args.r = args.r or (32 if args.compare == "gralora" else 16)
-    names = args.methods or SETS[args.compare]
+    args.threads = torch.get_num_threads()
+    args.methods = args.methods or (sweep.METHODS if args.sweep else SETS[args.compare])
+    if unknown := [name for name in args.methods if name not in CONTENDERS]:
+        parser.error(f"unknown methods {unknown}; there are {list(CONTENDERS)}")
+    if args.nf4 or args.int8:
+        args.methods = [name for name in args.methods if name not in FLOAT_BASE]
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
+    return args
 
+
+def described(args: argparse.Namespace) -> str:
+    quant = " NF4" if args.nf4 else " int8" if args.int8 else ""
+    where = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} threads"
+    name = f"width {args.width}" if args.width else args.model
+    return (
+        f"{geometry(args)[2]} layers of {name}, {args.tokens} tokens, r = {args.r}, {args.dtype}{quant} base"
+        f"{', compiled' if args.compile else ''}, {where}, medians of {args.rounds} interleaved steps"
+    )
+
+
+def main() -> None:
+    args = parsed()
+    if args.sweep:
+        sweep.run(args)
+        return
+    names = args.methods
+    memory = {} if args.no_memory else {name: in_fresh_process(peak_memory, name, args) for name in names}
     if args.malloc == "keep":
         keep_freed_memory()
-    times = time_steps(names, args)
-    memory: dict[str, float] = {}
-    if not args.no_memory:
-        context = multiprocessing.get_context("spawn")
-        for name in names:
-            queue = context.Queue()
-            process = context.Process(target=peak_memory, args=(name, args, queue))
-            process.start()
-            memory[name] = queue.get()
-            process.join()
-
-    print(
-        f"{args.layers} layers of SmolLM2-135M, {args.tokens} tokens, r = {args.r}, {args.base} base, "
-        f"{torch.get_num_threads()} threads, medians of {args.rounds} interleaved steps"
-    )
+    times, counts = interleaved(names, args)
+    print(described(args))
     base = statistics.median(times[names[0]])
     for name in names:
         median = statistics.median(times[name])
         paired = statistics.median(t / b for t, b in zip(times[name], times[names[0]], strict=True))
-        line = f"{name:18s} {median:7.3f} s   {median / base:5.3f} x   (paired {paired:5.3f} x)"
+        line = f"{name:18s} {median:8.4f} s   {median / base:5.3f} x   (paired {paired:5.3f} x)"
         if memory:
             line += f"   peak {memory[name]:6.0f} MB   {memory[name] / memory[names[0]]:5.3f} x"
+        if counts:
+            line += "   {:5d} + {:5d} operators".format(*counts[name])
         print(line)
 
 

@@ -1,11 +1,58 @@
-"""Shared set-up: one thread, as the machine may be shared, and the same global random numbers for every test."""
+"""Shared set-up: one thread, as the machine may be shared, the same global random numbers, and the device of a test."""
 
+import contextlib
+import importlib.metadata
+import os
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or CUDA's matmuls differ between streams
+
+import models
 import pytest
 import torch
+from compatibility import PACKAGES
 
 torch.set_num_threads(1)
 
+# What is run on a CUDA device too: the tests of these files take models and batches from where `models.DEVICE` says.
+ON_DEVICES = {
+    "test_method_laws",
+    "test_method_lifetimes",
+    "test_method_states",
+    "test_method_bitsandbytes",
+    "test_reference",
+    "test_cuda",
+}
+CUDA = pytest.param(
+    "cuda",
+    marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+
+
+def pytest_generate_tests(metafunc):
+    if metafunc.module.__name__.split(".")[-1] in ON_DEVICES:
+        metafunc.parametrize("device", ["cpu", CUDA], indirect=True)
+
 
 @pytest.fixture(autouse=True)
-def _seed():
+def device(request, monkeypatch):
+    """The kind of device that the test's models and batches are on."""
+    kind = getattr(request, "param", "cpu")
+    monkeypatch.setattr(models, "DEVICE", torch.device(kind))
+    if kind == "cuda":  # results are compared to the bit
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    yield torch.device(kind)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _seed(device):
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _versions(record_testsuite_property):
+    """Into a junit report, where `compatibility.py` looks for them."""
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            record_testsuite_property(package, importlib.metadata.version(package))

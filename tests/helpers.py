@@ -225,8 +225,8 @@ def dense(module):
 def applied_weight(module, n):
     """The matrix that a layer really applies: its answers to the unit vectors less its answer to zero."""
     with torch.no_grad():
-        dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
-        return (module(torch.eye(n, dtype=dtype)) - module(torch.zeros(1, n, dtype=dtype))).t()
+        like = next(p for p in module.parameters() if p.is_floating_point())
+        return (module(torch.eye(n).to(like)) - module(torch.zeros(1, n).to(like))).t()
 
 
 def noise_of(optimizer, name=None, dtype=torch.float64):

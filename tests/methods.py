@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import models
 import pytest
 import torch
 from ecosystem import tokens
@@ -148,7 +149,7 @@ def adapted(
         quantise(model, quant)
     model = method.adapt(model, r=r, dropout=dropout)
     fill(model, seed)
-    return model.train()
+    return model.to(models.DEVICE).train()
 
 
 def fill(model: nn.Module, seed: int = 0) -> None:
@@ -168,7 +169,7 @@ def sgd(params: Any) -> Optimizer:
 
 
 def batch(i: int, size: int = 2) -> dict[str, Tensor]:
-    ids = tokens(i, size)
+    ids = tokens(i, size).to(models.DEVICE)
     return {"input_ids": ids, "labels": ids}
 
 
@@ -221,7 +222,18 @@ def base_bits(model: nn.Module) -> dict[str, Tensor]:
 
 
 def logits(model: nn.Module, i: int = 77) -> Tensor:
-    return model(input_ids=tokens(i)).logits.detach().clone()
+    return model(input_ids=tokens(i).to(models.DEVICE)).logits.detach().clone()
+
+
+def streams() -> list[Tensor]:
+    """Where torch's global random streams stand."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if models.DEVICE.type == "cuda" else [])]
+
+
+def set_streams(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0].cpu())
+    if models.DEVICE.type == "cuda":
+        torch.cuda.set_rng_state(states[1].cpu())
 
 
 def twin(model: nn.Module, method: Method, **kwargs: Any) -> nn.Module:

@@ -6,12 +6,14 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 VOCAB = 64
+DEVICE = torch.device("cpu")  # where models and batches go; `device` of conftest.py sets it for a test
 
 
 def llama(width: int = 32, **config: Any) -> LlamaForCausalLM:
@@ -28,7 +30,7 @@ def llama(width: int = 32, **config: Any) -> LlamaForCausalLM:
 
 
 def quantised(linear: nn.Linear, kind: str) -> nn.Module:
-    """`linear` as a bitsandbytes layer on the CPU: "nf4" (double quantisation), "fp4" or "int8"."""
+    """`linear` as a bitsandbytes layer: "nf4" (double quantisation), "fp4" or "int8"."""
     import bitsandbytes as bnb
 
     size, bias = (linear.in_features, linear.out_features), linear.bias is not None
@@ -42,7 +44,7 @@ def quantised(linear: nn.Linear, kind: str) -> nn.Module:
         new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, **form)
     if bias:
         new.bias = nn.Parameter(linear.bias.data.clone(), requires_grad=False)
-    return new.to("cpu")
+    return new.to(DEVICE)  # which quantises
 
 
 def quantise(model: nn.Module, kind: str, but: Iterable[str] = ("lm_head",)) -> nn.Module:

@@ -100,7 +100,7 @@ def orthogonality(weights: Sequence[Tensor]) -> Tensor:
     terms = []
     for W in weights:
         D = W / W.norm(dim=0)
-        terms.append((D.t() @ D - torch.eye(W.shape[1], dtype=W.dtype)).norm())
+        terms.append((D.t() @ D - torch.eye(W.shape[1], dtype=W.dtype, device=W.device)).norm())
     return torch.stack(terms).mean()
 
 

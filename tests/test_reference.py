@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import models
 import pytest
 import reference
 import torch
@@ -32,11 +33,11 @@ def loss_at(weights, x, labels):
 def batch(seed=1):
     generator = torch.Generator().manual_seed(seed)
     x, y = (torch.randn(32, size, dtype=torch.float64, generator=generator) for size in (N, M))
-    return {"x": x, "labels": y}
+    return {"x": x.to(models.DEVICE), "labels": y.to(models.DEVICE)}
 
 
 def model_of(**config):
-    return peft(Task(N, HIDDEN, M), TARGETS, **config)
+    return peft(Task(N, HIDDEN, M), TARGETS, **config).to(models.DEVICE)
 
 
 def modules(model):
@@ -96,7 +97,7 @@ def test_ggpo_takes_the_step_of_its_reference_and_goes_on_with_its_row_deviation
 
 def noisy_weight(module):
     """The matrix that a layer applies in a pass that trains it."""
-    return module(torch.eye(module.in_features, dtype=torch.float64)).detach().t()
+    return module(torch.eye(module.in_features, dtype=torch.float64, device=models.DEVICE)).detach().t()
 
 
 @pytest.mark.parametrize("rho", [0.05, 100.0], ids=["clipped", "not clipped"])
@@ -160,7 +161,7 @@ def test_bidora_adds_the_orthogonality_of_its_reference():
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_gralora_applies_the_update_of_its_reference(k):
-    model = nn.Sequential(nn.Linear(N, HIDDEN, bias=False)).double()
+    model = nn.Sequential(nn.Linear(N, HIDDEN, bias=False)).double().to(models.DEVICE)
     W0 = model[0].weight.detach().clone()
     flatlora.apply_gralora(model, ["0"], r=8, k=k, alpha=12)
     nn.init.normal_(model[0].gralora_B)

@@ -8,7 +8,19 @@ import io
 import pytest
 import torch
 from ecosystem import difference
-from methods import KEEPS_STATE, adamw, adapted, every_method, load_weights, logits, train, values, weights
+from methods import (
+    KEEPS_STATE,
+    adamw,
+    adapted,
+    every_method,
+    load_weights,
+    logits,
+    set_streams,
+    streams,
+    train,
+    values,
+    weights,
+)
 
 from flatlora.wrapper import STATE_KEY
 
@@ -33,14 +45,14 @@ def begun(method, steps=3, seed=7, **kwargs):
 @every_method()
 def test_a_resumed_run_is_the_uninterrupted_one(method):
     model, optimizer = begun(method, dropout=0.1)
-    saved = through_a_file([weights(model), optimizer.state_dict(), torch.get_rng_state()])
+    saved = through_a_file([weights(model), optimizer.state_dict(), streams()])
     straight = train(model, optimizer, range(3, 6))
 
     other = adapted(method, dropout=0.1)
     resumed = method.start(other, adamw, seed=99)
     load_weights(other, saved[0])
     resumed.load_state_dict(saved[1])
-    torch.set_rng_state(saved[2])
+    set_streams(saved[2])
     assert train(other, resumed, range(3, 6)) == straight
     assert difference(weights(model), weights(other)) is None
     assert difference(optimizer.state_dict(), resumed.state_dict()) is None

@@ -1,0 +1,1 @@
+"""What `benchmark.py` measures: models and contenders, time, memory and operators, and the sweep over sizes."""

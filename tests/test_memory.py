@@ -1,0 +1,100 @@
+"""How much memory a training step holds, counted in the tensors that operators make: nothing of it is timed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Net, peft
+from methods import METHODS, batch, bidora, dora, every_method, fill, llama, lora, plain, sgd, trained
+from models import quantised
+from torch import nn
+from watching import Living
+
+import flatlora
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*use_reentrant"),
+]
+WIDTH = 128
+
+
+def peak(method, start, checkpointing, adapt=None):
+    """Bytes that two steps of two micro-batches add to the model at most: optimizer, auxiliaries and all."""
+    torch.manual_seed(0)
+    model = (adapt or method.adapt)(llama(WIDTH, num_hidden_layers=2), r=8, dropout=0.0)
+    fill(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    with Living() as living:
+        optimizer = start(model, sgd)
+        for i in range(2):
+            for j in range(2):
+                model(**batch(2 * i + j, 16)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return living.peak, sum(p.numel() * p.element_size() for p in trained(model))
+
+
+# What a method may hold beside PEFT's adapters of the same kind, in the size of those: one weight and its noise, the
+# auxiliary, the perturbation, and the algebra of rows in float64.
+MULTIPLES = {
+    "GGPO gaussian": 2,
+    "GGPO low_rank": 4,
+    "LoRASAM": 9,
+    "Bi-LoRA": 4,
+    "BiDoRA": 3,
+    "GraLoRA": 1,
+    "GraLoRA under GGPO": 2,
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@every_method()
+def test_a_step_holds_no_more_than_pefts_and_a_constant(method, checkpointing):
+    found, adapters = peak(method, method.start, checkpointing)
+    pefts, _ = peak(method, plain, checkpointing, dora if method.build is bidora else lora)
+    print(f"{method.name}: {found / pefts:.3f} of PEFT's {pefts}, {(found - pefts) / adapters:.2f} adapters more")
+    assert found <= pefts + MULTIPLES[method.name] * adapters
+
+
+# --- no (m, n) tensor outlives its product --------------------------------------------------------------------------
+
+M, N = 256, 192
+
+
+def over(method, kind):
+    """One adapted layer over a base of a kind, with the optimizer of a method."""
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    fc = nn.Linear(N, M, bias=False)
+    net = Net(quantised(fc, "nf4") if kind == "nf4" else fc.to(dtype))
+    if method.adapt is lora:
+        net.is_loaded_in_4bit = kind == "nf4"
+        model = peft(net, ["fc"], None)
+    else:
+        model = flatlora.apply_gralora(net, ["fc"], r=4, k=2, alpha=8)
+    fill(model)
+    return model.train(), method.start(model, sgd), dtype
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4"])
+@every_method(among=[method for method in METHODS if method.build is not bidora])
+def test_nothing_of_a_weights_size_outlives_its_product(method, kind):
+    model, optimizer, dtype = over(method, kind)
+    x = torch.randn(5, N, dtype=dtype, requires_grad=True)
+    size = M * N * dtype.itemsize
+    for _ in range(2):  # bitsandbytes and the noise set something up in the first
+        with Living(size) as living:
+            model(x).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert living.outlived == set()
+
+
+def test_a_weight_that_is_kept_is_seen():
+    weight, x = torch.randn(M, N), torch.randn(5, N)
+    with Living(4 * M * N) as living:
+        noisy = weight + 0.1
+        torch.mm(x, noisy.t()).mm(noisy)
+    assert living.outlived == {"add.Tensor"}
