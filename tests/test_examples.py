@@ -80,7 +80,13 @@ def test_quickstart(wrong, tsv, tmp_path):
     )
     assert f"{round(4 * wrong)} of them with a wrong label" in out and "One seed" in out
     share = r"\d+ % +" if wrong else ""
-    for name in ("LoRA, lr 0.001", "GGPO, σ 0.3, lr 0.001", "LoRASAM, ρ 0.15, lr 0.001", "LoRA, lr 0.00035"):
+    for name in (
+        "LoRA, lr 0.001",
+        "GGPO, σ 0.2, lr 0.001",
+        "LoRASAM, ρ 0.15, lr 0.001",
+        "both, lr 0.001",
+        "LoRA, lr 0.00035",
+    ):
         assert re.search(rf"^{name} +[\d.]+ % +[\d.]+ +{share}\d+ ms$", out, re.MULTILINE)
     assert picture.stat().st_size > 1000
 
