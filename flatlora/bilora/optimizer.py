@@ -30,6 +30,8 @@ __all__ = ["BiLoRAOptimizer"]
 
 logger = logging.getLogger("flatlora")
 
+_MOST = 1 << 19  # elements of the auxiliaries of layers that are computed together
+
 
 class BiLoRAOptimizer(PerturbingOptimizer):
     """Wraps any optimizer; parameter groups marked ``"ascent": True`` climb the loss that the others descend.
@@ -206,8 +208,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         clipped, steps = self._clips
         self._clips = [clipped + (norm > self.rho), steps + 1]
         factor = torch.where(norm > self.rho, (self.rho / norm).sqrt() * below, 1.0)
-        for p in factors:
-            p.mul_(factor.to(p.device))
+        for device in {p.device for p in factors}:
+            torch._foreach_mul_([p for p in factors if p.device == device], factor.to(device))
 
     @torch.no_grad()
     def _turn(self) -> None:
@@ -369,10 +371,19 @@ def _named_triples(
 
 
 def _norm(triples: dict[str, tuple[Tensor, Tensor, float]]) -> Tensor:
-    """``sqrt(Σ ‖s·B·A‖_F²)``, through ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``: nothing larger than r×r is formed."""
-    squares = []
+    """``sqrt(Σ ‖s·B·A‖_F²)``, through ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``: nothing larger than r×r is formed per layer.
+
+    Layers of one form are launched together, as many as have a bounded size: their products are too small to be worth
+    a launch each.
+    """
+    alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for A, B, scaling in triples.values():
-        dtype = wide(A.device)
-        a, b = whole(A).to(dtype), whole(B).to(dtype)
-        squares.append(scaling**2 * ((b.t() @ b) * (a @ a.t())).sum())
+        a, b = whole(A), whole(B)
+        alike.setdefault((scaling, a.shape, b.shape, a.dtype, b.dtype, a.device), []).append((a, b))
+    squares = []
+    for (scaling, *_), group in alike.items():
+        most = max(1, _MOST // max(1, group[0][0].numel() + group[0][1].numel()))
+        for i in range(0, len(group), most):
+            a, b = (torch.stack(same).to(wide(same[0].device)) for same in zip(*group[i : i + most], strict=True))
+            squares.append(scaling**2 * ((b.mT @ b) * (a @ a.mT)).sum())
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().clamp_(min=0.0).sqrt_()
