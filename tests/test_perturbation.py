@@ -1,11 +1,7 @@
 """Outputs, gradients and memory of perturbed layers, against autograd on a dense ``W' + ε`` in float64."""
 
 import gc
-import os
-import select
-import signal
 
-import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,7 +23,6 @@ from helpers import (
     trainable,
 )
 from peft import LoHaConfig, LoraConfig, get_peft_model
-from scipy.stats import kstest
 from torch import nn
 
 from flatlora import GGPOOptimizer, remove_perturbation
@@ -79,54 +74,6 @@ def test_a_weight_and_its_noise_are_rounded_once(dtype):
     exact = weight.double() + noise
     # Half an ulp, and the float32 addition before it.
     assert ((both.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps * 0.51 + 1e-6).all()
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_noise_does_not_depend_on_the_number_of_threads(threads, dtype):
-    draw, weight = Draw("gaussian", torch.rand(700), 3), torch.randn(700, 300).to(dtype)  # seven chunks, one not full
-    found = []
-    for count in (1, 2, 3):
-        threads(count)
-        found.append([draw_gaussian(draw, 300, w, dtype) for w in (None, weight, weight.clone().requires_grad_())])
-    for others in zip(*found, strict=True):
-        assert all(torch.equal(others[0], other) for other in others)
-    with torch.inference_mode():
-        assert torch.equal(draw_gaussian(draw, 300, weight, dtype), found[0][1])
-
-
-def test_chunks_of_noise_are_normal_and_independent():
-    noise = draw_gaussian(Draw("gaussian", torch.ones(1152), 11), 256, None, torch.float64)
-    assert kstest(noise.flatten(), "norm").pvalue > 0.01
-    chunks = noise.view(9, -1)  # 1 << 15 elements each
-    correlation = torch.corrcoef(chunks) - torch.eye(len(chunks), dtype=torch.float64)
-    assert correlation.abs().max() < 4.5 * chunks.shape[1] ** -0.5
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
-@pytest.mark.filterwarnings("ignore:.*fork")
-def test_a_forked_process_draws_the_same(threads):
-    threads(2)
-    draw = Draw("gaussian", torch.ones(700), 3)
-    expected = draw_gaussian(draw, 300, None, torch.float64)
-    read, write = os.pipe()
-    if (child := os.fork()) == 0:
-        # Not by torch, whose OpenMP threads do not survive a fork either.
-        same = numpy.array_equal(draw_gaussian(draw, 300, None, torch.float64).numpy(), expected.numpy())
-        os.write(write, b"same" if same else b"other")
-        os._exit(0)
-    try:
-        ready, _, _ = select.select([read], [], [], 60)
-        assert ready and os.read(read, 5) == b"same"
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 def test_rows_without_noise_keep_their_weight():
