@@ -49,6 +49,13 @@ class Uphill(Source):
         B, A = (factor.to(layer.base.device) for factor in self.direction[layer.name])
         return Adapter("", A, B, self.rho)
 
+    def form(self, layer: LoRALayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        trained = [adapter for adapter in layer.all_adapters() if adapter.trained] or layer.all_adapters()
+        g = max(adapter.k for adapter in trained)
+        rank = 2 * sum(adapter.A.shape[-2] for adapter in trained if adapter.k == g)
+        (m, n), grid = layer.shape, () if g == 1 else (g, g)
+        return (*grid, m // g, rank), (*grid, rank, n // g)
+
     def norm(self) -> Tensor:
         """‖ε‖_F over all layers, by ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``."""
         total = torch.zeros_like(self.gradient_norm)

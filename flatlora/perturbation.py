@@ -10,6 +10,12 @@ first pass, a reentrant checkpoint runs a layer without gradients that it will r
 the `forward(ctx, ...)` of an autograd function whose `ctx` has edges into the graph, which that of a checkpoint under
 `torch.no_grad()` has not. (Code of a checkpointed region that itself switches gradients off can't be told apart from
 it there; such layers are perturbed in the first pass.)
+
+Compiled. `torch.compile` traces the hook like any forward, into plain operations in place of this library's autograd
+functions; whether a layer is perturbed is a matter of its mode and its adapters, on which the graph has guards. What
+changes from step to step is asked for by operators when the graph runs, and so is, in a graph that records no
+gradients, whether a checkpoint runs it. torch.func's transforms take the same path. torch 2.6 can't trace PEFT's own
+forward, breaks the graph there, and runs the hook as far as it can't trace it.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +34,21 @@ from torch.autograd.function import FunctionCtx
 
 from .kernels.blocks import How, add_blocks
 from .kernels.draw import Draw, draw_gaussian, draw_low_rank
-from .kernels.low_rank import Added, Plan, autocasts, compute_dtype
+from .kernels.low_rank import Added, Plan, added, autocasts, compute_dtype
+from .kernels.operators import (
+    Noise,
+    Site,
+    low_rank_factors,
+    noisy_product,
+    noisy_weight,
+    row_noise,
+    traced,
+    transformed,
+)
 from .layers.adapter import Adapter, stored_blocks
-from .layers.base import BaseWeight, hooked
+from .layers.base import BaseWeight, wide
 from .layers.bnb import hold_training_layout
-from .layers.view import LoRALayer
+from .layers.view import LoRALayer, fusable
 
 __all__ = ["Attachment", "Companions", "Source", "attachments", "remove_perturbation", "trains"]
 
@@ -51,6 +67,13 @@ class Source:
     no_grad = False
     frozen = False
     fixed: dict[str, Draw | Adapter | None] | None = None
+
+    def form(self, layer: LoRALayer) -> Literal["gaussian"] | tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """What a graph that runs at many steps may count on: Gaussian noise, or the shapes of an ε's factors B and A.
+
+        None where `draw` can be traced instead: it gives the same parameters at every step.
+        """
+        return None
 
     def draw(self, layer: LoRALayer) -> Draw | Adapter | None:
         """The ε for this forward of `layer`, drawn or as an adapter; None for none. The same for a whole step.
@@ -88,7 +111,8 @@ class Attachment:
         hook = layer.module.__dict__.get("forward")
         if not isinstance(hook, Hook):
             hook = Hook(layer.module)
-        hook.entries.append((weakref.ref(self, hook.leave_out), layer))
+        ref = weakref.ref(self, hook.leave_out)
+        hook.entries.append((ref, layer, Site(functools.partial(_asked, ref, layer))))
         self._hooks.append(hook)
         self.layers.append(layer)
 
@@ -108,7 +132,7 @@ class Hook:
 
     def __init__(self, module: nn.Module):
         self.module: Any = module
-        self.entries: list[tuple[weakref.ref[Attachment], LoRALayer]] = []
+        self.entries: list[tuple[weakref.ref[Attachment], LoRALayer, Site]] = []
         forward = module.__dict__.get("forward")
         # Another library's patch; or, in a copy of a perturbed model, the class's own, which is none.
         self.patch = None if forward == MethodType(type(module).forward, module) else forward
@@ -120,26 +144,27 @@ class Hook:
             return self.patch(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    @torch.compiler.disable  # generators and seeds are Python's; compiled models break the graph here
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        extras: list[Draw | Adapter] = []
+        extras: list[Draw | Noise | Adapter] = []
         adapters: list[Adapter] | None = None
-        for ref, layer in self.entries:
+        for ref, layer, site in self.entries:
             attachment = ref()
             if attachment is None or not (layer.module.training or attachment.source.always):
                 continue
             adapters = layer.adapters() if adapters is None else adapters
             if perturbs(attachment.source, layer, adapters):
-                extra = attachment.source.given(layer)
+                extra = _traced(attachment.source, layer, site) if traced() else attachment.source.given(layer)
                 extras += [] if extra is None else [extra]
         if not extras or adapters is None:
             return self.original(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         base = layer.base
-        if self.patch is None and len(args) + len(kwargs) == 1 and _fusable(layer, base, adapters, x):
+        if self.patch is None and len(args) + len(kwargs) == 1 and fusable(layer, base, adapters, x):
             return _fused(layer, base, x, adapters, extras)
         out = self.original(*args, **kwargs)
-        return _add(base, out, x, extras, _noisy(base, extras, compute_dtype(x, out.dtype), alone=True))
+        dtype = compute_dtype(x, out.dtype)
+        out = _plus_noise(out, base, x, extras, dtype)
+        return _add(base, out, x, extras, _noisy(base, extras, dtype, alone=True))
 
     def leave_out(self, gone: Attachment | weakref.ref[Attachment]) -> None:
         """Does without an attachment from now on, and leaves the module alone where it was the last."""
@@ -188,7 +213,7 @@ def attachments(module: nn.Module) -> list[tuple[Attachment, LoRALayer]]:
     """What is attached to a module at present, with the layer as each sees it."""
     hook = module.__dict__.get("forward")
     entries = hook.entries if isinstance(hook, Hook) else []
-    return [(attachment, layer) for ref, layer in entries if (attachment := ref()) is not None]
+    return [(attachment, layer) for ref, layer, _ in entries if (attachment := ref()) is not None]
 
 
 def remove_perturbation(model: nn.Module) -> None:
@@ -215,7 +240,9 @@ def perturbs(source: Source, layer: LoRALayer, adapters: Iterable[Adapter]) -> b
         return layer.active
     if not trains(source, layer, adapters):
         return False
-    return torch.is_grad_enabled() or source.no_grad or _runs_again_with_gradients()
+    if torch.is_grad_enabled() or source.no_grad or torch.compiler.is_compiling():  # a graph asks whenever it runs
+        return True
+    return _runs_again_with_gradients()
 
 
 def trains(source: Source, layer: LoRALayer, adapters: Iterable[Adapter]) -> bool:
@@ -240,13 +267,41 @@ def _runs_again_with_gradients() -> bool:
     return False
 
 
+# --- what a graph is told -------------------------------------------------------------------------------------------
+
+
+def _traced(source: Source, layer: LoRALayer, site: Site) -> Draw | Noise | Adapter | None:
+    """`source.given` for a graph that runs at many steps."""
+    unrecorded = not (torch.is_grad_enabled() or source.no_grad or source.always)
+    form = source.form(layer)
+    like = layer.all_adapters()[0].A
+    if form is None:
+        extra = source.given(layer)
+        if not (unrecorded and isinstance(extra, Adapter)):
+            return extra
+        form, like = (extra.B.shape, extra.A.shape), extra.A
+    if form == "gaussian":
+        return Noise(*row_noise(site.number, unrecorded, layer.shape[0], like.device, wide(like.device)))
+    B, A = low_rank_factors(site.number, unrecorded, *form, like.device, like.dtype)
+    return Adapter("", A, B, 1.0)
+
+
+def _asked(ref: weakref.ref[Attachment], layer: LoRALayer, unrecorded: bool) -> Draw | tuple[Tensor, Tensor] | None:
+    """What a graph that runs now is told by its `Site`."""
+    attachment = ref()
+    if attachment is None or (unrecorded and not _runs_again_with_gradients()):
+        return None
+    extra = attachment.source.given(layer)
+    return (extra.B * extra.scaling, extra.A) if isinstance(extra, Adapter) else extra
+
+
 # --- how ------------------------------------------------------------------------------------------------------------
 
 
 def _fused(
-    layer: LoRALayer, base: BaseWeight, x: Tensor, adapters: list[Adapter], extras: list[Draw | Adapter]
+    layer: LoRALayer, base: BaseWeight, x: Tensor, adapters: list[Adapter], extras: list[Draw | Noise | Adapter]
 ) -> Tensor:
-    """The output of a layer that `_fusable` admits, its base's product and all low-rank terms in one function."""
+    """The output of a layer that `fusable` admits, its base's product and all low-rank terms in one function."""
     # A layer with `add_update` adds its adapters to whatever base output; dropout acts on an adapter's own input.
     add_update = getattr(layer.module, "add_update", None)
     undropped = [] if add_update else [adapter for adapter in adapters if isinstance(adapter.dropout, nn.Identity)]
@@ -263,12 +318,17 @@ def _fused(
     return out
 
 
-def _base_output(base: BaseWeight, x: Tensor, terms: list[Draw | Adapter]) -> Tensor:
+def _base_output(base: BaseWeight, x: Tensor, terms: list[Draw | Noise | Adapter]) -> Tensor:
     """The base layer's output and `terms`."""
     weight = base.float_weight() if base.kind == "float" else None
     like = weight.dtype if weight is not None else getattr(base.module, "compute_dtype", None) or x.dtype
     dtype = compute_dtype(x, like)
     bias = getattr(base.module, "bias", None)
+    if traced():
+        if weight is None or not any(isinstance(term, Noise) for term in terms):
+            return _add(base, _plus_noise(base.module(x), base, x, terms, dtype), x, terms)
+        out = _plus_noise(None, base, x, terms, dtype, weight)
+        return _add(base, out if bias is None else out + bias.to(dtype), x, terms)
     if noisy := _noisy(base, terms, dtype):
         return _add(base, None, x, terms, noisy, weight, bias)
     if weight is not None:
@@ -279,7 +339,7 @@ def _base_output(base: BaseWeight, x: Tensor, terms: list[Draw | Adapter]) -> Te
 
 
 def _noisy(
-    base: BaseWeight, terms: Iterable[Draw | Adapter], dtype: torch.dtype, alone: bool = False
+    base: BaseWeight, terms: Iterable[Draw | Noise | Adapter], dtype: torch.dtype, alone: bool = False
 ) -> Callable[[Tensor | None], Tensor] | None:
     """What makes W0 + ε, or ε `alone`, from the stored weight or, without one, from the quantised; None without ε."""
     draws = [term for term in terms if isinstance(term, Draw) and term.kind == "gaussian"]
@@ -295,11 +355,25 @@ def _noisy(
     return make if draws else None
 
 
+def _plus_noise(
+    out: Any, base: BaseWeight, x: Tensor, terms: Iterable[Any], dtype: torch.dtype, weight: Tensor | None = None
+) -> Any:
+    """``out + x·(weight + Σ ε)ᵀ`` over the noises of a graph, in `dtype`; each part may be missing."""
+    for noise in [term for term in terms if isinstance(term, Noise)]:
+        noised = weight, noise.std, noise.seed, base.shape[1]
+        if not transformed():
+            product = noisy_product(x.to(dtype), *noised, False)
+        else:
+            product = x.to(dtype) @ noisy_weight(*noised, dtype).t()
+        out, weight = product if out is None else out + product.to(out.dtype), None
+    return out
+
+
 def _add(
     base: BaseWeight,
     out: Tensor | None,
     x: Tensor,
-    terms: Iterable[Draw | Adapter],
+    terms: Iterable[Draw | Noise | Adapter],
     make_weight: Callable[[Any], Tensor] | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -322,7 +396,7 @@ def _add(
     factors = [factor for adapter in learned for factor in (adapter.A, adapter.B)]
     if out is None or make_weight or factors or constant:
         plan = Plan(dtype, scalings, tuple(constant), make_weight, in_place)
-        out = Added.apply(plan, out, x, weight, bias, *factors)
+        out = (added if traced() else Added.apply)(plan, out, x, weight, bias, *factors)
     for block in blocks:
         A, B = stored_blocks(block.A, block.B)
         out = add_blocks(How(block.scaling, dtype), x, A, B, out)
@@ -331,32 +405,3 @@ def _add(
 
 def _learns(adapter: Adapter) -> bool:
     return adapter.A.requires_grad or adapter.B.requires_grad
-
-
-@functools.cache
-def _peft_linear_forwards() -> frozenset[Any]:
-    from peft.tuners.lora import bnb, layer
-
-    kinds = [layer.Linear, getattr(bnb, "Linear4bit", None), getattr(bnb, "Linear8bitLt", None)]
-    return frozenset(kind.forward for kind in kinds if kind is not None)
-
-
-def _fusable(layer: LoRALayer, base: BaseWeight, adapters: list[Adapter], x: Tensor) -> bool:
-    """Whether the layer has `add_update`, or is PEFT's plain LoRA right over a known base with nobody listening in."""
-    module: Any = layer.module
-    if not base.fusable(x):
-        return False
-    if hasattr(module, "add_update"):
-        return True
-    if not layer.is_peft or not adapters or type(module).forward not in _peft_linear_forwards():
-        return False
-    if module.base_layer is not base.module:  # but another adapter's layer
-        return False
-    for adapter in adapters:
-        name = adapter.name
-        if name in module.lora_variant or module.lora_bias[name] or adapter.A.dtype != adapters[0].A.dtype:
-            return False
-        factors = (module.lora_A[name], module.lora_B[name])
-        if any(type(part) is not nn.Linear or hooked(part) for part in factors) or hooked(module.lora_dropout[name]):
-            return False
-    return True

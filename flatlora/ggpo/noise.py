@@ -74,6 +74,10 @@ class RowNoise(Source):
         seed = derived_seed(self.seed, self.step, layer.name)
         return Draw(self.kind, self.std(self.rows[layer.name]), seed, self.rank)
 
+    def form(self, layer: LoRALayer) -> Any:
+        m, n = layer.shape
+        return "gaussian" if self.kind == "gaussian" else ((m, self.rank), (self.rank, n))
+
     def trains(self, layer: LoRALayer) -> bool:
         return self.sigma > 0 and (layer.active if self.always else trains(self, layer, layer.adapters()))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels.blocks import AddBlocks, How, add_blocks
 from ..kernels.low_rank import add_low_rank, compute_dtype
+from ..kernels.operators import traced
 from ..layers.adapter import block_factors
 from ..layers.base import BaseWeight
 from ..layers.bnb import hold_training_layout
@@ -91,7 +92,7 @@ class GraLoRALinear(nn.Module):
             self.gralora_B_general.to(like.device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        own = not torch.compiler.is_compiling() and (base := self.base).kind == "float" and base.fusable(x)
+        own = not traced() and (base := self.base).kind == "float" and base.fusable(x)
         if own and not self._dropping:
             return self.add_update(None, x)
         # Layers of other libraries may keep their output for backward, or hand out a view of it.
@@ -103,7 +104,7 @@ class GraLoRALinear(nn.Module):
         Without `out` it is the base's output, which saves a temporary; the base must be float, and x not dropped.
         """
         dtype = compute_dtype(x, self.gralora_A.dtype)
-        if torch.compiler.is_compiling():
+        if traced():
             assert out is not None
             return self._add_update_compiled(out, x, dtype)
         weight = bias = None

@@ -11,14 +11,14 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import checks
 from .adapter import Adapter
-from .base import BaseWeight
+from .base import BaseWeight, hooked
 from .kinds import base_weight, reader_of
 
-__all__ = ["LoRALayer", "lora_layers", "plain_name"]
+__all__ = ["LoRALayer", "fusable", "lora_layers", "plain_name"]
 
 logger = logging.getLogger("flatlora")
 
@@ -171,3 +171,32 @@ def _tell_once(message: str) -> None:
 
 def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@functools.cache
+def _peft_linear_forwards() -> frozenset[Any]:
+    from peft.tuners.lora import bnb, layer
+
+    kinds = [layer.Linear, getattr(bnb, "Linear4bit", None), getattr(bnb, "Linear8bitLt", None)]
+    return frozenset(kind.forward for kind in kinds if kind is not None)
+
+
+def fusable(layer: LoRALayer, base: BaseWeight, adapters: list[Adapter], x: Tensor) -> bool:
+    """Whether the layer has `add_update`, or is PEFT's plain LoRA right over a known base with nobody listening in."""
+    module: Any = layer.module
+    if not base.fusable(x):
+        return False
+    if hasattr(module, "add_update"):
+        return True
+    if not layer.is_peft or not adapters or type(module).forward not in _peft_linear_forwards():
+        return False
+    if module.base_layer is not base.module:  # but another adapter's layer
+        return False
+    for adapter in adapters:
+        name = adapter.name
+        if name in module.lora_variant or module.lora_bias[name] or adapter.A.dtype != adapters[0].A.dtype:
+            return False
+        factors = (module.lora_A[name], module.lora_B[name])
+        if any(type(part) is not nn.Linear or hooked(part) for part in factors) or hooked(module.lora_dropout[name]):
+            return False
+    return True
