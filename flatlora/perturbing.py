@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from . import checks
-from .layers.view import LoRALayer, lora_layers
+from .layers.view import LoRALayer, lora_layers, refuse_fsdp1
 from .perturbation import Attachment, Companions, Source, attachments, trains
 from .wrapper import OptimizerWrapper, chain
 
@@ -88,6 +88,8 @@ class PerturbingOptimizer(OptimizerWrapper):
                     f"a {type(self).__name__} that was built later perturbs this model now; step that one, or build a "
                     "new optimizer"
                 )
+            if not self._attachment.used:
+                refuse_fsdp1(self._model)  # which may have come after this optimizer
             self._attachment.used = True
         if woken := {name for name, p in self._asleep if p.grad is not None}:
             logger.warning(

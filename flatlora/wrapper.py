@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from . import checks
 
-__all__ = ["Method", "OptimizerWrapper", "chain"]
+__all__ = ["Method", "OptimizerWrapper", "chain", "only_initialises"]
 
 STATE_KEY = "flatlora"
 
@@ -29,6 +29,10 @@ class Method:
 
     def load_method_state(self, state: dict[str, Any] | None) -> None:
         """Takes over what `method_state` gave; None if the checkpoint was written by the base optimizer alone."""
+
+    def inner_optimizers(self) -> list[Optimizer]:
+        """The optimizers that this one steps."""
+        raise NotImplementedError
 
     def metrics(self) -> dict[str, Tensor]:
         """The method's few scalars at present, by name, still on their device: reading them is what costs a sync."""
@@ -81,6 +85,9 @@ class OptimizerWrapper(Method, Optimizer):
     def after_step(self) -> None:
         """Called in `step()` after the base optimizer moved the parameters."""
 
+    def inner_optimizers(self) -> list[Optimizer]:
+        return [self.base_optimizer]
+
     def metrics(self) -> dict[str, Tensor]:
         """The method's scalars and, of wrappers within, theirs; see `Method.metrics`."""
         inner = next(chain(self.base_optimizer), None)
@@ -111,6 +118,8 @@ class OptimizerWrapper(Method, Optimizer):
 
         With a `closure`, the method looks at the gradients after each evaluation of it.
         """
+        if closure is None and only_initialises(self):
+            return self.base_optimizer.step(**kwargs)
         if closure is None:
             self.before_step()
             loss = self.base_optimizer.step(**kwargs)
@@ -147,7 +156,7 @@ class OptimizerWrapper(Method, Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's `state_dict()` plus the method's part, as ``["flatlora"][class name]``.
 
-        `torch.distributed.checkpoint` keeps the base's part alone; save ``state_dict()["flatlora"]`` beside it.
+        `torch.distributed.checkpoint` keeps the base's part alone; give it a `CheckpointState`.
         """
         state = self.base_optimizer.state_dict()
         own = self.method_state()
@@ -236,6 +245,27 @@ class OptimizerWrapper(Method, Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+def only_initialises(optimizer: Optimizer) -> bool:
+    """Whether a step now would have a new optimizer make its state and move nothing: at lr 0, with zero gradients.
+
+    `torch.distributed.checkpoint` takes such a step when it is asked for the state of a new optimizer.
+    """
+    if optimizer.state or not all(_is_zero(group.get("lr")) for group in optimizer.param_groups):
+        return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    # Read on the host, but only in a first step, and only where it is taken at lr 0.
+    return bool(grads) and not any(grad.is_sparse or _whole(grad).any() for grad in grads)
+
+
+def _whole(grad: Any) -> Tensor:
+    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+
+
+def _is_zero(lr: Any) -> bool:
+    """Whether it is 0 for all that the host knows."""
+    return not (isinstance(lr, Tensor) and lr.device.type != "cpu") and lr == 0
 
 
 def chain(optimizer: Optimizer) -> Iterator[OptimizerWrapper]:

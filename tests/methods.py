@@ -37,7 +37,7 @@ class Method:
         build: makes the optimizer of the model, over base optimizers that the given `Base` makes.
         before_wrapping: what has to be done to the model before DDP or FSDP wrap it.
         perturbs: whether passes that train see other weights than passes that do not.
-        one_process: whether it refuses to be one of several processes.
+        sharded: whether FSDP2 may shard its model.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Method:
     build: Callable[[nn.Module, Base, int], Optimizer]
     before_wrapping: Callable[[nn.Module, int], Any] = lambda model, seed: None
     perturbs: bool = True
-    one_process: bool = False
+    sharded: bool = True
 
     def start(
         self, model: nn.Module, base: Base, seed: int = 7, wrap: Callable[[nn.Module], Any] = lambda model: None
@@ -116,7 +116,7 @@ METHODS = [
     Method("GGPO low_rank", lora, ggpo(noise="low_rank", noise_rank=4)),
     Method("LoRASAM", lora, lorasam),
     Method("Bi-LoRA", lora, bilora, before_wrapping=attach_auxiliary),
-    Method("BiDoRA", dora, bidora, perturbs=False, one_process=True),
+    Method("BiDoRA", dora, bidora, perturbs=False, sharded=False),
     Method("GraLoRA", gralora, plain, perturbs=False),
     Method("GraLoRA under GGPO", gralora, ggpo()),
 ]

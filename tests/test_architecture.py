@@ -31,6 +31,7 @@ FLOORS = {
     "ggpo": 5,
     "gralora": 5,
     "lorasam": 5,
+    "checkpoint": 6,
     "sharpness": 6,
     "hf": 7,
     "lightning": 7,

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from ddp_exit import leave_together
 from models import quantise
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from ranks import leave_together
 from torch import nn
 
 from flatlora import (
@@ -485,6 +485,17 @@ def test_resume_is_bit_identical_from_adapter_and_optimizer_alone(tmp_path):
     train(second, resumed, batches[3:])
     assert_equal(straight.parameters(), second.parameters())
     assert optimizer.perturbation_norm() == resumed.perturbation_norm() > 0
+
+
+def test_an_adapter_that_comes_later_does_not_freeze_the_auxiliary():
+    """PEFT then freezes all that is not its own and makes what it is asked to train train again."""
+    model = lora_net()
+    optimizer = BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1, rho=0.3)
+    model.add_adapter("later", LoraConfig(r=2, target_modules=["up"]))
+    before = [p.detach().clone() for p in optimizer.perturbation_parameters()]
+    train(model, optimizer, data(2))
+    moved = [not torch.equal(p, old) for p, old in zip(optimizer.perturbation_parameters(), before, strict=True)]
+    assert all(moved)
 
 
 def ddp_worker(rank, port, results):

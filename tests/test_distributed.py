@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import traceback
-from datetime import timedelta
+import functools
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
-from ddp_exit import leave_together
 from ecosystem import adamw, adapters, difference, frozen, ggpo, lora_mlp, outputs
+from ranks import RANKS, on_ranks
 from torch.nn.parallel import DistributedDataParallel
 
-import flatlora
 from flatlora.layers.base import FloatBase
 
-RANKS = 2
 STEPS = 5
 CASES = ["ddp", "ddp low_rank", "ddp built before", "ddp no seed", "ddp accumulating"]
 SHARDED = ["fsdp", "fsdp low_rank", "fsdp parameters replaced"]
@@ -55,7 +51,7 @@ def report(model, optimizer):
     return {"adapters": adapters(model), "outputs": outputs(model), "row_std": optimizer.row_std()}
 
 
-def ddp(case, rank):
+def ddp(case, rank, folder):
     model = lora_mlp()
     torch.manual_seed(100 + rank)  # every rank's own, as loaders and dropout want it
     if case == "ddp built before":
@@ -68,7 +64,7 @@ def ddp(case, rank):
     return report(model, optimizer)
 
 
-def fsdp(case, rank):
+def fsdp(case, rank, folder):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -127,46 +123,14 @@ def reads(model, optimizer, x):
     return found
 
 
-def refusal():
-    """What BilevelOptimizer says in one of several processes, built before they are connected or after."""
-    model = lora_mlp(use_dora=True)
-    levels = [
-        torch.optim.SGD(part(model), lr=0.1) for part in (flatlora.direction_parameters, flatlora.magnitude_parameters)
-    ]
-    with pytest.raises(RuntimeError) as error:
-        flatlora.BilevelOptimizer(*levels, model, [{}], [{}])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "is_initialized", lambda: False)
-        optimizer = flatlora.BilevelOptimizer(*levels, model, [{}], [{}])
-    with pytest.raises(RuntimeError):
-        optimizer.step()
-    with pytest.raises(RuntimeError):
-        optimizer.retrain([{}], 1, optimizer=levels[0])
-    assert optimizer.phase == 1
-    return str(error.value)
-
-
-def worker(rank, folder):
-    dist.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
-    )
-    found = {}
-    for case in [*CASES, *SHARDED]:
-        try:
-            found[case] = (ddp if case.startswith("ddp") else fsdp)(case, rank)
-        except Exception:  # of one case; the others are still told of
-            found[case] = {"error": traceback.format_exc()}
-    found["bilevel"] = refusal()
-    torch.save(found, f"{folder}/{rank}.pt")
-    leave_together()
+def cases():
+    return {case: functools.partial(ddp if case.startswith("ddp") else fsdp, case) for case in [*CASES, *SHARDED]}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each rank reports of each case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return on_ranks(cases, tmp_path_factory.mktemp("ranks"))
 
 
 def same_on_both(ranks, case):
@@ -215,7 +179,3 @@ def test_fsdp2_is_one_process_on_the_whole_batch(ranks, case):
     torch.testing.assert_close(found["noisy"], noisy, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found["clean"], clean, rtol=1e-4, atol=1e-4)
     assert (noisy - clean).abs().max() > 1e-2
-
-
-def test_bilevel_is_refused_where_its_gradients_would_not_be_averaged(ranks):
-    assert "one of 2" in ranks[0]["bilevel"] and "averaged" in ranks[1]["bilevel"]

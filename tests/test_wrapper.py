@@ -668,18 +668,23 @@ def test_distributed_checkpoint_round_trip():
     train(other, resumed, range(3, 5))
 
 
-@pytest.mark.xfail(strict=True, reason="torch.distributed.checkpoint keeps 'state' and 'param_groups' alone")
-def test_distributed_checkpoint_carries_the_noise():
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["number", "tensor"])
+def test_a_step_that_makes_the_state_of_a_new_optimizer_is_none_of_the_methods(lr):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     model = lora_mlp()
-    optimizer = ggpo(model)
-    train(model, optimizer, range(3))
-    other = lora_mlp()
-    resumed = ggpo(other, seed=8)
-    other.load_state_dict(adapters(model), strict=False)
-    set_optimizer_state_dict(other, resumed, get_optimizer_state_dict(model, optimizer))
-    assert difference(outputs(model), outputs(other)) is None
+    optimizer = ggpo(model, adamw(model, lr=lr))
+    noise = outputs(model), optimizer.method_state()
+    assert len(get_optimizer_state_dict(model, optimizer)["state"]) == len(trained(model))
+    assert difference(noise, (outputs(model), optimizer.method_state())) is None
+
+
+def test_a_first_step_at_lr_0_is_a_step_where_there_are_gradients():
+    model = lora_mlp()
+    optimizer = ggpo(model, adamw(model, lr=0.0))  # as a schedule that warms up has it
+    loss_of(model, 0).backward()
+    optimizer.step()
+    assert optimizer.method_state()["step"] == 1
 
 
 # --- a model without PEFT ------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class TwoLevels(Method, Optimizer):
         return self.lower.defaults
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for level in (self.lower, self.upper):
+        for level in self.inner_optimizers():
             if set_to_none:  # the default, and not every optimizer takes the argument
                 level.zero_grad()
             else:
@@ -76,6 +76,14 @@ class TwoLevels(Method, Optimizer):
             "optimizer.lower.add_param_group(group) or optimizer.upper.add_param_group(group)"
         )
 
+    def inner_optimizers(self) -> list[Optimizer]:
+        return [self.lower, self.upper]
+
+    def make_states(self) -> Any:
+        """A step of both levels alone, for `only_initialises`."""
+        for level in self.inner_optimizers():
+            level.step()
+
     def train(self) -> None:
         """Calls `train()` of the levels that have one, as Accelerate expects of an optimizer."""
         self._tell("train")
@@ -85,7 +93,7 @@ class TwoLevels(Method, Optimizer):
         self._tell("eval")
 
     def _tell(self, what: str) -> None:
-        for level in (self.lower, self.upper):
+        for level in self.inner_optimizers():
             if callable(method := getattr(level, what, None)):
                 method()
 
@@ -117,7 +125,7 @@ class TwoLevels(Method, Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         self.check_state_dict(state_dict)
-        before = [copy.deepcopy(level.state_dict()) for level in (self.lower, self.upper)]
+        before = [copy.deepcopy(level.state_dict()) for level in self.inner_optimizers()]
         try:
             self._load_levels(*self._split(state_dict))
         except BaseException:  # of a base optimizer's own checks
@@ -143,7 +151,7 @@ class TwoLevels(Method, Optimizer):
         checks.state_fields("optimizer", state_dict, "state", "param_groups")
         checks.state_fields(name, own, "lower", "upper", "shapes", "own")
         _check_groups(state_dict["param_groups"], own["shapes"], self)
-        for level, state in zip((self.lower, self.upper), self._split(state_dict), strict=True):
+        for level, state in zip(self.inner_optimizers(), self._split(state_dict), strict=True):
             _check_wrappers(level, state)
         self.check_method_state(own["own"])
 

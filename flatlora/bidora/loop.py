@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..streams import RandomStreams
 from .passes import LossPass, Values, devices_of, model_loss
-from .records import TrainLoss
 
 __all__ = ["LoopWatch", "Seen"]
 
@@ -72,8 +71,8 @@ class LoopWatch:
     def __del__(self) -> None:
         self.remove()
 
-    def train_loss(self) -> TrainLoss:
-        """L_tr of the passes that backward went through, weighted as the loop weighted them.
+    def train_loss(self) -> tuple[list[LossPass], Tensor]:
+        """The passes that backward went through, and L_tr, weighted as the loop weighted them; ∂_μ goes to `.grad`.
 
         Raises:
             RuntimeError: there are none.
@@ -85,7 +84,9 @@ class LoopWatch:
                 "mode, and backward() on the .loss it returns; or pass a train_dataloader"
             )
         value = torch.stack([one.part(loss) for one, loss in used]).sum()
-        return TrainLoss([one for one, _ in used], value, self._seen.magnitude_grads)
+        for p, grad in self._seen.magnitude_grads.items():
+            p.grad = grad
+        return [one for one, _ in used], value
 
     def clear(self) -> None:
         self._seen, self._streams = Seen(), None

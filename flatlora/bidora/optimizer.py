@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import checks
 from ..layers.bnb import hold_training_layout
 from ..streams import derived_seed, shared_seed
-from ..wrapper import chain
+from ..wrapper import chain, only_initialises
 from .arguments import check_levels, check_options, warn_of_shared_data
 from .data import Batches
 from .levels import TwoLevels, directions_of, step_sizes
@@ -25,7 +25,6 @@ from .passes import (
     LossPass,
     Values,
     batch_pass,
-    check_one_process,
     finite,
     frozen,
     grads_of,
@@ -36,6 +35,7 @@ from .passes import (
 )
 from .perturbations import current_perturbations, perturbed_as, unperturbed
 from .phase_two import PhaseTwo
+from .ranks import average_gradients, begin_alike, whole_model
 from .records import BilevelStep, Hypergradient, LowerPoint, TrainLoss, ValLoss
 from .snapshot import undone_on_error
 
@@ -67,8 +67,12 @@ class BilevelOptimizer(TwoLevels):
     The random streams end a step as if its lower passes alone had run. If anything in a step fails, or a loss is not
     finite, everything is as before `step()`: parameters, gradients, both optimizers' states and groups, random streams
     and positions in the data, so that the next call tries the same again. What a base optimizer keeps outside of its
-    `state` and `param_groups` can't be put back. Gradients are not averaged over ranks: a distributed run is refused.
-    Under bfloat16 rounding drowns the difference: keep A, B and μ in float32, as PEFT does, and compute in float32.
+    `state` and `param_groups` can't be put back. Under bfloat16 rounding drowns the difference: keep A, B and μ in
+    float32, as PEFT does, and compute in float32.
+
+    Several processes each run their share of every batch, as a `DistributedSampler` in each loader (it is told the
+    epoch) deals it out. Losses and all gradients are averaged over them; they begin with rank 0's parameters. DDP need
+    not wrap the model; for a loop of your own that has it do so, clip V alone.
 
     Args:
         lower: a built optimizer of the directions, and of a new head if there is one.
@@ -95,7 +99,7 @@ class BilevelOptimizer(TwoLevels):
         ValueError: a model without magnitudes, levels that overlap or are swapped, parameters of another model, an
             empty dataloader, a bad number; from `step()` a loss that is no finite scalar, a batch without labels.
         TypeError: an argument of the wrong type.
-        RuntimeError: one of several distributed processes.
+        RuntimeError: a sharded model.
 
     Example:
         >>> lower = torch.optim.AdamW(direction_parameters(model), lr=5e-5, weight_decay=0.1)
@@ -121,9 +125,8 @@ class BilevelOptimizer(TwoLevels):
         adapter: str | Iterable[str] | None = None,
     ):
         super().__init__(lower, upper)
-        checks.module(model)
+        model = whole_model(checks.module(model))
         check_options(loss_fn, xi, unroll_steps, difference, epsilon, orthogonality)
-        check_one_process()
         check_levels(lower, upper, model, adapter)
         warn_of_shared_data(train_dataloader, val_dataloader)
         self.model, self.loss_fn, self.adapter = model, loss_fn, adapter
@@ -131,6 +134,7 @@ class BilevelOptimizer(TwoLevels):
         self.epsilon, self.orthogonality = epsilon, orthogonality
         self.last_step: BilevelStep | None = None  # for loops that do not hand out what step() returns
         self._seed = shared_seed()
+        begin_alike([*parameters_of(lower), *parameters_of(upper)])
         self._train = None if train_dataloader is None else Batches(train_dataloader, "train_dataloader", self._seed)
         self._val = Batches(val_dataloader, "val_dataloader", self._seed)
         self._lower_steps = 0
@@ -155,7 +159,8 @@ class BilevelOptimizer(TwoLevels):
             ValueError: a loss that is not a finite scalar, or a batch without labels. Everything is as before.
             RuntimeError: the second phase has begun, or the loop has given no gradients.
         """
-        check_one_process()
+        if only_initialises(self):
+            return self.make_states()
         if self.phase == 2:
             raise RuntimeError("retrain() has begun the second phase and frozen the magnitudes; call retrain() again")
         if closure is not None and self._watch is None:
@@ -185,16 +190,18 @@ class BilevelOptimizer(TwoLevels):
 
     def _lower_loss(self) -> LowerPoint:
         """L_tr(V, μ), with ∇_V of it in `.grad`."""
-        if self._train is None:  # the loop has been through it
-            assert self._watch is not None
-            return self._here(self._watch.train_loss())
-        return self._here(self._take([self._pass(self._train.next(), "training")]))
+        if self._train is not None:
+            return self._here(self._take([self._pass(self._train.next(), "training")]))
+        passes, value = self._watch.train_loss()  # type: ignore[union-attr]  # the loop has been through it
+        return self._here(self._seen(passes, average_gradients(self.model, value)))
 
     def _take(self, passes: list[LossPass]) -> TrainLoss:
         # The forward difference subtracts ∂_μ of this very pass; the central one has no use for it.
         wanted = self.difference == "forward" and self.xi != 0
         with nullcontext() if wanted else frozen(self._magnitudes()):
-            value = self._backward(passes)
+            return self._seen(passes, self._backward(passes))
+
+    def _seen(self, passes: list[LossPass], value: Tensor) -> TrainLoss:
         loss = TrainLoss(passes, value, grads_of(self._magnitudes()))
         self.upper.zero_grad()
         return loss
@@ -204,7 +211,7 @@ class BilevelOptimizer(TwoLevels):
 
     def _lower_step(self, at: LowerPoint) -> BilevelStep:
         """V becomes V', by a step of `lower` along ``∇_V (L_tr + γ·R)``."""
-        self._add_orthogonality()
+        add_orthogonality_gradient(self._layers, self.orthogonality)
         self._norms["lower_grad_norm"] = norm = norm_of(grads_of(at.V))
         train_loss, grad_norm = finite("training", at.loss.value, norm)
         self.lower.step()
@@ -275,7 +282,7 @@ class BilevelOptimizer(TwoLevels):
         passes = [self._pass(train_batch, "training")]
         with traceless(self.model, watch=self._watch):
             at = self._here(self._take(passes))
-            self._add_orthogonality()
+            add_orthogonality_gradient(self._layers, self.orthogonality)
             finite("training", at.loss.value)
             xi, grads = step_sizes(self.lower, self.xi), grads_of(at.V)
         after = {p: value - xi[p] * grads[p] if p in grads and virtual_step else value for p, value in at.V.items()}
@@ -308,15 +315,13 @@ class BilevelOptimizer(TwoLevels):
                 `optimizer` other than the checkpoint's, a loss that is not a finite scalar. Everything is as before
                 the step that failed; if it was the first of all, phase one has not ended.
             TypeError: an argument of the wrong type.
-            RuntimeError: one of several distributed processes.
         """
-        check_one_process()
         return self._phase_two.run(dataloader, steps, optimizer, scheduler, self._seed, self._retrain_backward)
 
     def _retrain_backward(self, batch: Any) -> Tensor:
         """``∇_V (L + γ·R)`` into `.grad`; returns L."""
-        loss = self._pass(batch, "training").backward()
-        self._add_orthogonality()
+        loss = self._backward([self._pass(batch, "training")])
+        add_orthogonality_gradient(self._layers, self.orthogonality)
         return loss
 
     @property
@@ -387,14 +392,9 @@ class BilevelOptimizer(TwoLevels):
         return batch_pass(self.model, batch, which, self.loss_fn)
 
     def _backward(self, passes: list[LossPass]) -> Tensor:
-        """L_tr, or L_val, of the passes; its gradient replaces what is in `.grad`."""
+        """L_tr, or L_val, of the passes over all ranks; its gradient replaces what is in `.grad`."""
         super().zero_grad()
-        return torch.stack([one.backward() for one in passes]).sum()
-
-    def _add_orthogonality(self) -> None:
-        """Adds ``γ·∇_V R`` to `.grad`."""
-        if self.orthogonality > 0:
-            add_orthogonality_gradient(self._layers, self.orthogonality)
+        return average_gradients(self.model, torch.stack([one.backward() for one in passes]).sum())
 
     def _magnitudes(self) -> list[Tensor]:
         return parameters_of(self.upper)

@@ -22,7 +22,6 @@ __all__ = [
     "Values",
     "assign",
     "batch_pass",
-    "check_one_process",
     "devices_of",
     "finite",
     "frozen",
@@ -98,17 +97,6 @@ def _batch_loss(model: nn.Module, batch: Any, which: str, loss_fn: Callable[[nn.
     if not loss.requires_grad:
         raise ValueError(f"the loss of a {which} batch does not depend on any parameter that requires a gradient")
     return loss
-
-
-def check_one_process() -> None:
-    """RuntimeError in a distributed run."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        ranks = torch.distributed.get_world_size()
-        if ranks > 1:
-            raise RuntimeError(
-                f"BilevelOptimizer runs in one process, and this is one of {ranks}: the gradients of its passes would "
-                "not be averaged over them. Start it without torchrun or accelerate launch"
-            )
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:

@@ -26,8 +26,8 @@ __all__ = [
     "primary_ranks",
 ]
 
-# The auxiliaries' name in the model they are attached to. They are registered there and not in their layers, because
-# PEFT saves whatever lies in its layers, and in earlier versions whatever has "lora_" in its key.
+# What lies in a layer under this name is its auxiliary: there, FSDP2 shards and gathers it with the layer's adapters.
+# Earlier versions of PEFT save whatever has "lora_" in its key, so this has not.
 NAME = "ascent_branches"
 
 # What an auxiliary's gradients are multiplied by until its optimizer steps. Whoever measures or clips the gradients of
@@ -60,9 +60,9 @@ class Auxiliary(nn.Module):
 
 
 class Auxiliaries(Companions):
-    """The auxiliaries of a model, registered in it.
+    """A layer's auxiliary as it is registered in the layer's module.
 
-    `attachment` is theirs until an optimizer takes it over, whose life is then that of the perturbation.
+    `attachment`, of all layers, is theirs until an optimizer takes it over, whose life is then the perturbation's.
     """
 
     attachment: Attachment | None = None
@@ -83,6 +83,8 @@ class Ascent(Source):
 
     def draw(self, layer: LoRALayer) -> Adapter:
         auxiliary = self.auxiliaries[layer.name]
+        if not (self.frozen or auxiliary.A.requires_grad):  # PEFT froze it, as it does when another adapter comes
+            auxiliary.requires_grad_(True)
         A, B = auxiliary.A, auxiliary.B
         # In float16, which FSDP may cast to, they would vanish.
         self.faded = FAINT if self.faint and A.dtype != torch.float16 else 1.0
@@ -116,9 +118,9 @@ def attach_auxiliary(
 
     In train mode a layer then computes ``x·(W0 + s1·B1·A1 + s2·B2·A2)ᵀ``, both adapters through one pair of matmuls; in
     eval mode, in what PEFT saves and in merged weights it is as if the auxiliary were not there. The parameters are
-    registered in `model`, so DDP and FSDP (wrap it after this call) and `.to()` see them; its `state_dict()` leaves
-    them out, and the optimizer's carries them. PEFT's `print_trainable_parameters` counts them from now on, though
-    they are not saved: call it before.
+    registered in the layers, so DDP and FSDP2 (wrap the model after this call) and `.to()` see them; the model's
+    `state_dict()` leaves them out, and the optimizer's carries them. PEFT's `print_trainable_parameters` counts them
+    from now on, though they are not saved: call it before.
 
     Args:
         model: a model with adapters, as `lora_layers` reads it.
@@ -131,16 +133,15 @@ def attach_auxiliary(
         ``A`` (r, n) and ``B`` (m, r) of every layer, in the layers' order.
 
     Raises:
-        ValueError: no adapted layer, an unknown adapter, merged adapters, an auxiliary that is there already, r < 1.
-            Nothing is attached then.
+        ValueError: no adapted layer, an unknown adapter, merged adapters, an auxiliary that is there already, a model
+            that DDP or FSDP2 wraps, r < 1. Nothing is attached then.
     """
     checks.integer("r", r, 1)
     alpha = 2.0 * r if alpha is None else checks.number("alpha", alpha, above=0)
     layers = lora_layers(model, adapter)
     if adapter is None:
         layers = _without_frozen(layers)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("attach the auxiliary before DistributedDataParallel wraps the model, or it is never reduced")
+    _refuse_wrapped(model, layers)
     former = {other for layer in layers for other, _ in attachments(layer.module) if isinstance(other.source, Ascent)}
     if any(not other.used for other in former):
         raise ValueError(
@@ -153,15 +154,29 @@ def attach_auxiliary(
                 "model.unmerge_adapter() before attaching an auxiliary"
             )
     generator = torch.Generator("cpu").manual_seed(shared_seed() if seed is None else seed)
-    auxiliaries = Auxiliaries(Auxiliary(layer, r, alpha, generator) for layer in layers)
+    auxiliaries = [Auxiliary(layer, r, alpha, generator) for layer in layers]
     detach_auxiliary(model)  # what an optimizer that is gone, or one that has had its time, left
     for other in former:
         other.superseded = True
-    auxiliaries.attachment = Attachment(model, Ascent(auxiliaries))
-    for layer in layers:
-        auxiliaries.attachment.add(layer)
-    model.add_module(NAME, auxiliaries)
-    return [p for module in auxiliaries for p in (module.A, module.B)]  # type: ignore[misc]
+    attachment = Attachment(model, Ascent(auxiliaries))
+    for auxiliary in auxiliaries:
+        attachment.add(auxiliary.layer)
+        registered = Auxiliaries([auxiliary])
+        registered.attachment = attachment
+        auxiliary.layer.module.add_module(NAME, registered)
+    return [p for auxiliary in auxiliaries for p in (auxiliary.A, auxiliary.B)]
+
+
+def _refuse_wrapped(model: nn.Module, layers: list[LoRALayer]) -> None:
+    """ValueError if parameters that come now would be no part of what DDP or FSDP2 averages over the ranks."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("attach the auxiliary before DistributedDataParallel wraps the model, or it is never reduced")
+    sharded = [layer.name for layer in layers if any(hasattr(a.A, "full_tensor") for a in layer.all_adapters())]
+    if sharded:
+        raise ValueError(
+            f"the adapters of {len(sharded)} layers (first: {sharded[0]!r}) are sharded, and an auxiliary that comes "
+            "after fully_shard is never reduced; call attach_auxiliary(model), or BiLoRAOptimizer.for_model, before it"
+        )
 
 
 def _without_frozen(layers: list[LoRALayer]) -> list[LoRALayer]:

@@ -18,7 +18,7 @@ from .adapter import Adapter
 from .base import BaseWeight, hooked
 from .kinds import base_weight, reader_of
 
-__all__ = ["LoRALayer", "fusable", "lora_layers", "plain_name"]
+__all__ = ["LoRALayer", "fusable", "lora_layers", "plain_name", "refuse_fsdp1"]
 
 logger = logging.getLogger("flatlora")
 
@@ -119,9 +119,10 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
         adapter: name or names of the adapters to look at; None for all.
 
     Raises:
-        ValueError: no adapted linear layer, an adapter name the model does not have, a module without a scaling.
+        ValueError: no adapted linear layer, an adapter name the model does not have, a module without a scaling, a
+            model that FSDP1 shards.
     """
-    checks.module(model)
+    refuse_fsdp1(checks.module(model))
     wanted = None if adapter is None else {adapter} if isinstance(adapter, str) else set(adapter)
     found, skipped, known = _search(model, wanted)
     if wanted is not None and not wanted <= known:
@@ -135,6 +136,17 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
     if skipped:
         _tell_once(f"left alone, as their adapters are not linear layers: {_some(skipped)}")
     return found
+
+
+def refuse_fsdp1(model: nn.Module) -> None:
+    """ValueError if FullyShardedDataParallel has made the adapters parts of flat parameters."""
+    named = model.named_parameters()
+    flat = [name for name, p in named if name.endswith("_flat_param") or getattr(p, "_fsdp_flattened", False)]
+    if flat:
+        raise ValueError(
+            f"{type(model).__name__} is sharded by FullyShardedDataParallel (FSDP1), which flattens {len(flat)} of its "
+            "parameters; shard it by FSDP2 instead: torch's fully_shard, or fsdp_version: 2 in Accelerate's settings"
+        )
 
 
 def _search(model: nn.Module, wanted: set[str] | None) -> tuple[list[LoRALayer], list[str], set[str]]:

@@ -272,3 +272,16 @@ def test_is_an_optimizer_to_others():
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     assert optimizer.state == {}  # SGD without momentum
     assert "Parameter Group 1" in repr(optimizer)
+
+
+def test_a_step_that_makes_the_states_of_new_levels_runs_no_batch():
+    """torch.distributed.checkpoint takes it, at lr 0 with zero gradients."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = peft_net()
+    params = direction_parameters(model), magnitude_parameters(model)
+    optimizer = BilevelOptimizer(*(torch.optim.AdamW(level, lr=0.1) for level in params), model, [{}], [{}])
+    before = state_of(model)
+    saved = get_optimizer_state_dict(model, optimizer)
+    assert len(saved["state"]) == sum(map(len, params))
+    assert same(before, state_of(model)) and optimizer.method_state()["train"]["index"] == 0

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import traceback
-from datetime import timedelta
+import functools
+import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
-from ddp_exit import leave_together
+import torch.distributed.checkpoint as dcp
 from ecosystem import difference
-from methods import METHODS, adapted, base_bits, batch, every_method, logits, sgd, weights
+from methods import KEEPS_STATE, METHODS, adapted, base_bits, batch, every_method, logits, sgd, weights
+from ranks import RANKS, on_ranks
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
 
-RANKS = 2
+from flatlora import CheckpointState
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
@@ -23,14 +28,18 @@ pytestmark = [
 ]
 
 
-def run(model, optimizer, rank=None):
-    """Trains on this rank's share of every batch, or on all of it."""
-    for i in range(3):
+def run(model, optimizer, rank=None, steps=range(3)):
+    """Trains on this rank's share of every batch, or on all of it; returns the losses."""
+    losses = []
+    for i in steps:
         whole = batch(i, 2 * RANKS)
         part = whole if rank is None else {key: value.chunk(RANKS)[rank] for key, value in whole.items()}
-        model(**part).loss.backward()
+        loss = model(**part).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
 
 
 def full(values):
@@ -45,7 +54,7 @@ def report(model):
     return {"weights": full(weights(model)), "base": full(base_bits(model)), "noisy": noisy, "clean": clean}
 
 
-def ddp(method, rank):
+def ddp(method, rank, folder):
     model = adapted(method)
     torch.manual_seed(100 + rank)  # every rank's own, as loaders and dropout want it
     parallel = []
@@ -54,7 +63,7 @@ def ddp(method, rank):
     return report(model)
 
 
-def fsdp(method, rank):
+def fsdp(method, rank, folder):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -71,41 +80,49 @@ def fsdp(method, rank):
     optimizer = method.start(model, sgd, wrap=shard)
     held = {type(p).__name__ for group in optimizer.param_groups for p in group["params"]}
     run(model, optimizer, rank)
-    return {**report(model), "held": sorted(held)}
+    found = {**report(model), "held": sorted(held)}
+    get_optimizer_state_dict(model, optimizer)  # after an evaluation, which leaves FSDP2's root gathered
+    return {**found, "losses": resumed(method, model, optimizer, folder, shard) if method in KEEPS_STATE else None}
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
-    )
-    found = {}
-    for method in METHODS:
-        for parallel in (ddp, fsdp):
-            try:
-                found[f"{parallel.__name__} {method.name}"] = parallel(method, rank)
-            except Exception:  # of one case; the others are still told of
-                found[f"{parallel.__name__} {method.name}"] = {"error": traceback.format_exc()}
-    torch.save(found, f"{folder}/{rank}.pt")
-    leave_together()
+def resumed(method, model, optimizer, folder, shard):
+    """The losses of further steps, and those after all that matters went through a checkpoint into new objects."""
+    folder = f"{folder}/{method.name}"
+    dcp.async_save(states(model, optimizer), checkpoint_id=folder).result()
+    went_on = run(model.train(), optimizer, steps=range(3, 5))
+    other = adapted(method, seed=1)
+    again = method.start(other, sgd, seed=8, wrap=shard)
+    state = states(other, again)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(other, state["model"])
+    return went_on, run(other, again, steps=range(3, 5))
+
+
+def states(model, optimizer):
+    return {"model": get_model_state_dict(model), "optimizer": CheckpointState(model, optimizer)}
+
+
+def cases():
+    both = itertools.product((ddp, fsdp), METHODS)
+    return {f"{parallel.__name__} {method.name}": functools.partial(parallel, method) for parallel, method in both}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each rank reports of each method."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
-
-
-SEVERAL = [method for method in METHODS if not method.one_process]
+    return on_ranks(cases, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@every_method(among=SEVERAL)
+@every_method()
 def test_two_processes_train_as_one_does_on_the_whole_batch(ranks, parallel, method):
-    first, second = (found[f"{parallel} {method.name}"] for found in ranks)
+    first, second = (dict(found[f"{parallel} {method.name}"]) for found in ranks)
+    if parallel == "fsdp" and not method.sharded:
+        assert "RuntimeError: BilevelOptimizer can't train a sharded model" in first["error"]
+        return
     assert "error" not in first, first["error"]
+    for found in (first, second):
+        found.pop("losses", None)
     assert difference(first, second) is None  # weights, perturbation and all, to the bit
     assert first.pop("held", ["DTensor"]) == ["DTensor"]
 
@@ -121,8 +138,8 @@ def test_two_processes_train_as_one_does_on_the_whole_batch(ranks, parallel, met
         assert (first["noisy"] - first["clean"]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@every_method(among=[method for method in METHODS if method.one_process])
-def test_a_method_of_one_process_says_so(ranks, parallel, method):
-    error = ranks[1][f"{parallel} {method.name}"]["error"].splitlines()[-1]
-    assert error.startswith("RuntimeError") and "one of 2" in error
+@every_method(among=[method for method in KEEPS_STATE if method.sharded])
+def test_a_sharded_run_goes_on_in_new_objects_after_an_evaluation(ranks, method):
+    for found in ranks:
+        went_on, again = found[f"fsdp {method.name}"]["losses"]
+        assert went_on == again and len(went_on) == 2

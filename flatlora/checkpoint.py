@@ -1,0 +1,103 @@
+"""An optimizer and its methods in the checkpoints of `torch.distributed.checkpoint`."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import checks
+from .layers.base import whole
+from .wrapper import STATE_KEY, Method
+
+__all__ = ["CheckpointState"]
+
+
+class CheckpointState:
+    """An optimizer of this library as `torch.distributed.checkpoint` (DCP) saves and loads it, methods included.
+
+    DCP's `get_optimizer_state_dict` keeps the base optimizer's state alone: by the parameters' names and as FSDP2
+    shards it, so that any number of processes can load it. This is a `Stateful` that puts the methods' part beside it,
+    whole. As everywhere in DCP, all ranks must take part.
+
+    Args:
+        model: the model, as DDP or FSDP2 have wrapped it.
+        optimizer: the optimizer, as this library made it.
+
+    Raises:
+        TypeError: `model` is no module, or `optimizer` is not of this library.
+        ValueError: from loading, as the optimizer's own `load_state_dict`; nothing has changed then.
+
+    Example:
+        >>> state = {"model": get_model_state_dict(model), "optimizer": CheckpointState(model, optimizer)}
+        >>> dcp.save(state, checkpoint_id=folder)  # or dcp.async_save
+        >>> dcp.load(state, checkpoint_id=folder)  # in a new process, with new objects in `state`
+        >>> set_model_state_dict(model, state["model"])
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer):
+        self._model = checks.module(model)
+        if not isinstance(optimizer, Method):
+            raise TypeError(
+                f"optimizer must be one of flatlora's, got {type(optimizer).__name__}; if another library has wrapped "
+                "it, pass what is within (Accelerate's and Lightning's have it as .optimizer)"
+            )
+        self._optimizer: Any = optimizer
+        self._bases = tuple(_bases(optimizer))
+
+    def state_dict(self) -> dict[str, Any]:
+        """``base``, by the parameters' names, and ``flatlora``, the methods' part as bytes."""
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        for module in self._model.modules():
+            if callable(reshard := getattr(module, "reshard", None)):  # FSDP2 leaves its root whole after evaluation
+                reshard()
+        # The bases, as DCP has a new optimizer step once to make its state, which would be a step of the methods too.
+        base = get_optimizer_state_dict(self._model, self._bases)
+        file = io.BytesIO()
+        torch.save(_gathered(self._own()), file)
+        return {"base": base, STATE_KEY: file.getvalue()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave, on as many processes as there are now."""
+        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+        checks.state_fields("optimizer", state_dict, "base", STATE_KEY)
+        saved = torch.load(io.BytesIO(state_dict[STATE_KEY]), map_location="cpu", weights_only=True)
+        own = _sharded_as(self._own(), saved)
+        self._optimizer.check_state_dict({**self._optimizer.state_dict(), STATE_KEY: own})
+        set_optimizer_state_dict(self._model, self._bases, optim_state_dict=state_dict["base"])
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), STATE_KEY: own})
+
+    def _own(self) -> Any:
+        return self._optimizer.state_dict().get(STATE_KEY, {})
+
+
+def _bases(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers of others at the bottom of one of ours."""
+    if not isinstance(optimizer, Method):
+        return [optimizer]
+    return [base for inner in optimizer.inner_optimizers() for base in _bases(inner)]
+
+
+def _gathered(value: Any) -> Any:
+    """The same with every sharded tensor whole."""
+    if isinstance(value, Tensor):
+        return whole(value).detach().cpu()
+    if isinstance(value, dict):
+        return {key: _gathered(one) for key, one in value.items()}
+    return type(value)(map(_gathered, value)) if type(value) in (list, tuple) else value
+
+
+def _sharded_as(ours: Any, value: Any) -> Any:
+    """`value` with every tensor sharded for which there is a sharded one in `ours`."""
+    if isinstance(value, dict) and isinstance(ours, dict):
+        return {key: _sharded_as(ours.get(key), one) for key, one in value.items()}
+    if isinstance(value, Tensor) and hasattr(ours, "full_tensor") and value.shape == ours.shape:
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(value.to(ours.device), ours.device_mesh, ours.placements)
+    return value
