@@ -32,19 +32,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from .kernels import operators
 from .kernels.blocks import How, add_blocks
 from .kernels.draw import Draw, draw_gaussian, draw_low_rank
 from .kernels.low_rank import Added, Plan, added, autocasts, compute_dtype
-from .kernels.operators import (
-    Noise,
-    Site,
-    low_rank_factors,
-    noisy_product,
-    noisy_weight,
-    row_noise,
-    traced,
-    transformed,
-)
+from .kernels.operators import Noise, Site, traced
 from .layers.adapter import Adapter, stored_blocks
 from .layers.base import BaseWeight, wide
 from .layers.bnb import hold_training_layout
@@ -281,8 +273,8 @@ def _traced(source: Source, layer: LoRALayer, site: Site) -> Draw | Noise | Adap
             return extra
         form, like = (extra.B.shape, extra.A.shape), extra.A
     if form == "gaussian":
-        return Noise(*row_noise(site.number, unrecorded, layer.shape[0], like.device, wide(like.device)))
-    B, A = low_rank_factors(site.number, unrecorded, *form, like.device, like.dtype)
+        return Noise(*operators.row_noise(site.number, unrecorded, layer.shape[0], like.device, wide(like.device)))
+    B, A = operators.low_rank_factors(site.number, unrecorded, *form, like.device, like.dtype)
     return Adapter("", A, B, 1.0)
 
 
@@ -361,10 +353,10 @@ def _plus_noise(
     """``out + x·(weight + Σ ε)ᵀ`` over the noises of a graph, in `dtype`; each part may be missing."""
     for noise in [term for term in terms if isinstance(term, Noise)]:
         noised = weight, noise.std, noise.seed, base.shape[1]
-        if not transformed():
-            product = noisy_product(x.to(dtype), *noised, False)
+        if not operators.transformed():
+            product = operators.noisy_product(x.to(dtype), *noised, False)
         else:
-            product = x.to(dtype) @ noisy_weight(*noised, dtype).t()
+            product = x.to(dtype) @ operators.noisy_weight(*noised, dtype).t()
         out, weight = product if out is None else out + product.to(out.dtype), None
     return out
 
