@@ -7,7 +7,7 @@ import torch
 from ecosystem import adapters, difference, epsilon, frozen, lora_mlp, loss_of, trained
 from torch import nn
 
-from flatlora import BiLoRAOptimizer, GGPOOptimizer, LoRASAMOptimizer, remove_perturbation
+from flatlora import BiLoRAOptimizer, GGPOOptimizer, LoRASAMOptimizer, attach_auxiliary, remove_perturbation
 
 lightning = pytest.importorskip("lightning")
 callback = pytest.importorskip("flatlora.lightning").FlatLoRACallback
@@ -173,10 +173,22 @@ def averaging(kind):
     return StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1, annealing_epochs=1)
 
 
+class Attached(Tuned):
+    """With an auxiliary from the start, so that it is in the copy that averages weights."""
+
+    def __init__(self):
+        super().__init__(self.around)
+        primary = trained(self.model)
+        self.groups = [{"params": primary}, {"params": attach_auxiliary(self.model, seed=1), "ascent": True}]
+
+    def around(self, model, lr):
+        return BiLoRAOptimizer(torch.optim.AdamW(self.groups, lr=lr), model)
+
+
 @pytest.mark.parametrize("kind", ["EMA", "SWA"])
 @pytest.mark.parametrize("make", METHODS)
 def test_averaged_weights_are_those_of_the_plain_model(make, kind, tmp_path):
-    module = Tuned(make)
+    module = Attached() if make is bilora else Tuned(make)
     start = adapters(module.model)
     one = trainer(tmp_path, max_epochs=3, enable_checkpointing=False, callbacks=[averaging(kind)])
     one.fit(module)

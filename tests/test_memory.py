@@ -44,7 +44,7 @@ MULTIPLES = {
     "GGPO low_rank": 4,
     "LoRASAM": 9,
     "Bi-LoRA": 4,
-    "BiDoRA": 3,
+    "BiDoRA": 5,
     "GraLoRA": 1,
     "GraLoRA under GGPO": 2,
 }

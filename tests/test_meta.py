@@ -70,7 +70,7 @@ MOST = {
     "GGPO low_rank": 3594,
     "LoRASAM": 2080,
     "Bi-LoRA": 840,
-    "BiDoRA": 18621,
+    "BiDoRA": 18625,
     "GraLoRA": 0,
     "GraLoRA under GGPO": 6650,
 }

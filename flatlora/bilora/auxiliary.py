@@ -89,21 +89,30 @@ class Ascent(Source):
         # In float16, which FSDP may cast to, they would vanish.
         self.faded = FAINT if self.faint and A.dtype != torch.float16 else 1.0
         if self.faded != 1.0:
-            A, B = Faded.apply(self.faded, A, B)
+            A, B = Faded.apply(A, self.faded), Faded.apply(B, self.faded)
         return Adapter("", A, B, auxiliary.scaling)
 
 
 class Faded(torch.autograd.Function):
-    """Tensors as they are, whose gradients are multiplied by `factor`."""
+    """A tensor as it is, whose gradient is multiplied by `factor`; in a form that torch.func's transforms take."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, factor: float, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.factor = factor
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+    def forward(tensor: Tensor, factor: float) -> Tensor:
+        return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(grad * ctx.factor for grad in grads)
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent.view_as(tangent)
 
 
 def attach_auxiliary(
@@ -120,7 +129,8 @@ def attach_auxiliary(
     eval mode, in what PEFT saves and in merged weights it is as if the auxiliary were not there. The parameters are
     registered in the layers, so DDP and FSDP2 (wrap the model after this call) and `.to()` see them; the model's
     `state_dict()` leaves them out, and the optimizer's carries them. PEFT's `print_trainable_parameters` counts them
-    from now on, though they are not saved: call it before.
+    from now on, though they are not saved: call it before. What averages weights pairs a copy's parameters by position,
+    as Lightning's EMA and SWA do: attach the auxiliary before the copy is made, in the module's `__init__`.
 
     Args:
         model: a model with adapters, as `lora_layers` reads it.

@@ -55,10 +55,10 @@ def draw_gaussian(draw: Draw, n: int, weight: Tensor | None, dtype: torch.dtype)
     many threads as torch has; it does not depend on their number.
     """
     m, device = draw.std.shape[0], draw.std.device
-    if device.type != "cpu":
+    if device.type != "cpu" or m * n <= _CHUNK:
         return _scaled(_normal((m, n), draw, _generator(draw), dtype), draw.std, weight).to(dtype)
     out = torch.empty((m, n), dtype=dtype, device=device)
-    rows, inference = max(1, _CHUNK // max(1, n)), torch.is_inference_mode_enabled()
+    rows, inference = max(1, _CHUNK // n), torch.is_inference_mode_enabled()
 
     def fill(first: int, stride: int) -> None:
         """Every `stride`-th chunk from the `first` on; a thread starts without the modes of the one that asks."""
