@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
+from ..kernels.operators import traced
 from ..layers.adapter import Adapter
 from ..layers.view import LoRALayer, lora_layers
 from ..perturbation import Attachment, Companions, Source, attachments
@@ -79,40 +80,41 @@ class Ascent(Source):
     def __init__(self, auxiliaries: Iterable[Any], faint: bool = False):
         self.auxiliaries: dict[str, Auxiliary] = {auxiliary.layer.name: auxiliary for auxiliary in auxiliaries}
         self.faint = faint and all(one.A.dtype != torch.float16 for one in self.auxiliaries.values())
-        self.faded = 1.0
+        self.faded = FAINT if self.faint else 1.0
 
     def draw(self, layer: LoRALayer) -> Adapter:
         auxiliary = self.auxiliaries[layer.name]
         if not (self.frozen or auxiliary.A.requires_grad):  # PEFT froze it, as it does when another adapter comes
             auxiliary.requires_grad_(True)
-        A, B = auxiliary.A, auxiliary.B
+        A: Tensor = auxiliary.A
+        B: Tensor = auxiliary.B
         # In float16, which FSDP may cast to, they would vanish.
-        self.faded = FAINT if self.faint and A.dtype != torch.float16 else 1.0
+        factor = FAINT if self.faint and A.dtype != torch.float16 else 1.0
+        if self.faded != factor:  # compilers take no writing where nothing changes
+            self.faded = factor
         if self.faded != 1.0:
-            A, B = Faded.apply(A, self.faded), Faded.apply(B, self.faded)
+            A, B = faded(A, self.faded), faded(B, self.faded)
         return Adapter("", A, B, auxiliary.scaling)
 
 
 class Faded(torch.autograd.Function):
-    """A tensor as it is, whose gradient is multiplied by `factor`; in a form that torch.func's transforms take."""
-
-    generate_vmap_rule = True
+    """A tensor as it is, whose gradient is multiplied by `factor`."""
 
     @staticmethod
-    def forward(tensor: Tensor, factor: float) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
         return tensor.view_as(tensor)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        ctx.factor = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.factor, None
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return tangent.view_as(tangent)
+
+def faded(tensor: Tensor, factor: float) -> Tensor:
+    """What `Faded` computes; in plain operations, and to the bit as well, for compilers and transforms."""
+    if not traced():
+        return Faded.apply(tensor, factor)
+    return tensor.detach() + factor * (tensor - tensor.detach())
 
 
 def attach_auxiliary(
