@@ -156,7 +156,7 @@ class LoRASAMOptimizer(PerturbingOptimizer):
     Measured on an encoder of 22M parameters with 40 % wrong labels (`examples/results.md`): ρ = 0.15 at lr 5e-4 has a
     test accuracy 3.1 ± 0.6 points above LoRA there (16 paired seeds, p = 6e-5), and 1.6 ± 0.8 above LoRA at its better
     rate (p = 0.07; on the 8 seeds run after all was fixed 2.4 ± 0.9, p = 0.03). A running mean of gradients did worse,
-    ``D·A + B·C`` as well. The default is smaller, as no larger ρ was harmless on clean labels too; try 0.15 on bad ones.
+    ``D·A + B·C`` no better. The default is smaller, as no larger ρ was harmless on clean labels; try 0.15 on bad ones.
 
     Layers are perturbed in the passes that train them and in no other, as by `GGPOOptimizer`. GraLoRA's blocks are
     projected each on its own. A step whose gradients are not finite, or all zero, leaves ε as it was.

@@ -42,9 +42,9 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     the signs back, and clips the auxiliaries together: with ``c = sqrt(Σ_layers ‖s2·B2·A2‖_F²)``, every B2 and A2 is
     multiplied by ``sqrt(ρ/c)`` if ``c > ρ``.
 
-    Measured (`examples/results.md`), the auxiliary is hardly an adversary: it raises the next batch's loss by a fiftieth
-    of what that batch's gradient does at the same norm, and by a third or less of what the last gradient's projection
-    does, `LoRASAMOptimizer`'s perturbation. It turns slowly, and the primary learns at the perturbed weights to undo it;
+    As an adversary the auxiliary is weak (`examples/results.md`): it raised the next batch's loss by a fiftieth of what
+    that batch's gradient does at the same norm, by a third or less of what the last gradient's projection does, which
+    is `LoRASAMOptimizer`'s perturbation. It turns slowly, and the primary learns at the perturbed weights to undo it;
     fresh starts, a resting primary and other learning rates did not change that.
 
     Gradient norms and clipping are those of plain LoRA: until the step the auxiliary's gradients, which have their
