@@ -32,14 +32,14 @@ from common import (
     positive,
     quiet,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from flatlora import BilevelOptimizer, direction_parameters, lora_layers, magnitude_parameters, split_dataset
+from flatlora.bidora.updates import Updates, correlation
 
 CHECKPOINTS = 4
-Point = tuple[float, float]  # (ΔM, ΔD) of a layer
 
 
 def build_model(args: argparse.Namespace, labels: list[str]) -> nn.Module:
@@ -101,34 +101,25 @@ class Texts:
 # --- how magnitude and direction have changed ---------------------------------------------------------------------
 
 
-@torch.no_grad()
-def changes(model: nn.Module) -> list[Point]:
-    """(ΔM, ΔD) of every adapted layer: mean ``|μ_i − ‖W0_i‖|`` and mean ``1 − cos(V_i, W0_i)`` over its rows."""
-    found = []
-    for layer in lora_layers(model):
-        adapter = layer.all_adapters()[0]
-        quantised = layer.base.kind != "float"
-        w0 = layer.base.dense(torch.float32) if quantised else layer.base.float_weight()
-        v = w0 + adapter.scaling * adapter.B @ adapter.A
-        magnitude = (adapter.magnitude - w0.norm(dim=1)).abs().mean()
-        found.append((float(magnitude), float((1 - nn.functional.cosine_similarity(v, w0, dim=1)).mean())))
-    return found
+def changes(model: nn.Module) -> Tensor:
+    """ΔM and ΔD of every adapted layer."""
+    return Updates(lora_layers(model)).changes()
 
 
-def correlation(points: list[Point]) -> str:
+def summary(points: list[Tensor]) -> str:
     """Pearson's r of ΔD with ΔM, and the slope of the line through the points, ΔM per ΔD."""
-    m, d = torch.tensor(points, dtype=torch.float64).t()
-    m, d = m - m.mean(), d - d.mean()
-    r, slope = (m @ d) / (m.norm() * d.norm()), (m @ d) / (d @ d)
-    return f"r = {float(r):+.3f}, slope = {float(slope):+.3f}"
+    both = torch.cat(points, 1)
+    m, d = both - both.mean(1, keepdim=True)
+    return f"r = {float(correlation(both)):+.3f}, slope = {float((m @ d) / (d @ d)):+.3f}"
 
 
 # --- the two methods ----------------------------------------------------------------------------------------------
 
 
-def dora(model: nn.Module, rows: list[dict[str, Any]], texts: Texts, args: argparse.Namespace) -> list[Point]:
+def dora(model: nn.Module, rows: list[dict[str, Any]], texts: Texts, args: argparse.Namespace) -> list[Tensor]:
     optimizer = make_optimizer([*directions_and_head(model), *magnitude_parameters(model)], args.lr, args)
-    points, step = [], 0
+    points: list[Tensor] = []
+    step = 0
     while step < args.steps:
         for batch in texts.loader(rows):
             model(**batch).loss.backward()
@@ -136,33 +127,35 @@ def dora(model: nn.Module, rows: list[dict[str, Any]], texts: Texts, args: argpa
             optimizer.zero_grad()
             step += 1
             if step % -(-args.steps // CHECKPOINTS) == 0 or step == args.steps:
-                points += changes(model)
+                points.append(changes(model))
             if step == args.steps:
                 break
     return points
 
 
-def bidora(model: nn.Module, rows: list[dict[str, Any]], texts: Texts, args: argparse.Namespace) -> list[Point]:
+def bidora(model: nn.Module, rows: list[dict[str, Any]], texts: Texts, args: argparse.Namespace) -> list[Tensor]:
     train, val = split_dataset(rows, 0.2, seed=args.seed)
     lower = make_optimizer(directions_and_head(model), args.lr, args)
     upper = make_optimizer(magnitude_parameters(model), args.magnitude_lr, args)
-    points: list[Point] = []
+    points: list[Tensor] = []
     options = {"difference": args.difference, "xi": args.xi}
     if args.trainer:
         optimizer = BilevelOptimizer(lower, upper, model, None, texts.loader(val), **options)
         feed_by_trainer(model, optimizer, train, val, texts.collate, args)
-        points += changes(model)
+        points.append(changes(model))
     else:
         optimizer = BilevelOptimizer(lower, upper, model, texts.loader(train), texts.loader(val), **options)
         for step in range(1, args.search_steps + 1):
             losses = optimizer.step()
             if step % -(-args.search_steps // CHECKPOINTS) == 0 or step == args.search_steps:
-                points += changes(model)
-                print(f"  search step {step}: training loss {losses.train_loss:.3f}, validation {losses.val_loss:.3f}")
+                points.append(changes(model))
+                r = float(optimizer.metrics()["update_correlation"])
+                seen = f"training loss {losses.train_loss:.3f}, validation {losses.val_loss:.3f}, r = {r:+.3f}"
+                print(f"  search step {step}: {seen}")
     second = make_optimizer(directions_and_head(model), args.lr, args)
     optimizer.retrain(texts.loader(rows), args.steps, optimizer=second)
     optimizer.remove()
-    return points + changes(model)
+    return [*points, changes(model)]
 
 
 def feed_by_trainer(model: nn.Module, optimizer: Optimizer, train: Any, val: Any, collate: Any, args: Any) -> None:
@@ -199,7 +192,7 @@ def compare(data: Data, args: argparse.Namespace) -> None:
         model = build_model(args, data.labels)
         points = method(model, rows, texts, args)
         accuracy, loss = evaluate(model, scored)
-        print(f"{name:7} accuracy {100 * accuracy:.1f} %, loss {loss:.3f}; ΔM against ΔD: {correlation(points)}")
+        print(f"{name:7} accuracy {100 * accuracy:.1f} %, loss {loss:.3f}; ΔM against ΔD: {summary(points)}")
 
 
 def main() -> None:

@@ -57,12 +57,12 @@ class Uphill(Source):
         return (*grid, m // g, rank), (*grid, rank, n // g)
 
     def norm(self) -> Tensor:
-        """‖ε‖_F over all layers, by ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``."""
+        """‖u‖_F over all layers, by ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``: 1 up to rounding, 0 before there is a direction."""
         total = torch.zeros_like(self.gradient_norm)
         for factors in self.direction.values():
             B, A = (factor.to(wide(factor.device)) for factor in factors)
             total = total + ((B.mT @ B) * (A @ A.mT)).sum().to(total)
-        return self.rho * total.clamp(min=0.0).sqrt()
+        return total.clamp(min=0.0).sqrt()
 
     def look(self) -> None:
         """Notes the direction that the gradients at hand make, for the next step."""
@@ -234,16 +234,20 @@ class LoRASAMOptimizer(PerturbingOptimizer):
 
     def perturbation_norm(self) -> float:
         """``sqrt(Σ_layers ‖ε‖_F²)`` at present: ρ, or 0 before the first step and after `remove()`."""
-        return float(self.metrics()["perturbation_norm"])
+        return self.rho * float(self._uphill.norm()) if self._attached else 0.0
 
     def metrics(self) -> dict[str, Tensor]:
-        """`perturbation_norm`, and the ``projected_gradient_norm`` of the last step's gradients, over all layers."""
+        """Two numbers over all layers together.
+
+        ``perturbation_to_rho``: ``sqrt(Σ_layers ‖ε‖_F²)`` over ρ; 0 before the first gradients and where the method is
+        off, otherwise 1.
+        ``projected_gradient_norm``: ``sqrt(Σ_layers ‖P(G)‖_F²)`` of the gradients that the last step was taken with, in
+        units of the loss per unit of weight.
+        """
         norm = self._uphill.gradient_norm
-        return {
-            **super().metrics(),
-            "perturbation_norm": self._uphill.norm() if self._attached else torch.zeros_like(norm),
-            "projected_gradient_norm": norm,
-        }
+        off = self.rho == 0 or not self._attached
+        relative = torch.zeros_like(norm) if off else self._uphill.norm()
+        return self._with_inner({"perturbation_to_rho": relative, "projected_gradient_norm": norm})
 
     @property
     def _attached(self) -> bool:

@@ -93,6 +93,11 @@ class OptimizerWrapper(Method, Optimizer):
         inner = next(chain(self.base_optimizer), None)
         return {} if inner is None else inner.metrics()
 
+    def _with_inner(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The method's scalars beside those of wrappers within; a name that they have too begins with the class's."""
+        found = OptimizerWrapper.metrics(self)
+        return found | {f"{self._kind}.{name}" if name in found else name: value for name, value in own.items()}
+
     # --- what a method that perturbs the model tells of it ----------------------------------------------------------
 
     def perturbation_parameters(self) -> list[Tensor]:

@@ -19,6 +19,7 @@ from torch import nn
 from flatlora import (
     BiLoRAOptimizer,
     GGPOOptimizer,
+    LoRASAMOptimizer,
     attach_auxiliary,
     detach_auxiliary,
     lora_layers,
@@ -748,6 +749,17 @@ def test_metrics_say_how_far_the_perturbation_is_from_its_bound():
         group["lr"] = 0.0
     train(model, optimizer, data(1))
     assert float(optimizer.metrics()["clipped_share"]) == 0.75
+
+
+def test_metrics_of_two_methods_with_a_name_in_common():
+    model = lora_net()
+    optimizer = BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1, rho=1.0, seed=0)
+    both = LoRASAMOptimizer(optimizer, model, rho=0.1)
+    train(model, both, data(2))
+    found = {name: float(value) for name, value in both.metrics().items()}
+    assert found["LoRASAMOptimizer.perturbation_to_rho"] == pytest.approx(1, rel=1e-5)
+    own = {name: float(value) for name, value in optimizer.metrics().items()}
+    assert own.items() <= found.items() and 0 < found["perturbation_to_rho"] < 1
 
 
 def test_for_model_keeps_groups_and_gives_the_auxiliary_a_rate_of_its_own():

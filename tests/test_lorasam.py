@@ -223,7 +223,7 @@ def test_epsilon_is_the_normalised_projection_of_the_last_gradient(form):
     expected = None
     # Directions that a step makes a millionth as large as others are none to the projection.
     optimizer = lorasam(model, lr=0.0 if form == "rank-deficient" else 0.05)
-    assert optimizer.perturbation_norm() == 0
+    assert optimizer.perturbation_norm() == 0 == float(optimizer.metrics()["perturbation_to_rho"])
     for t in range(3):
         x = batch(model, seed=t)
         twin = copy.deepcopy(model)
@@ -233,7 +233,7 @@ def test_epsilon_is_the_normalised_projection_of_the_last_gradient(form):
         assert_same(epsilon(model), expected)
         metrics = optimizer.metrics()
         assert float(metrics["projected_gradient_norm"]) == pytest.approx(norm, rel=1e-7)
-        assert float(metrics["perturbation_norm"]) == pytest.approx(0.3, rel=1e-7)
+        assert float(metrics["perturbation_to_rho"]) == pytest.approx(1, rel=1e-7)
         assert optimizer.perturbation_norm() == pytest.approx(0.3, rel=1e-7)
 
 
@@ -629,9 +629,10 @@ def test_rho_may_be_set_between_steps():
     optimizer.rho = 0.6
     assert_same(epsilon(model), {name: 2 * value for name, value in before.items()}, 1e-9)
     assert optimizer.perturbation_norm() == pytest.approx(0.6)
+    assert float(optimizer.metrics()["perturbation_to_rho"]) == pytest.approx(1)
     optimizer.rho = 0
     assert not any(value.any() for value in epsilon(model).values())
-    assert optimizer.perturbation_norm() == 0
+    assert optimizer.perturbation_norm() == 0 == float(optimizer.metrics()["perturbation_to_rho"])
     with pytest.raises(ValueError, match="rho must be"):
         optimizer.rho = -1
     assert optimizer.rho == 0

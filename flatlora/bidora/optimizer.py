@@ -38,6 +38,7 @@ from .phase_two import PhaseTwo
 from .ranks import average_gradients, begin_alike, whole_model
 from .records import BilevelStep, Hypergradient, LowerPoint, TrainLoss, ValLoss
 from .snapshot import undone_on_error
+from .updates import Updates
 
 __all__ = ["BilevelOptimizer", "BilevelStep"]
 
@@ -137,10 +138,9 @@ class BilevelOptimizer(TwoLevels):
         begin_alike([*parameters_of(lower), *parameters_of(upper)])
         self._train = None if train_dataloader is None else Batches(train_dataloader, "train_dataloader", self._seed)
         self._val = Batches(val_dataloader, "val_dataloader", self._seed)
-        self._lower_steps = 0
-        self._norms: dict[str, Tensor] = {}
-        # γ = 0 needs no layers, and so takes a model that has none.
-        self._layers = trained_layers(model, adapter, directions_of(self.lower)) if orthogonality > 0 else []
+        self._lower_steps, self._norms = 0, dict[str, Tensor]()
+        layers = trained_layers(model, adapter, directions_of(lower), needed=orthogonality > 0)
+        self._layers, self._updates = layers if orthogonality > 0 else [], Updates(layers)
         self._layout = hold_training_layout(model)
         self._watch = LoopWatch(model, parameters_of(upper)) if self._train is None else None
         self._phase_two = PhaseTwo(self.lower, self.upper, model, adapter, self._watch)
@@ -191,7 +191,7 @@ class BilevelOptimizer(TwoLevels):
     def _lower_loss(self) -> LowerPoint:
         """L_tr(V, μ), with ∇_V of it in `.grad`."""
         if self._train is not None:
-            return self._here(self._take([self._pass(self._train.next(), "training")]))
+            return self._here(self._take([batch_pass(self.model, self._train.next(), "training", self.loss_fn)]))
         passes, value = self._watch.train_loss()  # type: ignore[union-attr]  # the loop has been through it
         return self._here(self._seen(passes, average_gradients(self.model, value)))
 
@@ -223,7 +223,7 @@ class BilevelOptimizer(TwoLevels):
         # Dropout in this pass draws from a seed of its own, or it would shift the stream of the lower passes.
         seed = derived_seed(self._seed, "validation", self._lower_steps)
         with traceless(self.model, seed, self._watch), unperturbed(chain(self.lower)):
-            value = self._backward([self._pass(batch, "validation")])
+            value = self._backward([batch_pass(self.model, batch, "validation", self.loss_fn)])
             return ValLoss(value, grads_of(self._magnitudes()), grads_of(parameters_of(self.lower)))
 
     def _upper_step(self, seen: BilevelStep, val: ValLoss, hypergradient: Hypergradient) -> BilevelStep:
@@ -233,8 +233,7 @@ class BilevelOptimizer(TwoLevels):
         norm = norm_of(grads_of(self._magnitudes()))
         val_loss, grad_norm = finite("validation", val.value, norm)
         self.upper.step()
-        parts = {"first_order_norm": norm_of(hypergradient.first), "second_order_norm": norm_of(hypergradient.second)}
-        self._norms |= {"hypergradient_norm": norm, **parts}
+        self._norms |= {"hypergradient_norm": norm, **hypergradient.norms()}
         return replace(seen, val_loss=val_loss, upper_grad_norm=grad_norm)
 
     def _hypergradient(self, at: LowerPoint, val: ValLoss) -> Hypergradient:
@@ -279,7 +278,7 @@ class BilevelOptimizer(TwoLevels):
         Raises:
             ValueError: a loss that is not a finite scalar, or a batch without labels.
         """
-        passes = [self._pass(train_batch, "training")]
+        passes = [batch_pass(self.model, train_batch, "training", self.loss_fn)]
         with traceless(self.model, watch=self._watch):
             at = self._here(self._take(passes))
             add_orthogonality_gradient(self._layers, self.orthogonality)
@@ -320,7 +319,7 @@ class BilevelOptimizer(TwoLevels):
 
     def _retrain_backward(self, batch: Any) -> Tensor:
         """``∇_V (L + γ·R)`` into `.grad`; returns L."""
-        loss = self._backward([self._pass(batch, "training")])
+        loss = self._backward([batch_pass(self.model, batch, "training", self.loss_fn)])
         add_orthogonality_gradient(self._layers, self.orthogonality)
         return loss
 
@@ -332,10 +331,14 @@ class BilevelOptimizer(TwoLevels):
     # --- what others see ------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, Tensor]:
-        """Norms of the last step: ``lower_grad_norm``, ``‖∇_V (L_tr + γ·R)‖``; of the last upper step
-        ``hypergradient_norm`` and its two terms, ``first_order_norm`` and ``second_order_norm``, ξ included.
+        """Norms over all parameters of a level, in units of the loss per unit of these, and a correlation.
+
+        ``lower_grad_norm``: ``‖∇_V (L_tr + γ·R)‖`` of the last lower step.
+        ``hypergradient_norm``: of the last upper step, and of its terms ``first_order_norm``, the direct one, and
+        ``second_order_norm``, the implicit one through V', ξ included.
+        ``update_correlation``: of layers' ΔM and ΔD, see `Updates`; from −1, as full fine-tuning tends to, to 1.
         """
-        return dict(self._norms)
+        return {**self._norms, **(self._updates.metrics() if self._lower_steps else {})}
 
     def remove(self) -> None:
         """Takes everything off the model. Idempotent; the levels are left as they are."""
@@ -387,9 +390,6 @@ class BilevelOptimizer(TwoLevels):
         self._phase_two.load_state_dict(state["phase"], state["retrain"])
 
     # --- passes ---------------------------------------------------------------------------------------------------
-
-    def _pass(self, batch: Any, which: str) -> LossPass:
-        return batch_pass(self.model, batch, which, self.loss_fn)
 
     def _backward(self, passes: list[LossPass]) -> Tensor:
         """L_tr, or L_val, of the passes over all ranks; its gradient replaces what is in `.grad`."""

@@ -60,11 +60,21 @@ def is_peft(model: nn.Module) -> bool:
 
 
 def trained_layers(
-    model: nn.Module, adapter: str | Iterable[str] | None, directions: Container[Any]
+    model: nn.Module, adapter: str | Iterable[str] | None, directions: Container[Any], needed: bool = True
 ) -> list[LoRALayer]:
-    """PEFT's linear layers, seen through the adapters whose A is among `directions`."""
+    """PEFT's linear layers, seen through the adapters whose A is among `directions`.
+
+    Raises:
+        ValueError: a PEFT model has none, as where embeddings alone are adapted, and they are `needed`.
+    """
+    try:
+        layers = lora_layers(model, adapter) if is_peft(model) else []
+    except ValueError:
+        if needed:
+            raise
+        return []
     found = []
-    for layer in lora_layers(model, adapter) if is_peft(model) else []:
+    for layer in layers:
         if names := frozenset(a.name for a in layer.all_adapters() if a.A_param in directions):
             found.append(LoRALayer(layer.name, layer.module, layer.base, names))
     return found

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .passes import LossPass, Values
+from .passes import LossPass, Values, norm_of
 
 __all__ = ["BilevelStep", "Hypergradient", "LowerPoint", "TrainLoss", "ValLoss"]
 
@@ -63,6 +63,9 @@ class Hypergradient:
 
     first: Values
     second: Values
+
+    def norms(self) -> dict[str, Tensor]:
+        return {"first_order_norm": norm_of(self.first), "second_order_norm": norm_of(self.second)}
 
     def of(self, p: Tensor) -> Tensor:
         zero = torch.zeros_like(p)

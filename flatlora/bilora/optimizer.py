@@ -240,13 +240,16 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
-        """``perturbation_to_rho``: the auxiliaries' norm over ρ, 1 where the last step clipped it; ``clipped_share``:
-        the share of steps, since this optimizer was built, that clipped it."""
+        """Two numbers without a unit, from 0 to 1.
+
+        ``perturbation_to_rho``: ``sqrt(Σ_layers ‖s2·B2·A2‖_F²)`` over ρ, 1 where the last step clipped it.
+        ``clipped_share``: the share of steps, since this optimizer was built, that clipped it.
+        """
         if not (auxiliaries := self._auxiliaries()):
             return super().metrics()
         norm, (clipped, steps) = _norm(auxiliaries), self._clips
         share = torch.as_tensor(clipped, dtype=norm.dtype, device=norm.device) / max(steps, 1)
-        return {**super().metrics(), "perturbation_to_rho": norm / self.rho, "clipped_share": share}
+        return self._with_inner({"perturbation_to_rho": norm / self.rho, "clipped_share": share})
 
     def perturbation_parameters(self) -> list[Tensor]:
         return [p for A, B, _ in self._auxiliaries().values() for p in (A, B)]

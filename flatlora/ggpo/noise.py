@@ -36,7 +36,8 @@ class Rows:
 
     layer: LoRALayer
     grad_sq: Tensor | None = None  # squared row norms (m,) of its last gradient
-    std: tuple[Any, Tensor] | None = None  # what it was computed from, and the standard deviations (m,)
+    # What it was computed from, the standard deviations (m,), and the `grad_sq` within them.
+    std: tuple[Any, Tensor, Tensor | None] | None = None
 
     def at_hand(self, device: torch.device) -> bool:
         """Whether all its tensors are whole and on `device`, as those of a sharded layer are in its forward alone."""
@@ -109,7 +110,7 @@ class RowNoise(Source):
             variance = row_variance(row_sq, grad_sq, self.sigma, self.beta, stack.layers[0].shape[1])
             stds = variance.nan_to_num(0.0, posinf=0.0).clamp_(min=0.0).sqrt_()
             for rows, std in zip(same, stds, strict=True):
-                rows.std = keys[rows.layer.name], std
+                rows.std = keys[rows.layer.name], std, rows.grad_sq
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -122,17 +123,21 @@ class RowNoise(Source):
             for rows, std in kept:
                 rows.std = std
 
-    def squares(self) -> tuple[Tensor, Tensor] | None:
-        """``‖W'‖²`` and ``β·‖G‖²`` over all layers perturbed so far, as their noise has them; None without any."""
-        known = [(rows, rows.std[1]) for rows in self.rows.values() if rows.std is not None]
+    def squares(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Expected ``‖ε‖²``, and ``‖W'‖²`` and ``β·‖G‖²`` in it, over all layers, as they were perturbed last.
+
+        None if none has been.
+        """
+        known = [(rows.layer.shape[1], *rows.std) for rows in self.rows.values() if rows.std is not None]
         if not known or self.sigma == 0:
             return None
-        device = known[0][1].device
-        both = [std.square().sum().to(device) * rows.layer.shape[1] / self.sigma**2 for rows, std in known]
-        grads = [rows.grad_sq.sum().to(device) for rows, _ in known if rows.grad_sq is not None]
-        total = torch.stack(both).sum()
-        grad = self.beta * torch.stack(grads).sum() if grads else torch.zeros_like(total)
-        return total - grad, grad
+        noises, both, grads = [], [], []
+        for n, (_, sigma, beta, *_), std, grad_sq in known:
+            noises.append(n * std.square().sum().to(known[0][2].device))
+            both.append(noises[-1] / sigma**2)
+            grads.append(torch.zeros_like(noises[-1]) if grad_sq is None else beta * grad_sq.sum().to(noises[-1]))
+        noise, total, grad = (torch.stack(values).sum() for values in (noises, both, grads))
+        return noise, total - grad, grad
 
     def observe_gradients(self) -> None:
         """Notes the norms of the gradients at hand for the next step's noise."""

@@ -126,14 +126,16 @@ class GGPOOptimizer(PerturbingOptimizer):
             return {name: self._noise.std(rows).clone() for name, rows in self._noise.rows.items()}
 
     def metrics(self) -> dict[str, Tensor]:
-        """Once a pass has been perturbed: ``noise_to_weight``, the expected ‖ε‖_F over ‖W'‖_F of all layers together,
-        and ``gradient_share``, the share of ε's variance that the gradient term has."""
-        squares = self._noise.squares()
-        if squares is None:
+        """Of the last perturbed pass, once there was one; ratios without a unit, over all layers together.
+
+        ``noise_to_weight``: expected ‖ε‖_F over ‖W'‖_F; σ, where gradients are negligible.
+        ``gradient_share``: the share of ε's variance that the gradient term has, from 0 to 1.
+        """
+        if (squares := self._noise.squares()) is None:
             return super().metrics()
-        weight, grad = squares
-        relative = self.sigma * ((weight + grad) / weight).sqrt()
-        return {**super().metrics(), "noise_to_weight": relative, "gradient_share": grad / (weight + grad)}
+        noise, weight, grad = squares
+        share = grad / (weight + grad)
+        return self._with_inner({"noise_to_weight": (noise / weight).sqrt(), "gradient_share": share})
 
     @property
     def sigma(self) -> float:

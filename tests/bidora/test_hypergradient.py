@@ -7,6 +7,7 @@ import logging
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,7 @@ from flatlora import (
     lora_layers,
     magnitude_parameters,
 )
+from flatlora.bidora.parameters import reset_directions
 
 
 @pytest.mark.parametrize("xi", [1.0, 0.3, "lr"])
@@ -371,6 +373,36 @@ def test_metrics_are_the_norms_of_the_two_terms():
         assert found[f"{name}_norm"].item() == pytest.approx(torch.cat(term).norm().item(), rel=1e-6)
     assert found["lower_grad_norm"].item() == step.lower_grad_norm
     assert found["hypergradient_norm"].item() == step.upper_grad_norm
+
+
+@pytest.mark.parametrize("orthogonality", [0.0, 1e-5])
+def test_metrics_correlate_how_far_magnitudes_and_directions_have_moved(orthogonality):
+    """DoRA's Eq. 3-4 by whole weights; a third layer, as two always correlate fully."""
+    model = peft_net()
+    model.base_model.model.third = copy.deepcopy(model.base_model.model.first)
+    modules = [getattr(model.base_model.model, name) for name in ("first", "second", "third")]
+    reset_directions(model, None, seed=0)
+    for i, module in enumerate(modules):
+        module.lora_magnitude_vector["default"].weight.data = module.base_layer.weight.norm(dim=1) * (1 + 0.1 * i)
+        module.lora_B["default"].weight.data = 1e-5 * torch.randn_like(module.lora_B["default"].weight)
+    optimizer = bilevel(model, lr=1e-3, orthogonality=orthogonality)
+    assert optimizer.metrics() == {}
+    optimizer.step()
+    points = []
+    for module in modules:
+        base, change = module.base_layer.weight, module.get_delta_weight("default")
+        orthogonal = change - base * ((change * base).sum(1) / base.square().sum(1))[:, None]
+        sine = orthogonal.norm(dim=1) / (base + change).norm(dim=1)
+        magnitude = (module.lora_magnitude_vector["default"].weight - base.norm(dim=1)).abs().mean()
+        points.append([magnitude.item(), (1 - torch.asin(sine).cos()).mean().item()])
+    expected = numpy.corrcoef(numpy.array(points).T)[0, 1]
+    found = optimizer.metrics()["update_correlation"]
+    assert isinstance(found, Tensor) and found.item() == pytest.approx(expected, rel=1e-6)
+    assert 0.01 < abs(expected) < 0.99
+    saved = optimizer.state_dict()
+    resumed = bilevel(model, lr=1e-3, orthogonality=orthogonality)
+    resumed.load_state_dict(saved)
+    assert {name: value.item() for name, value in resumed.metrics().items()} == {"update_correlation": found.item()}
 
 
 def test_streams_go_on_as_after_the_lower_passes_alone():

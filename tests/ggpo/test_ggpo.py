@@ -1001,6 +1001,24 @@ def test_metrics_are_the_expected_noise_and_the_gradients_share_of_it():
     assert found["noise_to_weight"] == pytest.approx(noise_rms(optimizer, weight), rel=0.5)
 
 
+def test_metrics_after_a_step_are_those_of_its_passes():
+    """The step's own gradients, much larger than those that scaled its noise, and a new σ are not in that noise."""
+    model = one_layer()
+    optimizer = ggpo(model, sigma=0.5, beta=100.0)
+    x = torch.randn(6, 7, dtype=torch.float64)
+    for target in (0.0, 100.0):
+        (model(x) - target).square().mean().backward()
+        before = optimizer.metrics()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.sigma = 0.3
+        after = optimizer.metrics()
+        assert {name: float(value) for name, value in before.items()} == {name: float(v) for name, v in after.items()}
+        assert 0 <= float(after["gradient_share"]) < 1
+    assert float(after["gradient_share"]) > 0.1
+    assert float(after["noise_to_weight"]) == pytest.approx(0.3 * (1 - float(after["gradient_share"])) ** -0.5)
+
+
 def noise_rms(optimizer, weight):
     """One draw's ‖ε‖ over ‖W'‖."""
     return float(noise_of(optimizer).norm() / weight.norm())
