@@ -5,7 +5,7 @@ from .bidora.optimizer import BilevelOptimizer, BilevelStep
 from .bidora.parameters import direction_parameters, magnitude_parameters
 from .bilora.auxiliary import attach_auxiliary, detach_auxiliary
 from .bilora.optimizer import BiLoRAOptimizer
-from .checkpoint import CheckpointState
+from .checkpoint import CheckpointState, MethodState
 from .ggpo.optimizer import GGPOOptimizer
 from .gralora.files import load_gralora, save_gralora
 from .gralora.layer import GraLoRALinear
@@ -28,6 +28,7 @@ __all__ = [
     "Landscape",
     "LoRALayer",
     "LoRASAMOptimizer",
+    "MethodState",
     "NoiseRise",
     "OptimizerWrapper",
     "TopEigenvalue",

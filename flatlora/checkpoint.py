@@ -1,4 +1,4 @@
-"""An optimizer and its methods in the checkpoints of `torch.distributed.checkpoint`."""
+"""An optimizer and its methods in the checkpoints of `torch.distributed.checkpoint` and of Accelerate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,57 @@ from . import checks
 from .layers.base import whole
 from .wrapper import STATE_KEY, Method
 
-__all__ = ["CheckpointState"]
+__all__ = ["CheckpointState", "MethodState"]
+
+
+class MethodState:
+    """The methods' part of an optimizer alone, for checkpoints that have the base optimizer's already.
+
+    Accelerate's ``save_state`` keeps no more than that where FSDP2 shards the model; what is registered with it is
+    loaded after the optimizers. All ranks must take part.
+
+    Args:
+        optimizer: the optimizer, as this library made it; Accelerate's wrapper has it as `.optimizer`.
+
+    Raises:
+        TypeError: `optimizer` is not of this library.
+        ValueError: from loading, as the optimizer's own `load_state_dict`; nothing has changed then.
+
+    Example:
+        >>> model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        >>> accelerator.register_for_checkpointing(MethodState(optimizer.optimizer))
+        >>> accelerator.save_state(folder)  # and load_state(folder), after the same preparations
+    """
+
+    def __init__(self, optimizer: Optimizer):
+        if not isinstance(optimizer, Method):
+            raise TypeError(
+                f"optimizer must be one of flatlora's, got {type(optimizer).__name__}; if another library has wrapped "
+                "it, pass what is within (Accelerate's and Lightning's have it as .optimizer)"
+            )
+        self._optimizer: Any = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """``flatlora``, the methods' part as bytes."""
+        file = io.BytesIO()
+        torch.save(_gathered(self._own()), file)
+        return {STATE_KEY: file.getvalue()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave, on as many processes as there are now."""
+        own = self.check_state_dict(state_dict)
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), STATE_KEY: own})
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """The methods' part in `state_dict`, sharded as the optimizer's; ValueError if that would refuse it."""
+        checks.state_fields("optimizer", state_dict, STATE_KEY)
+        saved = torch.load(io.BytesIO(state_dict[STATE_KEY]), map_location="cpu", weights_only=True)
+        own = _sharded_as(self._own(), saved)
+        self._optimizer.check_state_dict({**self._optimizer.state_dict(), STATE_KEY: own})
+        return own
+
+    def _own(self) -> Any:
+        return self._optimizer.state_dict().get(STATE_KEY, {})
 
 
 class CheckpointState:
@@ -39,13 +89,7 @@ class CheckpointState:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer):
-        self._model = checks.module(model)
-        if not isinstance(optimizer, Method):
-            raise TypeError(
-                f"optimizer must be one of flatlora's, got {type(optimizer).__name__}; if another library has wrapped "
-                "it, pass what is within (Accelerate's and Lightning's have it as .optimizer)"
-            )
-        self._optimizer: Any = optimizer
+        self._model, self._methods = checks.module(model), MethodState(optimizer)
         self._bases = tuple(_bases(optimizer))
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,23 +101,16 @@ class CheckpointState:
                 reshard()
         # The bases, as DCP has a new optimizer step once to make its state, which would be a step of the methods too.
         base = get_optimizer_state_dict(self._model, self._bases)
-        file = io.BytesIO()
-        torch.save(_gathered(self._own()), file)
-        return {"base": base, STATE_KEY: file.getvalue()}
+        return {"base": base, **self._methods.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` gave, on as many processes as there are now."""
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
         checks.state_fields("optimizer", state_dict, "base", STATE_KEY)
-        saved = torch.load(io.BytesIO(state_dict[STATE_KEY]), map_location="cpu", weights_only=True)
-        own = _sharded_as(self._own(), saved)
-        self._optimizer.check_state_dict({**self._optimizer.state_dict(), STATE_KEY: own})
+        self._methods.check_state_dict(state_dict)
         set_optimizer_state_dict(self._model, self._bases, optim_state_dict=state_dict["base"])
-        self._optimizer.load_state_dict({**self._optimizer.state_dict(), STATE_KEY: own})
-
-    def _own(self) -> Any:
-        return self._optimizer.state_dict().get(STATE_KEY, {})
+        self._methods.load_state_dict(state_dict)
 
 
 def _bases(optimizer: Optimizer) -> list[Optimizer]:

@@ -140,8 +140,10 @@ class OptimizerWrapper(Method, Optimizer):
         self.after_step()
         return loss
 
-    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        self.base_optimizer.zero_grad(*args, **kwargs)
+    def zero_grad(self, set_to_none: bool = True, **kwargs: Any) -> None:
+        if not set_to_none:  # the default, and not every optimizer takes the argument, which Accelerate looks for
+            kwargs["set_to_none"] = False
+        self.base_optimizer.zero_grad(**kwargs)
 
     def train(self) -> None:
         """Calls the base optimizer's `train()` if it has one; the method follows the mode of the model."""
