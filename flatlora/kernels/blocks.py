@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .low_rank import compute_dtype, product_of, without_autocast
 
@@ -78,13 +77,14 @@ class AddBlocks(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, h, A, B, weight = ctx.saved_tensors
         _, wants_x, wants_A, wants_B, wants_out, _, wants_bias = ctx.needs_input_grad
         scaling, dtype = ctx.how.scaling, ctx.how.dtype
         grad_x = grad_A = grad_B = None
         with without_autocast(x.device):
+            if torch.is_grad_enabled():  # `create_graph`: through the parameters, not through values
+                h = _regroup(torch.bmm(_columns(x, A.shape[0]).to(dtype), A.to(dtype)))
             g = _columns(grad, B.shape[0]).to(dtype)
             grad_h = _regroup(torch.bmm(g, B.to(dtype).mT * scaling))
             if wants_x:

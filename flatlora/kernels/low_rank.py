@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 __all__ = ["Added", "Plan", "add_low_rank", "added", "autocasts", "compute_dtype", "product_of", "without_autocast"]
 
@@ -122,10 +121,13 @@ class Added(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weight, a, b, x, h = ctx.saved_tensors[:5]
+        weight, a, b, x, h, *learned = ctx.saved_tensors
         plan, of_x = ctx.plan, ctx.needs_input_grad[2]
+        if torch.is_grad_enabled() and x is not None:  # `create_graph`: through the parameters, not through values
+            with without_autocast(grad.device):
+                a, b = plan.factors(learned)
+                h = x.reshape(-1, x.shape[-1]).to(plan.dtype) @ a.t()
         g = grad.reshape(-1, grad.shape[-1])
         grad_x = None
         grads: list[Tensor | None] = [None] * (2 * len(ctx.ranks))

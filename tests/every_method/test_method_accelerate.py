@@ -6,7 +6,6 @@ import functools
 import os
 
 import pytest
-import torch
 import torch.distributed as dist
 from ecosystem import difference
 from methods import KEEPS_STATE, METHODS, adamw, adapted, batch, every_method, weights
@@ -75,7 +74,7 @@ def fsdp2(method, registered, rank, folder):
     found = []
     for seed in (0, 1):
         run_of = prepared(method, seed, fsdp_plugin=plugin)
-        accelerator, model, optimizer = run_of
+        accelerator, _, optimizer = run_of
         held = {type(p).__name__ for group in optimizer.param_groups for p in group["params"]}
         if registered:
             accelerator.register_for_checkpointing(MethodState(optimizer.optimizer))
