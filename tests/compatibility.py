@@ -1,11 +1,12 @@
-"""Which method is tested in which surroundings: a Markdown table out of pytest's reports.
+"""What each method was tested with: the README's table, out of pytest's reports.
 
-    pytest --junitxml newest.xml -o junit_family=xunit1    # in one environment, and then in others
-    python tests/compatibility.py oldest.xml newest.xml    # the first is the oldest
+    PYTEST_ADDOPTS="--junitxml=oldest.xml -o junit_family=xunit1" pytest -n 2    # with the oldest versions installed
+    PYTEST_ADDOPTS="--junitxml=newest.xml -o junit_family=xunit1" pytest -n 2    # with the newest
+    python tests/compatibility.py oldest.xml newest.xml             # prints the table
+    python tests/compatibility.py --write oldest.xml newest.xml     # and puts it between its markers in README.md
 
-A row is a list of test files (or parts of the names of tests), a column a method. A test counts for a method whose name
-stands in its name: in brackets, as `every_method` writes it, or as a word that is known for it. A cell tells how many
-tests passed in every environment in which they were run; a failure anywhere is shown as such.
+A row is a pattern of tests' names, a column a method. A test counts for a method whose name stands in its own: in
+brackets, as `every_method` writes it, or as a word that is known for it.
 """
 
 from __future__ import annotations
@@ -13,83 +14,125 @@ from __future__ import annotations
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 # By row: what a test's "file::name" must match. A further kind of surroundings gets a line here.
 ROWS = {
-    "a training loop; resumed to the bit": r"test_method_(laws|states|resume)",
-    "copies, removal, successors": r"test_method_lifetimes",
-    "transformers' Trainer": r"test_method_trainer|test_trainer",
-    "TRL": r"test_trl",
-    "Lightning": r"test_lightning",
+    "a loop of your own, with accumulation": r"test_method_laws.*micro_batches",
+    "resumed in a new process, to the bit": r"test_method_resume",
+    "gradient checkpointing": r"test_method_laws.*recomputation",
+    "`torch.compile`, one graph": r"test_compile.*one_graph",
+    "transformers' `Trainer`": r"test_method_trainer",
+    "TRL: SFT": r"test_trl.*sft",
+    "TRL: DPO, GRPO": r"test_trl.*(dpo|grpo)",
+    "sentence-transformers": r"test_sentence",
+    "Lightning": r"test_lightning.*a_fit_is_the_loop",
+    "Accelerate": r"test_method_accelerate.*one_process",
+    "Accelerate's FSDP2 (two processes)": r"test_method_accelerate.*fsdp2",
     "DDP (two processes)": r"test_method_distributed.*ddp",
     "FSDP2 (two processes)": r"test_method_distributed.*fsdp",
-    "8-bit and paged optimizers": r"(bitsandbytes|test_cuda).*(8bit|8_bit)",
-    "NF4 base": r"nf4",
-    "int8 base": r"int8",
-    "16-bit autocast, GradScaler": r"test_cuda.*scaler",
-    "torch.compile": r"compil",
-    "gradient checkpointing": r"recomput|checkpointed",
-    "meta device, operators counted": r"test_meta",
+    "`torch.distributed.checkpoint`": r"test_method_checkpoint.*goes_on",
+    "8-bit and paged optimizers": r"test_method_bitsandbytes.*8bit",
+    "NF4 and int8 base": r"test_method_bitsandbytes.*(nf4|int8)",
 }
-# By column: what must match the rest, where longer names are looked for first.
+# By column: what must match.
 METHODS = {
-    "GGPO": r"GGPO gaussian|GGPO low_rank|ggpo",
-    "Bi-LoRA": r"Bi-LoRA|bilora",
+    "GGPO": r"(?<!under )GGPO|ggpo|gaussian|low_rank",
+    "Bi-LoRA": r"Bi-LoRA|BiLoRA|bilora",
     "LoRASAM": r"LoRASAM|lorasam",
     "BiDoRA": r"BiDoRA|bidora",
-    "GraLoRA": r"GraLoRA(?! under)|gralora",
-    "GraLoRA under GGPO": r"GraLoRA under GGPO",
+    "GraLoRA": r"GraLoRA|gralora|hybrid",
 }
-OUTCOMES = ("failure", "error", "skipped")
+LEGEND = "✓ passed with both, ◐ with the newest alone, ◑ with the oldest alone, ✗ refused by name, – not tested"
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "trl",
+    "sentence-transformers",
+    "lightning",
+    "bitsandbytes",
+)
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- compatibility -->", "<!-- /compatibility -->"
 
 
-def outcomes(report: Path) -> dict[str, str]:
-    """By the name of each test: "passed", "failure", "error", "skipped" or "xfail"."""
-    found = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        child = next((child for child in case if child.tag in OUTCOMES), None)
-        outcome = "passed" if child is None else child.tag
-        if child is not None and child.get("type") == "pytest.xfail":
-            outcome = "xfail"
-        found[f"{case.get('classname', '').replace('.', '/')}::{case.get('name')}"] = outcome
-    return found
+@dataclass(frozen=True)
+class Report:
+    """A run of the tests.
+
+    Attributes:
+        outcomes: by the name of each test: "passed", "refused", "failed", "skipped" or "xfail".
+        versions: of the packages, as `conftest.py` wrote them into a test's properties.
+    """
+
+    outcomes: dict[str, str]
+    versions: dict[str, str]
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        root = ElementTree.parse(path)
+        cases = list(root.iter("testcase"))
+        properties = [(p.get("name", ""), p.get("value", "")) for p in root.iter("property")]
+        names = [f"{case.get('classname', '').replace('.', '/')}::{case.get('name')}" for case in cases]
+        outcomes = dict(zip(names, map(outcome, cases), strict=True))
+        return cls(outcomes, {name: value for name, value in properties if name in PACKAGES})
+
+    def of(self, row: str, method: str) -> str:
+        """The outcome of all that is tested of a method in surroundings; "skipped" if nothing is."""
+        found = [o for test, o in self.outcomes.items() if re.search(row, test) and re.search(method, test)]
+        # One that failed, or is known to, is told of whatever the others did.
+        return next((o for o in ("failed", "xfail", "passed", "refused") if o in found), "skipped")
 
 
-def cell(tests: list[str], reports: list[dict[str, str]]) -> str:
-    counts = Counter(report[test] for report in reports for test in tests if test in report)
-    if failed := counts["failure"] + counts["error"]:
-        return f"**{failed} failed**"
-    passed = sum(any(report.get(test) == "passed" for report in reports) for test in tests)
-    known = {test for test in tests if any(report.get(test) == "xfail" for report in reports)}
-    return (f"{passed}" if passed else "not tested") + (f" ({len(known)} known to fail)" if known else "")
+def outcome(case: ElementTree.Element) -> str:
+    if case.find("failure") is not None or case.find("error") is not None:
+        return "failed"
+    if (skipped := case.find("skipped")) is not None:
+        return "xfail" if skipped.get("type") == "pytest.xfail" else "skipped"
+    return "refused" if any(p.get("name") == "refused" for p in case.iter("property")) else "passed"
 
 
-def table(reports: list[dict[str, str]]) -> str:
-    """Rows of surroundings, columns of methods, cells of how many tests passed."""
-    tests = sorted(set().union(*reports))
+def cell(oldest: str, newest: str) -> str:
+    both = oldest, newest
+    if "failed" in both or "xfail" in both:
+        return "**fails**"
+    if "refused" in both:
+        return "✗"
+    return {(True, True): "✓", (False, True): "◐", (True, False): "◑"}.get(tuple(o == "passed" for o in both), "–")
+
+
+def table(oldest: Report, newest: Report) -> str:
+    """Rows of surroundings, columns of methods."""
     lines = ["| | " + " | ".join(METHODS) + " |", "| --- " * (len(METHODS) + 1) + "|"]
     for row, pattern in ROWS.items():
-        of_row = [test for test in tests if re.search(pattern, test)]
-        if not of_row:
+        if not any(re.search(pattern, test) for report in (oldest, newest) for test in report.outcomes):
             raise SystemExit(f"no test in the reports matches {pattern!r} of the row {row!r}; mend ROWS in {__file__}")
-        cells = [cell([t for t in of_row if re.search(method, t)], reports) for method in METHODS.values()]
+        cells = [cell(oldest.of(pattern, method), newest.of(pattern, method)) for method in METHODS.values()]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    versions = [
+        f"{package} {oldest.versions.get(package, 'none')} and {newest.versions.get(package, 'none')}"
+        for package in PACKAGES
+        if package in oldest.versions or package in newest.versions
+    ]
+    return "\n".join([*lines, "", f"{LEGEND}. Oldest and newest: {', '.join(versions)}."])
 
 
-def versions(report: Path) -> str:
-    """What `conftest.py` wrote into the report of the packages that were installed."""
-    properties = ElementTree.parse(report).iter("property")
-    return ", ".join(f"{p.get('name')} {p.get('value')}" for p in properties if p.get("name") in PACKAGES)
+def written(text: str, new: str) -> str:
+    """`text` with `new` between the markers."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{README.name} must have {BEGIN} and {END} once each")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
 
-
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "lightning", "bitsandbytes")
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    paths = [Path(argument) for argument in sys.argv[1:] if argument != "--write"]
+    if len(paths) != 2:
         raise SystemExit(__doc__)
-    paths = [Path(name) for name in sys.argv[1:]]
-    print(table([outcomes(path) for path in paths]))
-    print("\nTests that passed, on " + "; and on ".join(versions(path) for path in paths) + ".")
+    found = table(*map(Report.read, paths))
+    print(found)
+    if "--write" in sys.argv:
+        README.write_text(written(README.read_text(encoding="utf-8"), found), encoding="utf-8")

@@ -50,9 +50,10 @@ def _seed(device):
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _versions(record_testsuite_property):
-    """Into a junit report, where `compatibility.py` looks for them."""
-    for package in PACKAGES:
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Versions into a junit report, where `compatibility.py` looks for them: into a test's properties, as pytest-xdist
+    drops those of the whole run."""
+    for package in PACKAGES if items else ():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            record_testsuite_property(package, importlib.metadata.version(package))
+            items[0].user_properties.append((package, importlib.metadata.version(package)))

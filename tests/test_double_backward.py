@@ -11,12 +11,8 @@ import flatlora
 from flatlora.kernels.blocks import AddBlocks, How
 from flatlora.kernels.low_rank import Added, Plan
 
-FORMS = [
-    "lora",
-    "gralora",
-    "hybrid",
-    "dropout",
-]  # DoRA's norm is a constant in PEFT's backward, differences see it move
+# Not DoRA, whose norm is a constant in PEFT's backward, while differences see it move.
+FORMS = ["lora", "gralora", "hybrid", "dropout"]
 KINDS = ["gaussian", "low_rank", "Bi-LoRA", "LoRASAM"]
 
 
