@@ -34,7 +34,8 @@ ROWS = {
     "FSDP2 (two processes)": r"test_method_distributed.*fsdp",
     "`torch.distributed.checkpoint`": r"test_method_checkpoint.*goes_on",
     "8-bit and paged optimizers": r"test_method_bitsandbytes.*8bit",
-    "NF4 and int8 base": r"test_method_bitsandbytes.*(nf4|int8)",
+    "NF4 base": r"test_method_bitsandbytes.*nf4",
+    "int8 base": r"test_method_bitsandbytes.*int8",
 }
 # By column: what must match.
 METHODS = {
@@ -44,7 +45,10 @@ METHODS = {
     "BiDoRA": r"BiDoRA|bidora",
     "GraLoRA": r"GraLoRA|gralora|hybrid",
 }
-LEGEND = "✓ passed with both, ◐ with the newest alone, ◑ with the oldest alone, ✗ refused by name, – not tested"
+LEGEND = (
+    "✓ passed with the oldest and the newest versions, ◐ with the newest, skipped or left out with the oldest, "
+    "◑ the other way round, ✗ refused by name, – not tested; GraLoRA alone or under GGPO"
+)
 PACKAGES = (
     "torch",
     "transformers",
@@ -117,7 +121,7 @@ def table(oldest: Report, newest: Report) -> str:
         for package in PACKAGES
         if package in oldest.versions or package in newest.versions
     ]
-    return "\n".join([*lines, "", f"{LEGEND}. Oldest and newest: {', '.join(versions)}."])
+    return "\n".join([*lines, "", f"{LEGEND}.\n\nOldest and newest: {', '.join(versions)}."])
 
 
 def written(text: str, new: str) -> str:
