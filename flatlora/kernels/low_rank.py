@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Added", "Plan", "add_low_rank", "added", "autocasts", "compute_dtype", "product_of", "without_autocast"]
+__all__ = [
+    "Added",
+    "Plan",
+    "add_low_rank",
+    "added",
+    "autocasts",
+    "cast",
+    "compute_dtype",
+    "product_of",
+    "without_autocast",
+]
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -26,8 +36,15 @@ def autocasts(x: Tensor) -> bool:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which autocast is off for `device`."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """A context in which autocast is off for `device`; it is entered in every layer, so none where none is needed."""
+    kind = device.type
+    off = kind == "meta" or not torch.is_autocast_enabled(kind)
+    return nullcontext() if off else torch.autocast(kind, enabled=False)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype`, without the launch that `to` costs where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def product_of(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
@@ -35,12 +52,13 @@ def product_of(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
 
     `F.linear` may return a view, which autograd forbids others to write to once a custom function has returned it.
     """
-    out = torch.empty(*x.shape[:-1], W.shape[0], dtype=W.dtype, device=W.device)
-    flat, rows = x.reshape(-1, x.shape[-1]).to(W.dtype), out.view(-1, W.shape[0])
+    m, n = W.shape
+    out = torch.empty(*x.shape[:-1], m, dtype=W.dtype, device=W.device)
+    flat, rows = cast(x.reshape(-1, n), W.dtype), out.view(-1, m)
     if bias is None:
         torch.mm(flat, W.t(), out=rows)
     else:
-        torch.addmm(bias.to(W.dtype), flat, W.t(), out=rows)
+        torch.addmm(cast(bias, W.dtype), flat, W.t(), out=rows)
     return out
 
 
@@ -65,8 +83,8 @@ class Plan:
 
     def factors(self, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """All terms as one: the factors A (R, n) and B (m, R), with B scaled; the learned ones first."""
-        a = [A.to(self.dtype) for A in learned[0::2]] + [A for _, A in self.constant]
-        b = [B.to(self.dtype) * s for B, s in zip(learned[1::2], self.scalings, strict=True)]
+        a = [cast(A, self.dtype) for A in learned[0::2]] + [A for _, A in self.constant]
+        b = [cast(B, self.dtype) * s for B, s in zip(learned[1::2], self.scalings, strict=True)]
         b += [B for B, _ in self.constant]
         return torch.cat(a) if len(a) > 1 else a[0], torch.cat(b, 1) if len(b) > 1 else b[0]
 
@@ -112,7 +130,7 @@ class Added(torch.autograd.Function):
             assert result is not None
             if learned or plan.constant:
                 a, b = plan.factors(learned)
-                h = x.reshape(-1, x.shape[-1]).to(plan.dtype) @ a.t()
+                h = cast(x.reshape(-1, x.shape[-1]), plan.dtype) @ a.t()
                 result = _plus_product(result, h, b, writable=plan.in_place or result is not out)
         if result is out:
             ctx.mark_dirty(out)
@@ -133,21 +151,21 @@ class Added(torch.autograd.Function):
             grad_bias = g.sum(0) if ctx.needs_input_grad[4] else None
             if of_x and plan.weight is not None:
                 W = plan.weight(weight)
-                grad_x = g.to(W.dtype) @ W
+                grad_x = cast(g, W.dtype) @ W
                 del W
             if a is not None:
-                g = g.to(a.dtype)
+                g = cast(g, a.dtype)
                 gh = g @ b
                 if of_x:
-                    grad_x = gh @ a if grad_x is None else grad_x.to(a.dtype).addmm_(gh, a)
+                    grad_x = gh @ a if grad_x is None else cast(grad_x, a.dtype).addmm_(gh, a)
                 if x is not None:
                     r = sum(ctx.ranks)
-                    grad_a = gh[:, :r].t() @ x.reshape(-1, x.shape[-1]).to(h.dtype)
+                    grad_a = gh[:, :r].t() @ cast(x.reshape(-1, x.shape[-1]), h.dtype)
                     grad_b = g.t() @ h[:, :r]
                     grads[0::2] = grad_a.split(ctx.ranks)
                     grads[1::2] = [part * s for part, s in zip(grad_b.split(ctx.ranks, 1), plan.scalings, strict=True)]
         if grad_x is not None:
-            grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
+            grad_x = cast(grad_x, ctx.x_dtype).view(ctx.x_shape)
         return None, grad if ctx.needs_input_grad[1] else None, grad_x, None, grad_bias, *grads
 
 
@@ -157,9 +175,9 @@ def _with_product(plan: Plan, out: Tensor | None, x: Tensor, weight: Tensor | No
     W = plan.weight(weight)
     product = product_of(x, W, bias)
     if out is not None:
-        return out + product.to(out.dtype)
+        return out + cast(product, out.dtype)
     # bitsandbytes' layers, whose weight is no float tensor, return the dtype they were given.
-    return product.to(x.dtype if weight is None else W.dtype)
+    return cast(product, x.dtype if weight is None else W.dtype)
 
 
 def _plus_product(out: Tensor, h: Tensor, b: Tensor, writable: bool) -> Tensor:

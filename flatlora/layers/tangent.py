@@ -45,7 +45,7 @@ class Projection:
         wide_c = self.c.to(self.root_b.dtype)
         inner = self.root_b.mT @ (wide_c @ wide_c.mT) @ self.root_b - self.crossed @ self.crossed.mT
         v, y = self.b @ self.root_b.to(self.b.dtype), self.d @ self.root_a.to(self.d.dtype)
-        return row_dot(v, v @ inner.to(v.dtype)) + row_dot(y, y)
+        return (row_dot(v, v @ inner.to(v.dtype)) + row_dot(y, y)).to(inner.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """V, its factor, ``D·R_A`` and U: the norm of P(G) is that of the two in the middle.
