@@ -46,8 +46,9 @@ class Uphill(Source):
     def draw(self, layer: LoRALayer) -> Adapter | None:
         if self.rho == 0 or layer.name not in self.direction:
             return None
-        B, A = (factor.to(layer.base.device) for factor in self.direction[layer.name])
-        return Adapter("", A, B, self.rho)
+        B, A = self.direction[layer.name]
+        device = layer.base.device
+        return Adapter("", A.to(device), B.to(device), self.rho)
 
     def form(self, layer: LoRALayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
         trained = [adapter for adapter in layer.all_adapters() if adapter.trained] or layer.all_adapters()
@@ -113,6 +114,8 @@ def _scaled(v: Tensor, c: Tensor, d: Tensor, u: Tensor, scale: Tensor) -> tuple[
 
 def _either(usable: Tensor, new: Tensor, former: Iterable[Tensor | None]) -> Tensor:
     """`new` (L, ...) if it is usable, else each layer's former; zero for one that has none, or of other adapters."""
+    if usable.device.type == "cpu" and usable:  # which the host knows without waiting
+        return new
     zero = torch.zeros_like(new[0])
     old = [zero if one is None or one.shape != zero.shape else one.to(zero) for one in former]
     return torch.where(usable.to(new.device), new, torch.stack(old))

@@ -81,16 +81,20 @@ def project(stack: Stack, norms: BaseNorms) -> Projection | None:
         grads = [torch.stack(of_all) for of_all in zip(*(adapter.grads() for adapter in same), strict=True)]
         eps = torch.finfo(grads[0].dtype).eps
         c_k, d_k = (
-            grad.to(dtype).view_as(factor) / same[0].scaling for grad, factor in zip(grads, (a_k, b_k), strict=True)
+            grad.to(dtype).view_as(factor).div_(same[0].scaling) for grad, factor in zip(grads, (a_k, b_k), strict=True)
         )
         if dora:
             factor = by_block(row_factors[same[0].name], grid)
             b_k, d_k = b_k * factor, d_k / factor
         parts.append((a_k, b_k, c_k, d_k))
-    a, b, c, d = (torch.cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (3, 4, 3, 4), strict=True))
+    a, b, c, d = (_joined(part, dim) for part, dim in zip(zip(*parts, strict=True), (3, 4, 3, 4), strict=True))
     wide_a, wide_b, wide_c = (factor.to(wide(factor.device)) for factor in (a, b, c))
     root_a, root_b = _roots(torch.stack([wide_a @ wide_a.mT, wide_b.mT @ wide_b]), eps)
     return Projection(a, b, c, d, root_a, root_b, root_b.mT @ (wide_c @ wide_a.mT) @ root_a)
+
+
+def _joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
 
 def _roots(gram: Tensor, eps: float) -> Tensor:
