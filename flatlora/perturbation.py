@@ -382,8 +382,9 @@ def _add(
     factors = [factor for adapter in learned for factor in (adapter.A, adapter.B)]
     if out is None or make_weight or factors or draws or given:
         scalings = *(a.scaling for a in learned), *(1.0 for _ in draws), *(a.scaling for a in given)
-        constant = *(draw_low_rank(draw, base.shape[1], dtype) for draw in draws), *(
-            (cast(adapter.B, dtype), cast(adapter.A, dtype)) for adapter in given
+        constant = (
+            *(draw_low_rank(draw, base.shape[1], dtype) for draw in draws),
+            *((cast(adapter.B, dtype), cast(adapter.A, dtype)) for adapter in given),
         )
         fading = tuple(adapter.fading for adapter in learned)
         plan = Plan(dtype, scalings, constant, fading, make_weight, in_place)
