@@ -46,8 +46,9 @@ class Uphill(Source):
     def draw(self, layer: LoRALayer) -> Adapter | None:
         if self.rho == 0 or layer.name not in self.direction:
             return None
-        B, A = (factor.to(layer.base.device) for factor in self.direction[layer.name])
-        return Adapter("", A, B, self.rho)
+        B, A = self.direction[layer.name]
+        device = layer.base.device
+        return Adapter("", A.to(device), B.to(device), self.rho)
 
     def form(self, layer: LoRALayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
         trained = [adapter for adapter in layer.all_adapters() if adapter.trained] or layer.all_adapters()
@@ -79,20 +80,21 @@ class Uphill(Source):
                 self._warned = True
 
     def _note(self, found: list[tuple[Stack, Projection]]) -> None:
-        squares = [projection.row_sq().sum() for _, projection in found]
-        total = torch.stack([square.to(squares[0].device) for square in squares]).sum()
+        factors = [projection.factors() for _, projection in found]
+        norms = [torch.linalg.vector_norm(part, dtype=wide(part.device)) for _, c, d, _ in factors for part in (c, d)]
+        total = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
         self.gradient_norm = total.sqrt()
         # Decided on the device, as asking the host would stall it at every step: gradients that are not finite, or
         # zero, have no direction, and the former stays.
         usable = total.isfinite() & (total > 0)
-        for stack, projection in found:
+        for (stack, _), parts in zip(found, factors, strict=True):
             dtype = next(a.A.dtype for a in stack.adapters[0] if a.name in stack.layers[0].names)
             former = [self.direction.get(layer.name, (None, None)) for layer in stack.layers]
-            factors = [
+            new = [
                 _either(usable, factor.to(dtype), old)
-                for factor, old in zip(_factors(projection, total.rsqrt()), zip(*former, strict=True), strict=True)
+                for factor, old in zip(_scaled(*parts, total.rsqrt()), zip(*former, strict=True), strict=True)
             ]
-            self._next.update((layer.name, (b, a)) for layer, b, a in zip(stack.layers, *factors, strict=True))
+            self._next.update((layer.name, (b, a)) for layer, b, a in zip(stack.layers, *new, strict=True))
         for name in self.direction.keys() - self._next.keys():  # layers that this step's loss did not pass through
             B, A = self.direction[name]
             self._next[name] = torch.where(usable.to(B.device), torch.zeros_like(B), B), A
@@ -103,30 +105,17 @@ class Uphill(Source):
             self.direction, self._next = self._next, {}
 
 
-def _factors(projection: Projection, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """``scale·P(G) = B·A`` as B (L, m, 2r) and A (L, 2r, n), or in blocks (L, g, g, ·, ·).
-
-    The columns of `left`, a dual basis, all but cancel in the product where B is ill-conditioned, and the remainder
-    would drown in bfloat16's rounding, to which autocast brings the factors. Orthonormal columns do not cancel.
-    """
-    left, rest = _orthonormal(projection.left, projection.rest)
-    a, right = _orthonormal(projection.a.mT, projection.right.mT)
-    scale = scale.to(left.device)
-    B, A = torch.cat([left, right.mT * scale], -1), torch.cat([rest * scale, a.mT], -2)
+def _scaled(v: Tensor, c: Tensor, d: Tensor, u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """``scale·(v·c + d·u) = B·A`` as B (L, m, 2r) and A (L, 2r, n), or in blocks (L, g, g, ·, ·)."""
+    scale = scale.to(c.device, c.dtype)
+    B, A = torch.cat([v, d * scale], -1), torch.cat([c * scale, u], -2)
     return (B[:, 0, 0], A[:, 0, 0]) if B.shape[1] == 1 else (B, A)
-
-
-def _orthonormal(left: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """The product ``left·rest`` in factors of which the first has orthonormal columns, or zeros where it lacks rank."""
-    gram = left.mT @ left
-    eps = torch.finfo(gram.dtype).eps
-    ridge = gram.diagonal(dim1=-2, dim2=-1).sum(-1) * eps**0.75 + torch.finfo(gram.dtype).tiny ** 0.5
-    lower = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge[..., None].expand(gram.shape[:-1])))[0]
-    return torch.linalg.solve_triangular(lower, left.mT, upper=False).mT, lower.mT @ rest
 
 
 def _either(usable: Tensor, new: Tensor, former: Iterable[Tensor | None]) -> Tensor:
     """`new` (L, ...) if it is usable, else each layer's former; zero for one that has none, or of other adapters."""
+    if usable.device.type == "cpu" and usable:  # which the host knows without waiting
+        return new
     zero = torch.zeros_like(new[0])
     old = [zero if one is None or one.shape != zero.shape else one.to(zero) for one in former]
     return torch.where(usable.to(new.device), new, torch.stack(old))

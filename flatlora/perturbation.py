@@ -35,7 +35,7 @@ from torch.autograd.function import FunctionCtx
 from .kernels import operators
 from .kernels.blocks import How, add_blocks
 from .kernels.draw import Draw, draw_gaussian, draw_low_rank
-from .kernels.low_rank import Added, Plan, added, autocasts, compute_dtype
+from .kernels.low_rank import Added, Plan, added, autocasts, cast, compute_dtype
 from .kernels.operators import Noise, Site, traced
 from .layers.adapter import Adapter, stored_blocks
 from .layers.base import BaseWeight, wide
@@ -324,7 +324,7 @@ def _base_output(base: BaseWeight, x: Tensor, terms: list[Draw | Noise | Adapter
     if noisy := _noisy(base, terms, dtype):
         return _add(base, None, x, terms, noisy, weight, bias)
     if weight is not None:
-        return _add(base, None, x, terms, lambda stored: stored.to(dtype), weight, bias)
+        return _add(base, None, x, terms, lambda stored: cast(stored, dtype), weight, bias)
     out = base.module(x)
     # Autograd forbids writing to views, such as bitsandbytes' outputs.
     return _add(base, out, x, terms, in_place=not out._is_view())
@@ -378,16 +378,16 @@ def _add(
     like = learned[0].A if learned else x if out is None else out
     dtype = compute_dtype(x, like.dtype)
     draws = [term for term in terms if isinstance(term, Draw) and term.kind == "low_rank"]
-    constant = [draw_low_rank(draw, base.shape[1], dtype) for draw in draws]
-    constant += [
-        ((adapter.B * adapter.scaling).to(dtype), adapter.A.to(dtype))
-        for adapter in adapters
-        if adapter.A.dim() == 2 and not _learns(adapter)
-    ]
-    scalings = tuple(adapter.scaling for adapter in learned)
+    given = [adapter for adapter in adapters if adapter.A.dim() == 2 and not _learns(adapter)]
     factors = [factor for adapter in learned for factor in (adapter.A, adapter.B)]
-    if out is None or make_weight or factors or constant:
-        plan = Plan(dtype, scalings, tuple(constant), make_weight, in_place)
+    if out is None or make_weight or factors or draws or given:
+        scalings = *(a.scaling for a in learned), *(1.0 for _ in draws), *(a.scaling for a in given)
+        constant = (
+            *(draw_low_rank(draw, base.shape[1], dtype) for draw in draws),
+            *((cast(adapter.B, dtype), cast(adapter.A, dtype)) for adapter in given),
+        )
+        fading = tuple(adapter.fading for adapter in learned)
+        plan = Plan(dtype, scalings, constant, fading, make_weight, in_place)
         out = (added if traced() else Added.apply)(plan, out, x, weight, bias, *factors)
     for block in blocks:
         A, B = stored_blocks(block.A, block.B)

@@ -1,6 +1,7 @@
 """Outputs, gradients and memory of perturbed layers, against autograd on a dense ``W' + ε`` in float64."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from torch import nn
 
 from flatlora import GGPOOptimizer, remove_perturbation
 from flatlora.kernels.draw import Draw, draw_gaussian, draw_low_rank
+from flatlora.kernels.low_rank import Added, Plan, added
 
 KINDS = ["gaussian", "low_rank"]
 TWO = {"first": {"r": 2, "lora_alpha": 5}, "second": {"r": 3}}
@@ -225,6 +227,25 @@ def test_perturbation_follows_the_weights_as_they_train(noise):
     assert not torch.equal(noise_of(optimizer), before)
     weight, bias = dense(layer_of(model))
     assert_equal([model(x)], [F.linear(x, weight + noise_of(optimizer)) + bias])
+
+
+def test_the_function_of_a_layer_is_its_plain_reference():
+    """Of two trained terms and a given one, each with a scaling of its own; the second's gradients are made faint."""
+    torch.manual_seed(0)
+    x, W, bias, *learned = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 5, 7), (10, 7), (10,), (3, 7), (10, 3), (2, 7), (10, 2))
+    )
+    given = torch.randn(10, 4, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
+    plan = Plan(torch.float64, (2.0, -0.5, 3.0), (given,), (1.0, 0.25), lambda weight: weight)
+    outputs = [compute(plan, None, x, W.detach(), bias, *learned) for compute in (Added.apply, added)]
+    assert_equal(*([output] for output in outputs))
+    assert_equal(*(grads_of(output, x, [bias, *learned]) for output in outputs))
+    first, second = (
+        grads_of(added(replace(plan, fading=fading), None, x, W, bias, *learned), x, learned[2:])
+        for fading in ((1.0, 1.0), (1.0, 0.25))
+    )
+    assert_equal([first[0], 0.25 * first[1], 0.25 * first[2]], second)
 
 
 # --- somebody listens in, or the base has a mind of its own -------------------------------------------------------

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..kernels.operators import traced
 from ..layers.adapter import Adapter
 from ..layers.view import LoRALayer, lora_layers
 from ..perturbation import Attachment, Companions, Source, attachments
@@ -92,29 +91,7 @@ class Ascent(Source):
         factor = FAINT if self.faint and A.dtype != torch.float16 else 1.0
         if self.faded != factor:  # compilers take no writing where nothing changes
             self.faded = factor
-        if self.faded != 1.0:
-            A, B = faded(A, self.faded), faded(B, self.faded)
-        return Adapter("", A, B, auxiliary.scaling)
-
-
-class Faded(torch.autograd.Function):
-    """A tensor as it is, whose gradient is multiplied by `factor`."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.factor, None
-
-
-def faded(tensor: Tensor, factor: float) -> Tensor:
-    """What `Faded` computes; in plain operations, and to the bit as well, for compilers and transforms."""
-    if not traced():
-        return Faded.apply(tensor, factor)
-    return tensor.detach() + factor * (tensor - tensor.detach())
+        return Adapter("", A, B, auxiliary.scaling, fading=self.faded)
 
 
 def attach_auxiliary(

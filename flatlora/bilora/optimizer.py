@@ -278,6 +278,9 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def _auxiliaries(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         if self._triples is not None:
             return self._triples
+        if self._attachment is not None and self._attachment.layers:
+            ours: Any = self._attachment.source  # it holds the modules, and finding them in the model takes a while
+            return {name: (one.A, one.B, one.scaling) for name, one in ours.auxiliaries.items()}
         return attached_auxiliaries(self._model)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

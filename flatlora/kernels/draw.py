@@ -110,8 +110,7 @@ if hasattr(os, "register_at_fork"):
 
 def draw_low_rank(draw: Draw, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Factors ``(B, A)`` of ``ε = B·A``, shapes (m, rank) and (rank, n)."""
-    generator = _generator(draw)
-    u = _normal((draw.std.shape[0], draw.rank), draw, generator, dtype)
-    v = _normal((draw.rank, n), draw, generator, dtype)
-    u.mul_((draw.std * draw.rank**-0.5).to(u.dtype).unsqueeze(1))
-    return u.to(dtype), v.to(dtype)
+    m, rank = draw.std.shape[0], draw.rank
+    u, v = _normal(((m + n) * rank,), draw, _generator(draw), dtype).split([m * rank, n * rank])
+    u = u.view(m, rank).mul_((draw.std * rank**-0.5).to(u.dtype).unsqueeze(1))
+    return u.to(dtype), v.view(rank, n).to(dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Added", "Plan", "add_low_rank", "added", "autocasts", "compute_dtype", "product_of", "without_autocast"]
+__all__ = [
+    "Added",
+    "Plan",
+    "add_low_rank",
+    "added",
+    "autocasts",
+    "cast",
+    "compute_dtype",
+    "product_of",
+    "without_autocast",
+]
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -25,8 +35,15 @@ def autocasts(x: Tensor) -> bool:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which autocast is off for `device`."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """A context in which autocast is off for `device`; it is entered in every layer, so none where none is needed."""
+    kind = device.type
+    off = kind == "meta" or not torch.is_autocast_enabled(kind)
+    return nullcontext() if off else torch.autocast(kind, enabled=False)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype`, without the launch that `to` costs where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def product_of(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
@@ -34,12 +51,13 @@ def product_of(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
 
     `F.linear` may return a view, which autograd forbids others to write to once a custom function has returned it.
     """
-    out = torch.empty(*x.shape[:-1], W.shape[0], dtype=W.dtype, device=W.device)
-    flat, rows = x.reshape(-1, x.shape[-1]).to(W.dtype), out.view(-1, W.shape[0])
+    m, n = W.shape
+    out = torch.empty(*x.shape[:-1], m, dtype=W.dtype, device=W.device)
+    flat, rows = cast(x.reshape(-1, n), W.dtype), out.view(-1, m)
     if bias is None:
         torch.mm(flat, W.t(), out=rows)
     else:
-        torch.addmm(bias.to(W.dtype), flat, W.t(), out=rows)
+        torch.addmm(cast(bias, W.dtype), flat, W.t(), out=rows)
     return out
 
 
@@ -49,8 +67,9 @@ class Plan:
 
     Attributes:
         dtype: in which the low-rank terms are computed.
-        scalings: s_k of each adapter.
+        scalings: s_k of each term, the learned ones first.
         constant: factors ``(B (m, k), A (k, n))`` of low-rank terms that get no gradient.
+        fading: what the gradients of each learned A and B are multiplied by.
         weight: makes W (m, n), such as W0 + ε, from the stored weight or from None; None if there is no such product.
             It is called in forward and again in backward, so that W lives during each of its two products alone.
         in_place: whether the output that is given may be written to.
@@ -59,15 +78,19 @@ class Plan:
     dtype: torch.dtype
     scalings: tuple[float, ...] = ()
     constant: tuple[tuple[Tensor, Tensor], ...] = ()
+    fading: tuple[float, ...] = ()
     weight: Callable[[Tensor | None], Tensor] | None = None
     in_place: bool = False
 
     def factors(self, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """All terms as one: the factors A (R, n) and B (m, R), with B scaled; the learned ones first."""
-        a = [A.to(self.dtype) for A in learned[0::2]] + [A for _, A in self.constant]
-        b = [B.to(self.dtype) * s for B, s in zip(learned[1::2], self.scalings, strict=True)]
-        b += [B for B, _ in self.constant]
+        """All terms as one, but for their scalings: the factors A (R, n) and B (m, R), the learned ones first."""
+        a = [cast(A, self.dtype) for A in learned[0::2]] + [A for _, A in self.constant]
+        b = [cast(B, self.dtype) for B in learned[1::2]] + [B for B, _ in self.constant]
         return torch.cat(a) if len(a) > 1 else a[0], torch.cat(b, 1) if len(b) > 1 else b[0]
+
+    def columns(self, h: Tensor, learned: Sequence[int]) -> Sequence[Tensor]:
+        """The columns of h (T, R) that belong to each term, as views; of the learned ones the ranks are given."""
+        return h.split([*learned, *(A.shape[0] for _, A in self.constant)], 1) if len(self.scalings) > 1 else (h,)
 
 
 def added(
@@ -79,9 +102,20 @@ def added(
         out = product if out is None else out + product
     assert out is not None
     if learned or plan.constant:
-        a, b = plan.factors(learned)
+        kept = [faded(factor, plan.fading[i // 2]) for i, factor in enumerate(learned)]
+        a, b = plan.factors(kept)
+        b = torch.cat([B * s for B, s in zip(plan.columns(b, _ranks(learned)), plan.scalings, strict=True)], 1)
         out = out + (x.to(plan.dtype) @ a.t() @ b.t()).to(out.dtype)
     return out
+
+
+def faded(tensor: Tensor, factor: float) -> Tensor:
+    """The tensor as it is, to the bit, whose gradient is multiplied by `factor`."""
+    return tensor if factor == 1.0 else tensor.detach() + factor * (tensor - tensor.detach())
+
+
+def _ranks(learned: Sequence[Tensor]) -> list[int]:
+    return [A.shape[0] for A in learned[0::2]]
 
 
 class Added(torch.autograd.Function):
@@ -102,7 +136,7 @@ class Added(torch.autograd.Function):
         bias: Tensor | None,
         *learned: Tensor,
     ) -> Tensor:
-        ctx.plan, ctx.ranks = plan, [A.shape[0] for A in learned[0::2]]
+        ctx.plan, ctx.ranks = plan, _ranks(learned)
         ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
         result, a, b, h = out, None, None, None
         with without_autocast(x.device):
@@ -111,7 +145,8 @@ class Added(torch.autograd.Function):
             assert result is not None
             if learned or plan.constant:
                 a, b = plan.factors(learned)
-                h = x.reshape(-1, x.shape[-1]).to(plan.dtype) @ a.t()
+                h = cast(x.reshape(-1, x.shape[-1]), plan.dtype) @ a.t()
+                _scale(plan.columns(h, ctx.ranks), plan.scalings)
                 result = _plus_product(result, h, b, writable=plan.in_place or result is not out)
         if result is out:
             ctx.mark_dirty(out)
@@ -135,22 +170,34 @@ class Added(torch.autograd.Function):
             grad_bias = g.sum(0) if ctx.needs_input_grad[4] else None
             if of_x and plan.weight is not None:
                 W = plan.weight(weight)
-                grad_x = g.to(W.dtype) @ W
+                grad_x = cast(g, W.dtype) @ W
                 del W
             if a is not None:
-                g = g.to(a.dtype)
+                g = cast(g, a.dtype)
                 gh = g @ b
+                columns = plan.columns(gh, ctx.ranks)
+                _scale(columns, plan.scalings)
                 if of_x:
-                    grad_x = gh @ a if grad_x is None else grad_x.to(a.dtype).addmm_(gh, a)
+                    grad_x = gh @ a if grad_x is None else cast(grad_x, a.dtype).addmm_(gh, a)
                 if x is not None:
+                    _scale(columns[: len(ctx.ranks)], plan.fading)
                     r = sum(ctx.ranks)
-                    grad_a = gh[:, :r].t() @ x.reshape(-1, x.shape[-1]).to(h.dtype)
+                    grad_a = gh[:, :r].t() @ cast(x.reshape(-1, x.shape[-1]), h.dtype)
                     grad_b = g.t() @ h[:, :r]
-                    grads[0::2] = grad_a.split(ctx.ranks)
-                    grads[1::2] = [part * s for part, s in zip(grad_b.split(ctx.ranks, 1), plan.scalings, strict=True)]
+                    one = len(ctx.ranks) == 1
+                    grads[0::2] = (grad_a,) if one else grad_a.split(ctx.ranks)
+                    grads[1::2] = (grad_b,) if one else grad_b.split(ctx.ranks, 1)
+                    _scale(grads[1::2], plan.fading)
         if grad_x is not None:
-            grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
+            grad_x = cast(grad_x, ctx.x_dtype).view(ctx.x_shape)
         return None, grad if ctx.needs_input_grad[1] else None, grad_x, None, grad_bias, *grads
+
+
+def _scale(parts: Iterable[Any], factors: Iterable[float]) -> None:
+    """Multiplies each part by its factor where it lies. Columns of h are smaller than the factors A and B."""
+    for part, factor in zip(parts, factors, strict=True):
+        if factor != 1.0:
+            part.mul_(factor)
 
 
 def _with_product(plan: Plan, out: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -159,9 +206,9 @@ def _with_product(plan: Plan, out: Tensor | None, x: Tensor, weight: Tensor | No
     W = plan.weight(weight)
     product = product_of(x, W, bias)
     if out is not None:
-        return out + product.to(out.dtype)
+        return out + cast(product, out.dtype)
     # bitsandbytes' layers, whose weight is no float tensor, return the dtype they were given.
-    return product.to(x.dtype if weight is None else W.dtype)
+    return cast(product, x.dtype if weight is None else W.dtype)
 
 
 def _plus_product(out: Tensor, h: Tensor, b: Tensor, writable: bool) -> Tensor:
@@ -185,4 +232,5 @@ def add_low_rank(
     out: Tensor, x: Tensor, in_place: bool, dtype: torch.dtype, scalings: tuple[float, ...], *learned: Tensor
 ) -> Tensor:
     """``out + Σ_k s_k·x·A_kᵀ·B_kᵀ`` for the factors A_1, B_1 and so on; into `out` itself if `in_place`."""
-    return Added.apply(Plan(dtype, scalings, in_place=in_place), out, x, None, None, *learned)
+    plan = Plan(dtype, scalings, fading=(1.0,) * len(scalings), in_place=in_place)
+    return Added.apply(plan, out, x, None, None, *learned)

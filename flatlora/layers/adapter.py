@@ -17,7 +17,8 @@ class Adapter:
 
     `A` is (r, n), `B` is (m, r); the parameters behind them may be stored the other way around. GraLoRA's are a grid of
     k×k blocks, `A` (k, k, r/k, n/k) and `B` (k, k, m/k, r/k), and add ``scaling · B_ij·A_ij`` to block row i, column j.
-    `magnitude` is DoRA's (m,) vector or None. `dropout` acts on the adapter's input.
+    `magnitude` is DoRA's (m,) vector or None. `dropout` acts on the adapter's input. `fading` is what the gradients of
+    A and B are multiplied by.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Adapter:
     dropout: nn.Module | None = None
     A_param: nn.Parameter | None = None
     B_param: nn.Parameter | None = None
+    fading: float = 1.0
 
     @property
     def trained(self) -> bool:

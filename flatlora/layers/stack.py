@@ -41,7 +41,8 @@ def stacks(layers: Iterable[LoRALayer]) -> Iterator[Stack]:
     for layer in layers:
         adapters = layer.adapters()
         forms = tuple((a.name, a.k, a.rank, a.scaling, a.A.dtype, a.magnitude is None, a.has_grads) for a in adapters)
-        alike.setdefault((layer.shape, layer.base.device, layer.names, forms), []).append((layer, adapters))
+        device = adapters[0].A.device if adapters else layer.base.device
+        alike.setdefault((layer.shape, device, layer.names, forms), []).append((layer, adapters))
     for (shape, _, _, forms), group in alike.items():
         most = max(1, _MOST // max(1, sum(shape) * sum(rank for _, _, rank, *_ in forms)))
         for i in range(0, len(group), most):

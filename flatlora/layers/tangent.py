@@ -15,30 +15,47 @@ __all__ = ["Projection", "project"]
 
 @dataclass(frozen=True)
 class Projection:
-    """The projection of G (m, n) on ``{B·X + Y·A}``, in factors, for each of L layers and each of g×g blocks.
+    """The projection of G (m, n) on ``{B·X + Y·A}`` for each of L layers and each of g×g blocks.
 
-    LoRA's gradients determine ``C = BᵀG = g_A/s`` and ``D = GAᵀ = g_B/s``, and with ``P_B = B(BᵀB)⁺Bᵀ`` and
-    ``P_A = Aᵀ(AAᵀ)⁺A`` the projection ``P_B·G + G·P_A − P_B·G·P_A`` is
+    LoRA's gradients determine ``C = BᵀG = g_A/s`` and ``D = GAᵀ = g_B/s``. With roots ``R_A·R_Aᵀ = (AAᵀ)⁺`` and
+    ``R_B·R_Bᵀ = (BᵀB)⁺``, the rows of ``U = R_Aᵀ·A`` and the columns of ``V = B·R_B`` are orthonormal, or zero where A
+    and B lack rank; ``P_A = UᵀU`` and ``P_B = VVᵀ`` project on their spaces, and ``P_B·G + G·P_A − P_B·G·P_A`` is
 
-        P(G) = left·rest + right·a,    left = B(BᵀB)⁺,  rest = C(I − P_A),  right = D(AAᵀ)⁺
+        P(G) = V·(R_Bᵀ·C − K·U) + (D·R_A)·U,    K = R_Bᵀ·C·Aᵀ·R_A
 
     The two terms are orthogonal, row by row: one lies in the row space of A, the other is orthogonal to it.
 
     Attributes:
-        left, right: (L, g, g, m/g, q).
-        rest, a: (L, g, g, q, n/g).
-        d: D, in the shape of `right`.
+        a, c: A and C (L, g, g, q, n/g), at least in float32.
+        b, d: B and D (L, g, g, m/g, q), likewise.
+        root_a, root_b, crossed: R_A, R_B and K (L, g, g, q, q) in float64. Where A or B is ill-conditioned, its Gram
+            matrix is twice as much so; nothing else has to be wide.
     """
 
-    left: Tensor
-    rest: Tensor
-    right: Tensor
     a: Tensor
+    b: Tensor
+    c: Tensor
     d: Tensor
+    root_a: Tensor
+    root_b: Tensor
+    crossed: Tensor
 
     def row_sq(self) -> Tensor:
         """``‖P(G)_i‖²`` (L, m). Blocks' tangent spaces are orthogonal, so their squares add up along a block row."""
-        return row_dot(self.left, self.left @ (self.rest @ self.rest.mT)) + row_dot(self.d, self.right)
+        wide_c = self.c.to(self.root_b.dtype)
+        inner = self.root_b.mT @ (wide_c @ wide_c.mT) @ self.root_b - self.crossed @ self.crossed.mT
+        v, y = self.b @ self.root_b.to(self.b.dtype), self.d @ self.root_a.to(self.d.dtype)
+        return (row_dot(v, v @ inner.to(v.dtype)) + row_dot(y, y)).to(inner.dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """V, its factor, ``D·R_A`` and U: the norm of P(G) is that of the two in the middle.
+
+        The columns of ``B(BᵀB)⁺`` all but cancel in a product where B is ill-conditioned, and what remains would drown
+        in bfloat16's rounding, to which autocast brings the factors. Orthonormal columns do not cancel.
+        """
+        root_a, root_b, crossed = (matrix.to(self.a.dtype) for matrix in (self.root_a, self.root_b, self.crossed))
+        u = root_a.mT @ self.a
+        return self.b @ root_b, root_b.mT @ self.c - crossed @ u, self.d @ root_a, u
 
 
 def project(stack: Stack, norms: BaseNorms) -> Projection | None:
@@ -52,40 +69,52 @@ def project(stack: Stack, norms: BaseNorms) -> Projection | None:
     if not trained:
         return None
     grid = max(same[0].k for same in trained)
-    dtype = wide(stack.layers[0].base.device)
     dora = any(same[0].magnitude is not None for same in trained)
     row_factors = weight_sq(stack, norms)[1] if dora else {}
     parts: list[tuple[Tensor, ...]] = []
     for same in trained:
         if same[0].k < grid:
             continue
-        a_k, b_k = (factor.to(dtype) for factor in stacked_blocks(same, grid))
+        a_k, b_k = stacked_blocks(same, grid)
+        dtype = torch.promote_types(a_k.dtype, torch.float32)
+        a_k, b_k = a_k.to(dtype), b_k.to(dtype)
         grads = [torch.stack(of_all) for of_all in zip(*(adapter.grads() for adapter in same), strict=True)]
         eps = torch.finfo(grads[0].dtype).eps
         c_k, d_k = (
-            grad.to(dtype).view_as(factor) / same[0].scaling for grad, factor in zip(grads, (a_k, b_k), strict=True)
+            grad.to(dtype).view_as(factor).div_(same[0].scaling) for grad, factor in zip(grads, (a_k, b_k), strict=True)
         )
         if dora:
             factor = by_block(row_factors[same[0].name], grid)
             b_k, d_k = b_k * factor, d_k / factor
         parts.append((a_k, b_k, c_k, d_k))
-    a, b, c, d = (torch.cat(part, dim) for part, dim in zip(zip(*parts, strict=True), (3, 4, 3, 4), strict=True))
-    gram_a, gram_b = _inverse(a @ a.mT, eps), _inverse(b.mT @ b, eps)
-    return Projection(left=b @ gram_b, rest=c - (c @ a.mT) @ gram_a @ a, right=d @ gram_a, a=a, d=d)
+    a, b, c, d = (_joined(part, dim) for part, dim in zip(zip(*parts, strict=True), (3, 4, 3, 4), strict=True))
+    wide_a, wide_b, wide_c = (factor.to(wide(factor.device)) for factor in (a, b, c))
+    root_a, root_b = _roots(torch.stack([wide_a @ wide_a.mT, wide_b.mT @ wide_b]), eps)
+    return Projection(a, b, c, d, root_a, root_b, root_b.mT @ (wide_c @ wide_a.mT) @ root_a)
 
 
-def _inverse(gram: Tensor, eps: float) -> Tensor:
-    """(X·Xᵀ)⁺ of Gram matrices (..., r, r) that may be singular, as B's is before the first step.
+def _joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
 
-    A pseudo-inverse would need eigenvalues, which stall a GPU. A ridge keeps the matrix invertible, and three
-    Newton-Schulz steps take it out again of every direction that stands above it: a ridge of δ beside an eigenvalue λ
-    leaves a relative error of (δ/(λ + δ))⁸. Not below `eps`, the precision of the gradients, of the trace: smaller
-    directions hold nothing but rounding.
+
+def _roots(gram: Tensor, eps: float) -> Tensor:
+    """R with ``R·Rᵀ = M⁺``, for Gram matrices M (..., r, r) that may be singular, as B's is before the first step.
+
+    A pseudo-inverse would need eigenvalues, which stall a GPU. A ridge keeps the matrix invertible, and a series takes
+    it out again of every direction that stands above it: with ``M + δ = L·Lᵀ`` and ``E = δ·L⁻¹·L⁻ᵀ``,
+
+        M⁺ ≈ L⁻ᵀ·(1 + E + ... + E⁷)·L⁻¹
+
+    up to a relative error of (δ/(λ + δ))⁸ beside an eigenvalue λ. δ is not below `eps`, the precision of the gradients,
+    of the trace: smaller directions hold nothing but rounding.
     """
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    ridge = trace * max(eps, 1e-6) + torch.finfo(gram.dtype).tiny ** 0.5
+    scale = torch.where(trace > 0, trace.rsqrt(), 0.0)
+    ridge = max(eps, 1e-6)
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-    inverse = torch.cholesky_solve(eye, torch.linalg.cholesky_ex(gram + ridge * eye)[0])
-    for _ in range(3):
-        inverse = inverse @ (2 * eye - gram @ inverse)
-    return inverse
+    lower = torch.linalg.cholesky_ex(gram * scale.square() + ridge * eye)[0]
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+    one = ridge * inverse @ inverse.mT
+    two = one @ one
+    series = (eye + one) @ (eye + two) @ (eye + two @ two)
+    return scale * inverse.mT @ torch.linalg.cholesky_ex(series)[0]
