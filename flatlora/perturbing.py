@@ -34,6 +34,7 @@ class PerturbingOptimizer(OptimizerWrapper):
 
     _model: nn.Module
     _attachment: Attachment | None = None
+    _told_of_mode = False
     _asleep: tuple[tuple[str, nn.Parameter], ...] = ()  # held adapters that were frozen when this was built
 
     @classmethod
@@ -91,6 +92,7 @@ class PerturbingOptimizer(OptimizerWrapper):
             if not self._attachment.used:
                 refuse_fsdp1(self._model)  # which may have come after this optimizer
             self._attachment.used = True
+            self._look_at_mode(self._attachment.layers)
         if woken := {name for name, p in self._asleep if p.grad is not None}:
             logger.warning(
                 "adapters %s are trained but not perturbed: they were frozen when the %s was built. Build it again, or "
@@ -100,6 +102,17 @@ class PerturbingOptimizer(OptimizerWrapper):
             )
             self._asleep = ()
         return super().step(closure, **kwargs)
+
+    def _look_at_mode(self, layers: list[LoRALayer]) -> None:
+        """A step that follows passes in eval mode was taken without the method, and looks as any other."""
+        if layers and not self._told_of_mode and not any(layer.module.training for layer in layers):
+            self._told_of_mode = True
+            logger.warning(
+                "%s.step() found all %d adapted layers in eval mode, in which none is perturbed; call model.train() "
+                "before the passes that train",
+                type(self).__name__,
+                len(layers),
+            )
 
     def remove(self) -> None:
         """Takes the perturbation off the model. Idempotent; the optimizer goes on as its base optimizer."""

@@ -791,3 +791,20 @@ def test_remove_takes_the_auxiliaries_off_and_those_of_a_successor_not():
     second.remove()
     second.remove()
     assert set(dict(model.named_parameters())) == names
+
+
+def test_a_state_whose_groups_do_not_ascend_is_refused():
+    model = lora_net()
+    optimizer = BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group.pop("ascent", None)
+    with pytest.raises(ValueError, match=r"ascend as \[False, False\], this optimizer's as \[False, True\]"):
+        optimizer.load_state_dict(state)
+    assert [bool(group.get("ascent")) for group in optimizer.param_groups] == [False, True]
+
+
+def test_a_state_of_another_scaling_is_refused():
+    state = BiLoRAOptimizer.for_model(lora_net(), torch.optim.SGD, lr=0.1, alpha=4).state_dict()
+    with pytest.raises(ValueError, match="scaling"):
+        BiLoRAOptimizer.for_model(lora_net(), torch.optim.SGD, lr=0.1, alpha=64).load_state_dict(state)

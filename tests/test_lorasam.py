@@ -779,3 +779,33 @@ def test_wrong_calls():
     LoRASAMOptimizer(base, model)
     with pytest.raises(RuntimeError, match="built later"):
         first.step()
+
+
+def test_a_frozen_a_leaves_the_steepest_direction_of_its_row_space():
+    """LoRA-FA: ``ε = ρ·G·A⁺A / ‖G·A⁺A‖``."""
+    model = one_layer()
+    layer = next(iter(adapted(model).values()))
+    A = layer.lora_A["default"].weight.requires_grad_(False)
+    weight = layer.get_base_layer().weight.requires_grad_(True)
+    x = batch(model)
+    (grad,) = torch.autograd.grad(loss_of(model, x), weight)
+    weight.requires_grad_(False)
+    optimizer = lorasam(model)
+    step(model, optimizer, x)
+    expected = grad @ torch.linalg.pinv(A) @ A
+    torch.testing.assert_close(noise_of(optimizer), 0.3 * expected / expected.norm(), rtol=1e-6, atol=1e-9)
+
+
+def test_a_step_after_passes_in_eval_mode_is_told_of_once(caplog):
+    model = one_layer()
+    optimizer = lorasam(model)
+    with caplog.at_level("WARNING", "flatlora"):
+        step(model, optimizer, batch(model))
+        assert not caplog.records
+        model.eval()
+        for _ in range(2):
+            step(model, optimizer, batch(model))
+    assert [
+        record for record in caplog.messages if "eval mode" in record and "model.train()" in record
+    ] == caplog.messages
+    assert len(caplog.messages) == 1

@@ -326,10 +326,20 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def method_state(self) -> dict[str, Any]:
         ranks = primary_ranks(self._model) if self._triples is None else {}
         layers = {
-            name: {"A": A.detach(), "B": B.detach(), "ranks": ranks.get(name, {})}
-            for name, (A, B, _) in self._auxiliaries().items()
+            name: {"A": A.detach(), "B": B.detach(), "scaling": scaling, "ranks": ranks.get(name, {})}
+            for name, (A, B, scaling) in self._auxiliaries().items()
         }
         return {"rho": self.rho, "layers": layers}
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().check_state_dict(state_dict)
+        groups = state_dict["param_groups"], self.param_groups
+        theirs, ours = ([bool(group.get("ascent")) for group in of] for of in groups)
+        if theirs != ours:
+            raise ValueError(
+                f"the groups of the state_dict ascend as {theirs}, this optimizer's as {ours}, and loading takes over "
+                "what a group says; load a state_dict that this class wrote, or train the auxiliary afresh"
+            )
 
     def check_method_state(self, state: dict[str, Any]) -> None:
         checks.state_fields("Bi-LoRA", state, "rho", "layers")
@@ -347,15 +357,18 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             B.copy_(state["layers"][name]["B"])
 
 
+_ALIKE = ("scaling", "ranks")  # of a checkpoint's layer and the model's, beside the shapes
+
+
 def _shapes(layers: Any) -> dict[str, Any]:
-    """The shapes of A and B of a checkpoint's layers, and the ranks of the adapters beside them."""
+    """The shapes of A and B of a checkpoint's layers, their scaling, and the ranks of the adapters beside them."""
     try:
         return {
-            name: {"A": tuple(layer["A"].shape), "B": tuple(layer["B"].shape), "ranks": layer["ranks"]}
+            name: {factor: tuple(layer[factor].shape) for factor in "AB"} | {key: layer[key] for key in _ALIKE}
             for name, layer in layers.items()
         }
     except (AttributeError, KeyError, TypeError) as reason:
-        raise ValueError("the state_dict's Bi-LoRA part has no tensors A, B and ranks for each layer") from reason
+        raise ValueError("the state_dict's Bi-LoRA part has no A, B, scaling and ranks for each layer") from reason
 
 
 @torch.no_grad()

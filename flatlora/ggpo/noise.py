@@ -20,14 +20,24 @@ from ..layers.view import LoRALayer
 from ..perturbation import Source, trains
 from ..streams import derived_seed
 
-__all__ = ["RowNoise", "Rows", "row_variance"]
+__all__ = ["RowNoise", "Rows", "row_squares"]
 
 logger = logging.getLogger("flatlora")
 
 
-def row_variance(weight_sq: Tensor, grad_sq: Tensor, sigma: float, beta: float, n: int) -> Tensor:
-    """Per element, ``σ²/n · (‖W'_i‖² + β·‖G_i‖²)`` from the squared norms of the rows; LoRA-GGPO's Eq. 6-8."""
-    return (weight_sq + beta * grad_sq).mul(sigma**2 / n)
+def row_squares(weight_sq: Tensor, grad_sq: Tensor, beta: float, relative: bool) -> tuple[Tensor, Tensor]:
+    """``‖W'_i‖² + β·‖G_i‖²`` from the squared norms of the rows (L, m), LoRA-GGPO's Eq. 6-8, and its second term.
+
+    `relative`: ``(‖W'_i‖² + β·c·‖G_i‖²)/(1 + β)``, with c of each layer such that both terms have the same mean at
+    β = 1. A layer without a gradient has the first term alone, whole.
+    """
+    if not relative:
+        term = beta * grad_sq
+        return weight_sq + term, term
+    weight_mean, grad_mean = weight_sq.mean(1, keepdim=True), grad_sq.mean(1, keepdim=True)
+    share = beta / (1 + beta) * (grad_mean > 0)
+    term = share * (weight_mean / grad_mean).nan_to_num(0.0, posinf=0.0) * grad_sq
+    return (1 - share) * weight_sq + term, term
 
 
 @dataclass
@@ -36,8 +46,8 @@ class Rows:
 
     layer: LoRALayer
     grad_sq: Tensor | None = None  # squared row norms (m,) of its last gradient
-    # What it was computed from, the standard deviations (m,), and the `grad_sq` within them.
-    std: tuple[Any, Tensor, Tensor | None] | None = None
+    # What it was computed from, the standard deviations (m,), and the gradient term (m,) within them.
+    std: tuple[Any, Tensor, Tensor] | None = None
 
     def at_hand(self, device: torch.device) -> bool:
         """Whether all its tensors are whole and on `device`, as those of a sharded layer are in its forward alone."""
@@ -58,10 +68,11 @@ class RowNoise(Source):
         rank: int,
         seed: int,
         always: bool = False,
+        relative: bool = False,
     ):
         self.rows = {layer.name: Rows(layer) for layer in layers}
         self.sigma, self.beta, self.kind, self.rank, self.seed = sigma, beta, kind, rank, seed
-        self.always = always
+        self.always, self.relative = always, relative
         self.step = 0
         self._norms = BaseNorms()
         self._observed: list[tuple[list[Rows], Tensor]] = []
@@ -72,7 +83,8 @@ class RowNoise(Source):
             return None
         # The seed is a function of (seed, step, layer) and no running stream: every micro-batch, every recomputation,
         # every rank and a resumed run get the same ε, and nothing but these numbers has to be kept.
-        seed = derived_seed(self.seed, self.step, layer.name)
+        # Two optimizers, each of an adapter of its own, don't draw the same.
+        seed = derived_seed(self.seed, self.step, layer.name, *sorted(layer.names))
         return Draw(self.kind, self.std(self.rows[layer.name]), seed, self.rank)
 
     def form(self, layer: LoRALayer) -> Any:
@@ -107,10 +119,11 @@ class RowNoise(Source):
             row_sq, _ = weight_sq(stack, self._norms)
             zero = torch.zeros_like(row_sq[0])
             grad_sq = torch.stack([zero if rows.grad_sq is None else rows.grad_sq.to(device) for rows in same])
-            variance = row_variance(row_sq, grad_sq, self.sigma, self.beta, stack.layers[0].shape[1])
+            squares, terms = row_squares(row_sq, grad_sq, self.beta, self.relative)
+            variance = squares.mul(self.sigma**2 / stack.layers[0].shape[1])
             stds = variance.nan_to_num(0.0, posinf=0.0).clamp_(min=0.0).sqrt_()
-            for rows, std in zip(same, stds, strict=True):
-                rows.std = keys[rows.layer.name], std, rows.grad_sq
+            for rows, std, term in zip(same, stds, terms, strict=True):
+                rows.std = keys[rows.layer.name], std, term
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -124,7 +137,7 @@ class RowNoise(Source):
                 rows.std = std
 
     def squares(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Expected ``‖ε‖²``, and ``‖W'‖²`` and ``β·‖G‖²`` in it, over all layers, as they were perturbed last.
+        """Expected ``‖ε‖²`` over all layers, as they were perturbed last; ``‖W'‖²``; the gradient's share of ``‖ε‖²``.
 
         None if none has been.
         """
@@ -132,12 +145,12 @@ class RowNoise(Source):
         if not known or self.sigma == 0:
             return None
         noises, both, grads = [], [], []
-        for n, (_, sigma, beta, *_), std, grad_sq in known:
+        for n, (_, sigma, *_), std, term in known:
             noises.append(n * std.square().sum().to(known[0][2].device))
             both.append(noises[-1] / sigma**2)
-            grads.append(torch.zeros_like(noises[-1]) if grad_sq is None else beta * grad_sq.sum().to(noises[-1]))
+            grads.append(term.sum().to(noises[-1]))
         noise, total, grad = (torch.stack(values).sum() for values in (noises, both, grads))
-        return noise, total - grad, grad
+        return noise, total if self.relative else total - grad, grad / total
 
     def observe_gradients(self) -> None:
         """Notes the norms of the gradients at hand for the next step's noise."""
@@ -164,6 +177,10 @@ class RowNoise(Source):
             old = torch.stack([zero if rows.grad_sq is None else rows.grad_sq.to(new.device) for rows in same])
             for rows, kept in zip(same, torch.where(finite.to(new.device), new, old), strict=True):
                 rows.grad_sq = kept
+        seen = {id(rows) for same, _ in self._observed for rows in same}
+        for rows in self.rows.values():  # of layers that this step's loss did not pass through
+            if rows.grad_sq is not None and id(rows) not in seen:
+                rows.grad_sq = torch.where(finite.to(rows.grad_sq.device), torch.zeros_like(rows.grad_sq), rows.grad_sq)
         self._observed = []
 
 

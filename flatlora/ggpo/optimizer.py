@@ -41,7 +41,10 @@ class GGPOOptimizer(PerturbingOptimizer):
         optimizer: the built base optimizer; it must hold adapter parameters of `model`.
         model: the model with adapters, before or after DDP or FSDP wrap it.
         sigma: σ, noise per row relative to the row's norm. 0 switches the method off. May be set between steps.
-        beta: β, weight of the squared gradient norm.
+        beta: β, weight of the squared gradient norm. At 0.01 the gradient term has 1e-7 of the variance in a small
+            encoder, so the noise is Flat-LoRA's in all but name; see ``metrics()["gradient_share"]``.
+        relative_beta: β on the layer's own scale, ``ε_i ~ N(0, σ²/n · (‖W'_i‖² + β·c·‖G_i‖²)/(1 + β) · I)`` with
+            ``c = Σ_i ‖W'_i‖² / Σ_i ‖G_i‖²``: β = 1 makes both terms equal, and no β changes the noise's power.
         noise: ``"gaussian"``, independent in every element; or ``"low_rank"``, ``diag(d)·U·V/√noise_rank``: the same
             covariance at the cost of an adapter of that rank, but heavier tails and a larger spread of the loss.
         noise_rank: rank of ``"low_rank"`` noise.
@@ -68,6 +71,7 @@ class GGPOOptimizer(PerturbingOptimizer):
         *,
         sigma: float = 0.03,
         beta: float = 0.01,
+        relative_beta: bool = False,
         noise: Literal["gaussian", "low_rank"] = "gaussian",
         noise_rank: int = 8,
         adapter: str | Iterable[str] | None = None,
@@ -80,7 +84,8 @@ class GGPOOptimizer(PerturbingOptimizer):
         checks.integer("noise_rank", noise_rank, 1)
         layers = trained_layers(model, adapter, optimizer)
         self._model, self._adapter = model, adapter
-        self._noise = RowNoise(layers, sigma, beta, noise, noise_rank, shared_seed() if seed is None else int(seed))
+        seed = shared_seed() if seed is None else int(seed)
+        self._noise = RowNoise(layers, sigma, beta, noise, noise_rank, seed, relative=relative_beta)
         self._noise.no_grad = perturb_no_grad
         self.attach(self._noise, layers, all_trained=adapter is None)
 
@@ -133,8 +138,7 @@ class GGPOOptimizer(PerturbingOptimizer):
         """
         if (squares := self._noise.squares()) is None:
             return super().metrics()
-        noise, weight, grad = squares
-        share = grad / (weight + grad)
+        noise, weight, share = squares
         return self._with_inner({"noise_to_weight": (noise / weight).sqrt(), "gradient_share": share})
 
     @property
@@ -167,7 +171,7 @@ class GGPOOptimizer(PerturbingOptimizer):
             }
             for name, rows in noise.rows.items()
         }
-        form = [noise.kind, noise.rank]
+        form = [noise.kind, noise.rank, noise.relative]
         numbers = {"seed": noise.seed, "step": noise.step, "sigma": noise.sigma, "beta": noise.beta}
         return {**numbers, "form": form, "layers": layers}
 
@@ -177,8 +181,8 @@ class GGPOOptimizer(PerturbingOptimizer):
             checks.number(f"the state_dict's {name}", state[name])
         checks.integer("the state_dict's step", state["step"], 0)
         checks.integer("the state_dict's seed", state["seed"], -(2**63))
-        if not (isinstance(state["form"], list | tuple) and len(state["form"]) == 2):
-            raise ValueError(f"the state_dict's form must be [noise, noise_rank], got {state['form']!r}")
+        if not (isinstance(state["form"], list | tuple) and len(state["form"]) == 3):
+            raise ValueError(f"the state_dict's form must be [noise, noise_rank, relative_beta], got {state['form']!r}")
         ours = self.method_state()["layers"]
         checks.same_layers("adapted layers", _identity(state["layers"]), _identity(ours))
         for name, layer in state["layers"].items():
@@ -194,13 +198,9 @@ class GGPOOptimizer(PerturbingOptimizer):
             logger.warning("the checkpoint has no GGPO part: the noise starts afresh, without a gradient term")
             noise.step = 0
         else:
-            if state["form"] != [noise.kind, noise.rank]:
-                logger.warning(
-                    "resumed with %s noise of rank %d; the checkpoint had %s of %d",
-                    noise.kind,
-                    noise.rank,
-                    *state["form"],
-                )
+            form = self.method_state()["form"]
+            if list(state["form"]) != form:
+                logger.warning("resumed with [noise, noise_rank, relative_beta] = %s, not %s", form, state["form"])
             noise.seed, noise.step = state["seed"], state["step"]
             noise.sigma, noise.beta = state["sigma"], state["beta"]
         for name, rows in noise.rows.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .base import whole
@@ -38,13 +39,15 @@ class Adapter:
 
     @property
     def has_grads(self) -> bool:
-        return all(param is not None and param.grad is not None for param in (self.A_param, self.B_param))
+        """Whether B has a gradient, and A one too unless it is frozen, as LoRA-FA's is."""
+        A, B = self.A_param, self.B_param
+        return A is not None and B is not None and B.grad is not None and (A.grad is not None or not A.requires_grad)
 
     def grads(self) -> tuple[Tensor, Tensor]:
-        """(∂L/∂A, ∂L/∂B) in the shapes of A and B; both must be there."""
-        assert self.A_param is not None and self.B_param is not None
-        assert self.A_param.grad is not None and self.B_param.grad is not None
-        grad_a, grad_b = whole(self.A_param.grad), whole(self.B_param.grad)
+        """(∂L/∂A, ∂L/∂B) in the shapes of A and B; zero for a frozen A."""
+        assert self.A_param is not None and self.B_param is not None and self.B_param.grad is not None
+        grad_a = torch.zeros_like(self.A_param) if self.A_param.grad is None else self.A_param.grad
+        grad_a, grad_b = whole(grad_a), whole(self.B_param.grad)
         if self.A.dim() == 4:
             return block_factors(grad_a, grad_b)
         return (

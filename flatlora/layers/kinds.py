@@ -106,6 +106,8 @@ class PeftLoRA(_Peft):
         return (*module.lora_A, *module.lora_embedding_A)
 
     def base(self, module: Any) -> BaseWeight | None:
+        if hasattr(module, "parameter_name"):
+            return None  # PEFT's target_parameters: one parameter, such as all experts' weights, and no linear layer
         base, names = module.get_base_layer(), list(module.lora_A)
         variants = [module.lora_variant[name] for name in names if name in getattr(module, "lora_variant", {})]
         if not names or any(type(variant).__name__ != "DoraLinearVariant" for variant in variants):

@@ -23,7 +23,8 @@ class Projection:
 
         P(G) = V·(R_Bᵀ·C − K·U) + (D·R_A)·U,    K = R_Bᵀ·C·Aᵀ·R_A
 
-    The two terms are orthogonal, row by row: one lies in the row space of A, the other is orthogonal to it.
+    The two terms are orthogonal, row by row: one lies in the row space of A, the other is orthogonal to it. Where A is
+    frozen, C is taken as zero, and what is left, ``G·P_A``, is the projection on ``{Y·A}``.
 
     Attributes:
         a, c: A and C (L, g, g, q, n/g), at least in float32.

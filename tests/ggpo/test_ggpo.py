@@ -324,6 +324,65 @@ def test_first_step_has_no_gradient_term():
     assert (only(optimizer.row_std()) > 2 * expected).all()
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0, 3.0])
+def test_relative_beta_moves_the_noise_between_rows_and_adds_none(beta):
+    model = one_layer()
+    optimizer = ggpo(model, sigma=0.2, beta=beta, relative_beta=True)
+    weight = dense(fc(model))[0].square().sum(1)
+    assert_rows(only(optimizer.row_std()), (0.04 / 7 * weight).sqrt())  # no gradient yet
+    name = next(iter(lora_modules(model)))
+    x = torch.randn(6, 7, dtype=torch.float64)
+    grad = dense_gradients(model, optimizer, lambda model: (model(x) - 1).square().mean())[name]
+    step(model, optimizer, x, 1.0)
+    guide = projected(grad, *tangent_factors(fc(model))).square().sum(1)
+    expected = (weight + beta * weight.sum() / guide.sum() * guide) / (1 + beta)
+    stds = only(optimizer.row_std())
+    assert_rows(stds, (0.04 / 7 * expected).sqrt())
+    assert (7 * stds.square().sum()).item() == pytest.approx(0.04 * weight.sum().item())
+    model(x)
+    metrics = {name: value.item() for name, value in optimizer.metrics().items()}
+    assert metrics == pytest.approx({"gradient_share": beta / (1 + beta), "noise_to_weight": 0.2})
+
+
+def test_two_adapters_of_two_optimizers_do_not_draw_the_same():
+    model = one_layer(adapters=TWO)
+    stds, draws = [], []
+    for adapter in TWO:
+        optimizer = GGPOOptimizer(torch.optim.SGD(trainable(model), lr=0.0), model, sigma=0.2, seed=3, adapter=adapter)
+        draws.append(noise_of(optimizer))
+        stds.append(only(optimizer.row_std()))
+        optimizer.remove()
+    assert_rows(stds[0], stds[1])
+    assert not torch.allclose(draws[0], draws[1])
+
+
+def test_a_layer_that_a_step_leaves_out_has_no_gradient_term():
+    """Whether its gradient is None or zero."""
+    for to_none in (True, False):
+        model = peft(MLP(), ["up", "down"])
+        optimizer = ggpo(model, sigma=0.2, beta=1.0)
+        x = torch.randn(5, model.base_model.model.up.in_features, dtype=torch.float64)
+        step(model, optimizer, x)
+        optimizer.zero_grad(set_to_none=to_none)
+        model.base_model.model.up(x).square().mean().backward()
+        optimizer.step()
+        rows = {name.rsplit(".", 1)[-1]: found for name, found in gradient_rows(optimizer).items()}
+        assert rows["up"].sum() > 0 and rows["down"].sum() == 0
+
+
+def test_a_frozen_a_leaves_the_projection_on_its_row_space():
+    """LoRA-FA: ``G·A⁺A``."""
+    model = one_layer()
+    optimizer = ggpo(model, sigma=0.2, beta=1.0)
+    layer, x = fc(model), torch.randn(6, 7, dtype=torch.float64)
+    name = next(iter(lora_modules(model)))
+    grad = dense_gradients(model, optimizer, lambda model: (model(x) - 1).square().mean())[name]
+    A = layer.lora_A["default"].weight.requires_grad_(False)
+    step(model, optimizer, x, 1.0)
+    expected = (grad @ torch.linalg.pinv(A) @ A).square().sum(1)
+    torch.testing.assert_close(gradient_rows(optimizer)[name], expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("form", ["lora", "dora", "two adapters", "conv1d"])
 @pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD])
 def test_row_std_after_several_steps(form, base):

@@ -213,3 +213,22 @@ def test_repr_names_the_layer():
     model = peft(Net(nn.Linear(7, 9)), ["fc"])
     text = repr(lora_layers(model)[0])
     assert "fc" in text and "7 -> 9" in text and "float" in text
+
+
+@pytest.mark.parametrize("kind", ["linear", "experts"])
+def test_a_parameter_that_peft_adapts_is_no_linear_layer(kind, caplog):
+    """PEFT's `target_parameters`: one parameter of a module, such as all experts' weights in one."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 7, 7))
+
+        def forward(self, x):
+            return (x @ self.weight).sum(0)
+
+    net = nn.ModuleDict({"fc": nn.Linear(7, 7), "other": Experts() if kind == "experts" else nn.Linear(7, 7)})
+    config = LoraConfig(r=2, target_modules=["fc"], target_parameters=["other.weight"])
+    with caplog.at_level("WARNING", "flatlora"):
+        layers = lora_layers(get_peft_model(net, config))
+    assert [layer.name.rsplit(".", 1)[-1] for layer in layers] == ["fc"]
