@@ -3,33 +3,52 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["built_optimizer", "integer", "module", "number", "optimizer_cls", "option", "same_layers", "state_fields"]
+__all__ = [
+    "UNFREEZE",
+    "built_optimizer",
+    "integer",
+    "module",
+    "number",
+    "optimizer_cls",
+    "option",
+    "same_layers",
+    "state_fields",
+]
 
 _T = TypeVar("_T")
+UNFREEZE = "unfreeze the adapter, for instance PEFT's with set_adapter(name) or from_pretrained(is_trainable=True)"
 _MOST = 1e18  # the square of a σ or ρ must stay finite in float32
 
 
 def number(name: str, value: Any, *, above: float | None = None, least: float = 0.0, below: float = math.inf) -> float:
     """`value` as a float if it is a finite number >= `least` (> `above` where given) and < `below`; else ValueError."""
-    real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    given, value = value, _item(value)
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if real and (value >= least if above is None else value > above) and value < below and abs(value) <= _MOST:
         return float(value)
     low = f">= {least:g}" if above is None else f"> {above:g}"
     high = f" and < {below:g}" if below <= _MOST else f" and <= {_MOST:g}" if real and value > _MOST else ""
-    raise ValueError(f"{name} must be a finite number {low}{high}, got {value!r}")
+    raise ValueError(f"{name} must be a finite number {low}{high}, got {given!r}")
 
 
 def integer(name: str, value: Any, least: int) -> int:
-    """`value` if it is an integer >= `least`; else ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    """`value` as an int if it is an integer >= `least`; else ValueError."""
+    item = _item(value)
+    if isinstance(item, bool) or not isinstance(item, numbers.Integral) or item < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-    return value
+    return int(item)
+
+
+def _item(value: Any) -> Any:
+    """A tensor without dimensions as a Python number; anything else as it is."""
+    return value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
 
 
 def option(name: str, value: _T, options: Iterable[_T]) -> _T:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -129,6 +130,11 @@ def create_bidora_optimizer(
         weight_decay: of both levels, but for biases and norms.
         kwargs: the options of `BilevelOptimizer`; all others are `optimizer_cls`'s.
     """
+    if "train_dataloader" in kwargs:
+        raise TypeError(
+            "create_bidora_optimizer takes no train_dataloader: the Trainer, or your loop, runs the training batches; "
+            "leave it out, or build BilevelOptimizer(lower, upper, model, train_dataloader, val_dataloader)"
+        )
     known = inspect.signature(BilevelOptimizer).parameters
     own = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
     magnitudes = magnitude_parameters(model, own.get("adapter"))
@@ -212,8 +218,8 @@ class OptimizerFactory:
             )
 
     def __call__(self, model: nn.Module, args: Any = None, **kwargs: Any) -> Optimizer:
-        optimizer_cls, chosen = _base(model, args, kwargs)
-        return type(self).create(model, optimizer_cls, **{**chosen, **kwargs})
+        optimizer_cls, own = _base(model, args, kwargs)
+        return type(self).create(model, optimizer_cls, **own, **kwargs)
 
 
 class GGPOFactory(OptimizerFactory):
@@ -241,7 +247,10 @@ class BiDoRAFactory(OptimizerFactory):
 
 
 def _base(model: nn.Module, given: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The base optimizer's class and its arguments. Takes what chooses them out of `kwargs`."""
+    """What makes the base optimizer, and its lr and weight decay. Takes what chooses them out of `kwargs`.
+
+    The rest of what the Trainer chose is bound to the class: a method's options may have the same names.
+    """
     optim = kwargs.pop("optim", None)
     if given is None and "lr" not in kwargs:
         raise ValueError('there is no learning rate; add "lr": 2e-4, or "args": args for that of TrainingArguments')
@@ -254,6 +263,11 @@ def _base(model: nn.Module, given: Any, kwargs: dict[str, Any]) -> tuple[Any, di
     settings.optim_args = kwargs.pop("optim_args", settings.optim_args)
     own = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
     if isinstance(optim, type):
+        if settings.optim_args:
+            raise ValueError(
+                f"optim_args={settings.optim_args!r} is not read where optim is a class; give {optim.__name__}'s "
+                "arguments as entries of their own"
+            )
         return optim, own
     settings.optim = OptimizerNames(optim or settings.optim)
     trainer: Any = transformers.Trainer
@@ -261,7 +275,9 @@ def _base(model: nn.Module, given: Any, kwargs: dict[str, Any]) -> tuple[Any, di
     is_class = isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)
     if not is_class or chosen.keys() & {"params", "model", "optimizer_dict"}:
         raise ValueError(f"optim={settings.optim.value!r} chooses its own parameters; no method can be put around it")
-    return optimizer_cls, {**chosen, **own}
+    bound: Any = functools.partial(optimizer_cls, **{name: chosen[name] for name in chosen if name not in own})
+    bound.__name__ = optimizer_cls.__name__  # by which PEFT's LoRA+ tells 8-bit optimizers
+    return bound, own
 
 
 # --- numbers to watch ---------------------------------------------------------------------------------------------

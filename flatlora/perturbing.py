@@ -159,10 +159,13 @@ class PerturbingOptimizer(OptimizerWrapper):
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that require a gradient; those of an auxiliary, which an earlier optimizer left, are not among
-    them."""
+    them. ValueError if there are none."""
     companions = [module for module in model.modules() if isinstance(module, Companions)]
     left = {id(p) for module in companions for p in module.parameters()}
-    return [p for p in model.parameters() if p.requires_grad and id(p) not in left]
+    found = [p for p in model.parameters() if p.requires_grad and id(p) not in left]
+    if not found:
+        raise ValueError(f"no parameter of the {type(model).__name__} requires a gradient; {checks.UNFREEZE}")
+    return found
 
 
 def claim(source: Source, layers: list[LoRALayer], optimizer: Optimizer) -> None:
@@ -218,6 +221,9 @@ def trained_layers(model: nn.Module, adapter: str | Iterable[str] | None, optimi
         if names:
             found.append(LoRALayer(layer.name, layer.module, layer.base, frozenset(names)))
     if not found:
+        adapters = [a for layer in layers for a in layer.all_adapters()]
+        if not any(p.requires_grad for a in adapters for p in (a.A_param, a.B_param) if p is not None):
+            raise ValueError(f"the adapters of all {len(layers)} adapted layers are frozen; {checks.UNFREEZE}")
         raise ValueError(
             f"{type(optimizer).__name__} holds {len(held)} parameters and none of them is an adapter's lora_A or "
             f"lora_B of the {len(layers)} adapted layers found (first: {layers[0].name!r}); build it from "

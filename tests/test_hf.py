@@ -18,6 +18,7 @@ hf = pytest.importorskip("flatlora.hf")
 from peft.optimizers import create_loraplus_optimizer  # noqa: E402
 
 from flatlora import BilevelOptimizer, BiLoRAOptimizer, GGPOOptimizer, LoRASAMOptimizer  # noqa: E402
+from flatlora.bilora.auxiliary import attached_auxiliaries  # noqa: E402
 from flatlora.metrics import read_metrics  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -139,6 +140,40 @@ def test_a_class_and_options_of_ones_own_are_taken_too(tmp_path):
         (0.5, 0.9, 0.1),
         (0.5, 0.9, 0.0),
     ]
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args", "package"),
+    [
+        ("ademamix", None, "bitsandbytes"),
+        ("ademamix", "alpha=8", "bitsandbytes"),
+        ("schedule_free_adamw", None, "schedulefree"),
+        ("rmsprop", "alpha=0.5", "torch"),
+    ],
+)
+def test_bilora_options_are_not_the_base_optimizers(optim, optim_args, package, tmp_path):
+    """AdEMAMix and RMSprop have an `alpha`, schedule-free AdamW an `r`, and so has the auxiliary."""
+    pytest.importorskip(package)
+    model, plain = tiny_llama(), tiny_llama()
+    args = arguments(tmp_path, optim=optim, optim_args=optim_args)
+    optimizer = hf.BiLoRAFactory()(model, args, r=4)
+    assert {(A.shape[0], scaling) for A, _, scaling in attached_auxiliaries(model).values()} == {(4, 2.0)}
+    trainers_own = trainer_of(plain, None, args).create_optimizer()
+    assert type(optimizer.base_optimizer) is type(trainers_own)
+    found = [{**it.defaults, "weight_decay": None} for it in (optimizer, trainers_own)]  # which the groups have
+    assert difference(*found) is None
+
+
+def test_optim_args_are_not_dropped_beside_a_class():
+    with pytest.raises(ValueError, match=r"optim_args='momentum=0.5' is not read where optim is a class; give SGD's"):
+        hf.GGPOFactory()(lora_mlp(), optim=torch.optim.SGD, lr=0.1, optim_args="momentum=0.5")
+
+
+def test_bidora_says_who_runs_the_training_batches():
+    with pytest.raises(TypeError, match="takes no train_dataloader: the Trainer, or your loop"):
+        hf.create_bidora_optimizer(
+            lora_mlp(use_dora=True), torch.optim.SGD, lr=0.1, train_dataloader=[0], val_dataloader=[0]
+        )
 
 
 def test_called_with_the_trainers_arguments_as_axolotl_does(tmp_path):

@@ -46,7 +46,7 @@ def check_options(loss_fn: Any, xi: Any, unroll_steps: Any, difference: Any, eps
         raise TypeError(f"loss_fn must be callable as loss_fn(model, batch), got {loss_fn!r}")
     if isinstance(xi, str) and xi != "lr":
         raise ValueError(f"xi must be a number >= 0 or 'lr', got {xi!r}")
-    if xi != "lr":
+    if not isinstance(xi, str):
         checks.number("xi", xi)
     checks.integer("unroll_steps", unroll_steps, 1)
     checks.option("difference", difference, ("central", "forward"))

@@ -64,7 +64,7 @@ class Batches:
         return {**self.__dict__, "_iterator": None}  # a copy goes on from the position
 
     def __init__(self, loader: Any, name: str, seed: int):
-        if not isinstance(loader, Iterable):
+        if not isinstance(loader, Iterable) or isinstance(loader, str | bytes):
             raise TypeError(f"{name} must be an iterable of batches, such as a DataLoader; got {type(loader).__name__}")
         if isinstance(loader, Iterator):
             raise TypeError(
@@ -296,8 +296,7 @@ def split_dataset(dataset: Any, val_fraction: float = 0.2, seed: int = 0) -> tup
     Raises:
         ValueError: a fraction outside (0, 1), a bad seed, fewer than two examples.
     """
-    checks.number("val_fraction", val_fraction, above=0, below=1)
-    checks.integer("seed", seed, 0)
+    val_fraction, seed = checks.number("val_fraction", val_fraction, above=0, below=1), checks.integer("seed", seed, 0)
     if len(dataset) < 2:
         raise ValueError(f"a split needs two or more examples, the dataset has {len(dataset)}")
     count = min(max(round(val_fraction * len(dataset)), 1), len(dataset) - 1)

@@ -130,9 +130,9 @@ class BilevelOptimizer(TwoLevels):
         check_options(loss_fn, xi, unroll_steps, difference, epsilon, orthogonality)
         check_levels(lower, upper, model, adapter)
         warn_of_shared_data(train_dataloader, val_dataloader)
-        self.model, self.loss_fn, self.adapter = model, loss_fn, adapter
-        self.xi, self.unroll_steps, self.difference = xi, unroll_steps, difference
-        self.epsilon, self.orthogonality = epsilon, orthogonality
+        self.model, self.loss_fn, self.adapter, self.difference = model, loss_fn, adapter, difference
+        self.xi: float | Literal["lr"] = "lr" if isinstance(xi, str) else float(xi)
+        self.unroll_steps, self.epsilon, self.orthogonality = int(unroll_steps), float(epsilon), float(orthogonality)
         self.last_step: BilevelStep | None = None  # for loops that do not hand out what step() returns
         self._seed = shared_seed()
         begin_alike([*parameters_of(lower), *parameters_of(upper)])

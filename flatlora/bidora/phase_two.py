@@ -26,7 +26,7 @@ __all__ = ["PhaseTwo"]
 class PhaseTwo:
     """Whether the second phase has begun, and how far it has come with which optimizer in which batches.
 
-    After a load it waits for `begin`, which gets an optimizer and a dataloader to go on with.
+    After a load it waits for `run`, which gets an optimizer and a dataloader to go on with.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class PhaseTwo:
             ValueError, TypeError: bad arguments, or such as can't go on from the checkpoint. Nothing has changed then.
         """
         checks.built_optimizer("optimizer", optimizer)
-        checks.integer("steps", steps, 0)
+        steps = checks.integer("steps", steps, 0)
         if scheduler is not None and not callable(getattr(scheduler, "step", None)):
             raise TypeError(f"scheduler must have a step() method, got {type(scheduler).__name__}")
         self._refuse_magnitudes(optimizer)

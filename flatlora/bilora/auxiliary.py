@@ -125,7 +125,8 @@ def attach_auxiliary(
         ValueError: no adapted layer, an unknown adapter, merged adapters, an auxiliary that is there already, a model
             that DDP or FSDP2 wraps, r < 1. Nothing is attached then.
     """
-    checks.integer("r", r, 1)
+    r = checks.integer("r", r, 1)
+    seed = shared_seed() if seed is None else checks.integer("seed", seed, -(2**63))
     alpha = 2.0 * r if alpha is None else checks.number("alpha", alpha, above=0)
     layers = lora_layers(model, adapter)
     if adapter is None:
@@ -142,7 +143,7 @@ def attach_auxiliary(
                 f"layer {layer.name!r} has merged adapters {sorted(layer.merged)}; unmerge them with "
                 "model.unmerge_adapter() before attaching an auxiliary"
             )
-    generator = torch.Generator("cpu").manual_seed(shared_seed() if seed is None else seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     auxiliaries = [Auxiliary(layer, r, alpha, generator) for layer in layers]
     detach_auxiliary(model)  # what an optimizer that is gone, or one that has had its time, left
     for other in former:

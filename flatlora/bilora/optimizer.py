@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import checks
 from ..layers.base import whole, wide
 from ..layers.view import plain_name
-from ..perturbing import PerturbingOptimizer, trainable
+from ..perturbing import PerturbingOptimizer, trainable, trained_layers
 from ..wrapper import chain
 from .auxiliary import (
     Ascent,
@@ -151,7 +151,9 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         ascending = attach_auxiliary(model, r, alpha=alpha, adapter=adapter, seed=seed)
         try:
             ascent = {"params": ascending, "ascent": True, "weight_decay": 0.0, **own_lr}
-            return cls(optimizer_cls([*groups, ascent], **kwargs), model, rho=rho, perturb_no_grad=perturb_no_grad)
+            base = optimizer_cls([*groups, ascent], **kwargs)
+            trained_layers(model, adapter, base)  # raises where nothing that is to descend is trained
+            return cls(base, model, rho=rho, perturb_no_grad=perturb_no_grad)
         except BaseException:
             detach_auxiliary(model)
             raise

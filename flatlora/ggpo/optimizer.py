@@ -81,10 +81,10 @@ class GGPOOptimizer(PerturbingOptimizer):
         super().__init__(optimizer)
         sigma, beta = checks.number("sigma", sigma), checks.number("beta", beta)
         checks.option("noise", noise, ("gaussian", "low_rank"))
-        checks.integer("noise_rank", noise_rank, 1)
+        noise_rank = checks.integer("noise_rank", noise_rank, 1)
+        seed = shared_seed() if seed is None else checks.integer("seed", seed, -(2**63))
         layers = trained_layers(model, adapter, optimizer)
         self._model, self._adapter = model, adapter
-        seed = shared_seed() if seed is None else int(seed)
         self._noise = RowNoise(layers, sigma, beta, noise, noise_rank, seed, relative=relative_beta)
         self._noise.no_grad = perturb_no_grad
         self.attach(self._noise, layers, all_trained=adapter is None)

@@ -60,7 +60,7 @@ class GraLoRALinear(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        check_numbers(r, k, alpha, hybrid_r, dropout)
+        r, k, alpha, hybrid_r, dropout = check_numbers(r, k, alpha, hybrid_r, dropout).values()
         weight = linear_base(base)
         if weight is None:
             raise TypeError(f"base must be nn.Linear, Conv1D, Linear4bit or Linear8bitLt, got {type(base).__name__}")

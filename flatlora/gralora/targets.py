@@ -6,6 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -15,13 +16,12 @@ from ..layers.kinds import linear_base
 __all__ = ["check_blocks", "check_numbers", "find_saved", "find_targets"]
 
 
-def check_numbers(r: int, k: int, alpha: float, hybrid_r: int, dropout: float) -> None:
-    """Raises ValueError for a number of `GraLoRALinear` that is out of its range."""
-    checks.integer("r", r, 1)
-    checks.integer("k", k, 1)
-    checks.number("alpha", alpha, above=0)
-    checks.integer("hybrid_r", hybrid_r, 0)
-    checks.number("dropout", dropout, below=1)
+def check_numbers(r: int, k: int, alpha: float, hybrid_r: int, dropout: float) -> dict[str, Any]:
+    """The numbers of `GraLoRALinear` as Python's own, by name; ValueError for one that is out of its range."""
+    r, k = checks.integer("r", r, 1), checks.integer("k", k, 1)
+    alpha, hybrid_r = checks.number("alpha", alpha, above=0), checks.integer("hybrid_r", hybrid_r, 0)
+    alpha = int(alpha) if alpha.is_integer() else alpha  # as in PEFT's files
+    return {"r": r, "k": k, "alpha": alpha, "hybrid_r": hybrid_r, "dropout": checks.number("dropout", dropout, below=1)}
 
 
 def check_blocks(bases: dict[str, nn.Module], r: int, k: int) -> None:
@@ -101,6 +101,11 @@ def _matching(model: nn.Module, pattern: str, free: dict[str, nn.Module]) -> lis
         names = [name for name in free if re.fullmatch(pattern, name)]
     except re.error as reason:
         raise ValueError(f"target_modules {pattern!r} is not a regular expression: {reason}") from reason
+    if not names and named(model, pattern):
+        raise ValueError(
+            f"target_modules {pattern!r} is a string, which is a regular expression for whole names, and none that may "
+            f"be adapted is called so; pass a list: [{pattern!r}]"
+        )
     if not names:
         raise no_match(model, pattern, "target_modules, a regular expression for whole names,")
     return names
@@ -109,7 +114,13 @@ def _matching(model: nn.Module, pattern: str, free: dict[str, nn.Module]) -> lis
 def _listed(model: nn.Module, targets: Iterable[str], free: dict[str, nn.Module]) -> list[str]:
     wanted: set[str] = set()
     for entry in _entries("target_modules", targets):
-        matched = [name for name in named(model, entry) if name in free]
+        anywhere = named(model, entry)
+        matched = [name for name in anywhere if name in free]
+        if anywhere and not matched:
+            raise ValueError(
+                f"target_modules entry {entry!r} lies in modules_to_save, whose modules are trained whole; name it in "
+                "one of the two alone"
+            )
         if not matched:
             raise no_match(model, entry, "target_modules entry")
         wanted.update(matched)

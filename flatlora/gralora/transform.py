@@ -77,12 +77,12 @@ def apply_gralora(
             that has adapters already.
         TypeError: `model` is not a module.
     """
-    check_numbers(r, k, alpha, hybrid_r, dropout)
+    numbers = check_numbers(r, k, alpha, hybrid_r, dropout)
     check_fresh(model)
     saved = find_saved(model, modules_to_save)
     targets = find_targets(model, target_modules, saved)
-    check_blocks(targets, r, k)
-    return install(model, targets, saved, r=r, k=k, alpha=alpha, hybrid_r=hybrid_r, dropout=dropout)
+    check_blocks(targets, numbers["r"], numbers["k"])
+    return install(model, targets, saved, **numbers)
 
 
 def check_fresh(model: nn.Module) -> None:

@@ -74,7 +74,7 @@ def hessian_top_eigenvalue(
     batches = list_of(batches)
     tolerance, iterations = checks.number("tolerance", tolerance), checks.integer("iterations", iterations, 1)
     params = _trained(model, adapter)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(checks.integer("seed", seed, -(2**63)))
     like = params[0]
     dtype = torch.promote_types(like.dtype, torch.float32)
     v = torch.randn(sum(p.numel() for p in params), dtype=dtype, generator=generator).to(like.device)
@@ -101,7 +101,7 @@ def _trained(model: nn.Module, adapter: str | Iterable[str] | None) -> list[nn.P
     if not params:
         raise ValueError(
             f"none of the {len(held)} parameters of the adapters requires a gradient, and the Hessian is by those that "
-            "do; unfreeze the adapter, for instance PEFT's with set_adapter(name) or from_pretrained(is_trainable=True)"
+            f"do; {checks.UNFREEZE}"
         )
     return list(params.values())
 
