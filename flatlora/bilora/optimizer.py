@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import checks
-from ..layers.base import whole, wide
-from ..layers.view import plain_name
 from ..perturbing import PerturbingOptimizer, trainable, trained_layers
 from ..wrapper import chain
 from .auxiliary import (
@@ -25,12 +23,11 @@ from .auxiliary import (
     detach_auxiliary,
     primary_ranks,
 )
+from .triples import named, norm_of
 
 __all__ = ["BiLoRAOptimizer"]
 
 logger = logging.getLogger("flatlora")
-
-_MOST = 1 << 19  # elements of the auxiliaries of layers that are computed together
 
 
 class BiLoRAOptimizer(PerturbingOptimizer):
@@ -84,7 +81,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         super().__init__(optimizer)
         self._settings = {"rho": checks.number("rho", rho, above=0)}
         self._model, self._no_grad = checks.module(model), perturb_no_grad
-        self._triples = None if auxiliary is None else _named_triples(model, auxiliary)
+        self._triples = None if auxiliary is None else named(model, auxiliary)
         self._turned: tuple[list[Tensor], float] = [], 1.0
         self._clips: list[Tensor | int] = [0, 0]  # steps that ρ clipped, counted on the device, and all
         self._check_groups()
@@ -208,7 +205,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         triples = self._auxiliaries()
         if not triples:  # they have been detached
             return
-        norm = _norm(triples)
+        norm = norm_of(triples)
         # On the device, as is the comparison: reading the norm would stall the host at every step.
         factors = [p for A, B, _ in triples.values() for p in (A, B)]
         below = 1 - max(torch.finfo(p.dtype).eps for p in factors)  # or rounding could leave the norm above ρ
@@ -238,7 +235,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     @torch.no_grad()
     def perturbation_norm(self) -> float:
         """``sqrt(Σ_layers ‖s2·B2·A2‖_F²)`` at present; never above ρ after a step."""
-        return float(_norm(self._auxiliaries()))
+        return float(norm_of(self._auxiliaries()))
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
@@ -249,7 +246,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         """
         if not (auxiliaries := self._auxiliaries()):
             return super().metrics()
-        norm, (clipped, steps) = _norm(auxiliaries), self._clips
+        norm, (clipped, steps) = norm_of(auxiliaries), self._clips
         share = torch.as_tensor(clipped, dtype=norm.dtype, device=norm.device) / max(steps, 1)
         return self._with_inner({"perturbation_to_rho": norm / self.rho, "clipped_share": share})
 
@@ -377,39 +374,3 @@ def _shapes(layers: Any) -> dict[str, Any]:
 def _assign(params: list[Tensor], values: list[Tensor]) -> None:
     for p, value in zip(params, values, strict=True):
         p.copy_(value)
-
-
-def _named_triples(
-    model: nn.Module, triples: Sequence[tuple[Tensor, Tensor, float]]
-) -> dict[str, tuple[Tensor, Tensor, float]]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    found = {}
-    for i, triple in enumerate(triples):
-        A, B, scaling = triple
-        if id(A) not in names or id(B) not in names:
-            raise ValueError(f"auxiliary[{i}]: A and B must be parameters of the model, which has neither or only one")
-        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
-            raise ValueError(
-                f"auxiliary[{i}]: A {tuple(A.shape)} and B {tuple(B.shape)} do not multiply; expected (r, n) and (m, r)"
-            )
-        found[plain_name(names[id(A)])] = (A, B, float(scaling))
-    return found
-
-
-def _norm(triples: dict[str, tuple[Tensor, Tensor, float]]) -> Tensor:
-    """``sqrt(Σ ‖s·B·A‖_F²)``, through ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``: nothing larger than r×r is formed per layer.
-
-    Layers of one form are launched together, as many as have a bounded size: their products are too small to be worth
-    a launch each.
-    """
-    alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
-    for A, B, scaling in triples.values():
-        a, b = whole(A), whole(B)
-        alike.setdefault((scaling, a.shape, b.shape, a.dtype, b.dtype, a.device), []).append((a, b))
-    squares = []
-    for (scaling, *_), group in alike.items():
-        most = max(1, _MOST // max(1, group[0][0].numel() + group[0][1].numel()))
-        for i in range(0, len(group), most):
-            a, b = (torch.stack(same).to(wide(same[0].device)) for same in zip(*group[i : i + most], strict=True))
-            squares.append(scaling**2 * ((b.mT @ b) * (a @ a.mT)).sum())
-    return torch.stack([square.to(squares[0].device) for square in squares]).sum().clamp_(min=0.0).sqrt_()

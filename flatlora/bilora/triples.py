@@ -1,0 +1,57 @@
+"""Auxiliaries as the method sees them: A (r, n), B (m, r) and the scaling of their product, by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.base import whole, wide
+from ..layers.view import plain_name
+
+__all__ = ["named", "norm_of"]
+
+Triple = tuple[Tensor, Tensor, float]
+
+_MOST = 1 << 19  # elements of the auxiliaries of layers that are computed together
+
+
+def named(model: nn.Module, triples: Sequence[Triple]) -> dict[str, Triple]:
+    """Triples that a user made, by the names of their A in the model.
+
+    Raises:
+        ValueError: parameters of another model, or of shapes that do not multiply.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {}
+    for i, triple in enumerate(triples):
+        A, B, scaling = triple
+        if id(A) not in names or id(B) not in names:
+            raise ValueError(f"auxiliary[{i}]: A and B must be parameters of the model, which has neither or only one")
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+            raise ValueError(
+                f"auxiliary[{i}]: A {tuple(A.shape)} and B {tuple(B.shape)} do not multiply; expected (r, n) and (m, r)"
+            )
+        found[plain_name(names[id(A)])] = (A, B, float(scaling))
+    return found
+
+
+def norm_of(triples: dict[str, Triple]) -> Tensor:
+    """``sqrt(Σ ‖s·B·A‖_F²)``, through ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``: nothing larger than r×r is formed per layer.
+
+    Layers of one form are launched together, as many as have a bounded size: their products are too small to be worth
+    a launch each.
+    """
+    alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    for A, B, scaling in triples.values():
+        a, b = whole(A), whole(B)
+        alike.setdefault((scaling, a.shape, b.shape, a.dtype, b.dtype, a.device), []).append((a, b))
+    squares = []
+    for (scaling, *_), group in alike.items():
+        most = max(1, _MOST // max(1, group[0][0].numel() + group[0][1].numel()))
+        for i in range(0, len(group), most):
+            a, b = (torch.stack(same).to(wide(same[0].device)) for same in zip(*group[i : i + most], strict=True))
+            squares.append(scaling**2 * ((b.mT @ b) * (a @ a.mT)).sum())
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().clamp_(min=0.0).sqrt_()
