@@ -44,7 +44,8 @@ class GGPOOptimizer(PerturbingOptimizer):
         beta: β, weight of the squared gradient norm. At 0.01 the gradient term has 1e-7 of the variance in a small
             encoder, so the noise is Flat-LoRA's in all but name; see ``metrics()["gradient_share"]``.
         relative_beta: β on the layer's own scale, ``ε_i ~ N(0, σ²/n · (‖W'_i‖² + β·c·‖G_i‖²)/(1 + β) · I)`` with
-            ``c = Σ_i ‖W'_i‖² / Σ_i ‖G_i‖²``: β = 1 makes both terms equal, and no β changes the noise's power.
+            ``c = Σ_i ‖W'_i‖² / Σ_i ‖G_i‖²``: β = 1 makes both terms equal, and no β changes the noise's power. On an
+            encoder with 40 % wrong labels β → ∞ was 1.3 ± 0.6 points ahead of β = 0 (p = 0.07, `examples/results.md`).
         noise: ``"gaussian"``, independent in every element; or ``"low_rank"``, ``diag(d)·U·V/√noise_rank``: the same
             covariance at the cost of an adapter of that rank, but heavier tails and a larger spread of the loss.
         noise_rank: rank of ``"low_rank"`` noise.
