@@ -47,6 +47,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     Gradient norms and clipping are those of plain LoRA: until the step the auxiliary's gradients, which have their
     bound in ρ, are kept 2⁻²⁰ times their size, too faint to count in the norm over all parameters. A factor by which
     others scale all gradients reaches both sides. Those of float16 auxiliaries and of layers of your own are not faint.
+    A reduction in float16 (DDP's `fp16_compress_hook`) would lose them and leave the auxiliary zero, as
+    ``metrics()["perturbation_to_rho"]`` then shows: reduce in bfloat16 or float32.
 
     Args:
         optimizer: the built base optimizer, with at least one ascent group. An ascent group has its own `lr` and

@@ -40,7 +40,8 @@ class GGPOOptimizer(PerturbingOptimizer):
     Args:
         optimizer: the built base optimizer; it must hold adapter parameters of `model`.
         model: the model with adapters, before or after DDP or FSDP wrap it.
-        sigma: σ, noise per row relative to the row's norm. 0 switches the method off. May be set between steps.
+        sigma: σ, noise per row relative to the row's norm. 0 switches the method off. May be set between steps. The
+            paper's 0.03 does next to nothing to an encoder of 22M parameters, where 0.2 acts and 0.6 destroys.
         beta: β, weight of the squared gradient norm. At 0.01 the gradient term has 1e-7 of the variance in a small
             encoder, so the noise is Flat-LoRA's in all but name; see ``metrics()["gradient_share"]``.
         relative_beta: β on the layer's own scale, ``ε_i ~ N(0, σ²/n · (‖W'_i‖² + β·c·‖G_i‖²)/(1 + β) · I)`` with
