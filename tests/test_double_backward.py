@@ -99,7 +99,8 @@ def test_second_derivatives_of_the_product_with_low_rank_terms(with_product):
     x, A, B, out = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 6), (2, 6), (4, 2), (3, 4))
     )
-    plan = Plan(torch.float64, (0.7,), ((C, D),), (lambda weight: W) if with_product else None)
+    weight = (lambda weight: W) if with_product else None
+    plan = Plan(torch.float64, (0.7, 0.3), ((C, D),), (1.0,), weight)
 
     def run(out, x, A, B):
         return Added.apply(plan, out, x, None, None, A, B)

@@ -151,18 +151,16 @@ class Added(torch.autograd.Function):
         if result is out:
             ctx.mark_dirty(out)
         # The adapters' own parameters are kept to be looked at: autograd refuses them if they have moved since.
-        trained = (x, h, *learned) if any(ctx.needs_input_grad[5:]) else (None, None)
-        ctx.save_for_backward(weight, a, b, *trained)
+        trained = (x, h) if any(ctx.needs_input_grad[5:]) else (None, None)
+        ctx.save_for_backward(weight, a, b, *trained, *learned)
         return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weight, a, b, x, h, *learned = ctx.saved_tensors
+        if torch.is_grad_enabled():  # `create_graph`
+            return _differentiable(ctx, grad)
+        weight, a, b, x, h, *_ = ctx.saved_tensors
         plan, of_x = ctx.plan, ctx.needs_input_grad[2]
-        if torch.is_grad_enabled() and x is not None:  # `create_graph`: through the parameters, not through values
-            with without_autocast(grad.device):
-                a, b = plan.factors(learned)
-                h = x.reshape(-1, x.shape[-1]).to(plan.dtype) @ a.t()
         g = grad.reshape(-1, grad.shape[-1])
         grad_x = None
         grads: list[Tensor | None] = [None] * (2 * len(ctx.ranks))
@@ -191,6 +189,24 @@ class Added(torch.autograd.Function):
         if grad_x is not None:
             grad_x = cast(grad_x, ctx.x_dtype).view(ctx.x_shape)
         return None, grad if ctx.needs_input_grad[1] else None, grad_x, None, grad_bias, *grads
+
+
+def _differentiable(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """What `Added.backward` returns, by autograd of its plain reference, so that it can be differentiated again."""
+    weight, _, _, x, _, *learned = ctx.saved_tensors
+    if x is None:  # of whose values its own gradient does not depend
+        x = torch.zeros(ctx.x_shape, dtype=ctx.x_dtype, device=grad.device, requires_grad=True)
+    places = [i for i, needed in enumerate(ctx.needs_input_grad) if needed and i not in (1, 3, 4)]
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    with without_autocast(grad.device):
+        out = added(ctx.plan, torch.zeros_like(grad), x, weight, None, *learned)
+        inputs = [x if i == 2 else learned[i - 5] for i in places]
+        found = torch.autograd.grad(out, inputs, grad.to(out.dtype), create_graph=True) if inputs else ()
+    for i, one in zip(places, found, strict=True):
+        grads[i] = one
+    grads[1] = grad if ctx.needs_input_grad[1] else None
+    grads[4] = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
+    return tuple(grads)
 
 
 def _scale(parts: Iterable[Any], factors: Iterable[float]) -> None:
