@@ -82,9 +82,8 @@ def test_quickstart(wrong, tsv, tmp_path):
     share = r"\d+ % +" if wrong else ""
     for name in (
         "LoRA, lr 0.001",
-        "GGPO, σ 0.2, lr 0.001",
         "LoRASAM, ρ 0.15, lr 0.001",
-        "both, lr 0.001",
+        "LoRASAM in GGPO, lr 0.001",
         "LoRA, lr 0.00035",
     ):
         assert re.search(rf"^{name} +[\d.]+ % +[\d.]+ +{share}\d+ ms$", out, re.MULTILINE)
