@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from . import checks
 from .kernels import operators
 from .kernels.blocks import How, add_blocks
 from .kernels.draw import Draw, draw_gaussian, draw_low_rank
@@ -213,7 +214,7 @@ def remove_perturbation(model: nn.Module) -> None:
 
     Optimizers that did so go on as their base optimizers.
     """
-    for module in list(model.modules()):
+    for module in list(checks.module(model).modules()):
         for attachment, _ in attachments(module):
             attachment.remove()
         if isinstance(hook := module.__dict__.get("forward"), Hook):

@@ -191,6 +191,7 @@ class OptimizerWrapper(Method, Optimizer):
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError if a method in the chain of wrappers would refuse the state. Changes nothing."""
+        checks.state_fields("base", state_dict, "state", "param_groups")
         base_state, own = self._parts(state_dict)
         if own is not None:
             self.check_method_state(own)

@@ -7,7 +7,16 @@ import pytest
 import torch
 from ecosystem import lora_mlp, trained
 
-from flatlora import BilevelOptimizer, BiLoRAOptimizer, GGPOOptimizer, LoRASAMOptimizer, attach_auxiliary, checks
+from flatlora import (
+    BilevelOptimizer,
+    BiLoRAOptimizer,
+    GGPOOptimizer,
+    LoRASAMOptimizer,
+    attach_auxiliary,
+    checks,
+    detach_auxiliary,
+    remove_perturbation,
+)
 from flatlora import direction_parameters as directions
 from flatlora import magnitude_parameters as magnitudes
 
@@ -86,3 +95,22 @@ def test_a_string_is_no_dataloader():
     lower, upper = (torch.optim.SGD(level(model), lr=0.1) for level in (directions, magnitudes))
     with pytest.raises(TypeError, match=r"train_dataloader must be an iterable of batches.*got str"):
         BilevelOptimizer(lower, upper, model, "abc", [torch.ones(1, 32)])
+
+
+def lorasam(model):
+    return LoRASAMOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+
+
+@pytest.mark.parametrize("method", [ggpo, lorasam])
+@pytest.mark.parametrize("left", [{}, {"state": {}}])
+def test_a_state_without_groups_is_refused(method, left):
+    model = lora_mlp()
+    optimizer = method(model)
+    with pytest.raises(ValueError, match=r"lacks .*param_groups"):
+        optimizer.load_state_dict(left)
+
+
+@pytest.mark.parametrize("take_off", [detach_auxiliary, remove_perturbation])
+def test_what_is_taken_off_is_taken_off_a_model(take_off):
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module, got str"):
+        take_off("model")

@@ -35,7 +35,7 @@ pytestmark = [
 IN_A_LOOP = [method for method in METHODS if method.name != "BiDoRA"]
 
 
-def trains(model, method, optimizer, loop):
+def assert_trains(model, method, optimizer, loop):
     """A run of the user's `loop` lowers the loss, leaves the base alone, and the plain model unperturbed."""
     before, start = base_bits(model), weights(model)
     losses = [loop(i) for i in range(12)]
@@ -63,7 +63,7 @@ def test_it_trains_under_autocast_and_a_gradient_scaler(method, dtype, device):
         optimizer.zero_grad()
         return float(loss.detach())
 
-    trains(model, method, optimizer, loop)
+    assert_trains(model, method, optimizer, loop)
     with torch.no_grad(), torch.autocast(device.type, dtype):
         assert difference(logits(model), logits(twin(model, method))) is None
 
@@ -96,7 +96,7 @@ def test_it_trains_a_bf16_model_by_a_paged_8_bit_optimizer(method, device):
         optimizer.zero_grad()
         return float(loss.detach())
 
-    trains(model, method, optimizer, loop)
+    assert_trains(model, method, optimizer, loop)
 
 
 @every_method(among=IN_A_LOOP)

@@ -65,7 +65,7 @@ def loss(weights):
     return loss_at(weights, **batch())
 
 
-def close(found, expected):
+def assert_close(found, expected):
     torch.testing.assert_close([p.detach() for p in found], list(expected), rtol=1e-9, atol=1e-12)
 
 
@@ -76,7 +76,9 @@ def test_ggpo_takes_the_step_of_its_reference_and_goes_on_with_its_row_deviation
         torch.optim.SGD(trained(model), lr=0.1), model, sigma=0.2, beta=3.0, noise=noise, seed=5
     )
     before = layers(model)
-    close(optimizer.row_std().values(), [reference.expected_std(reference.lora(*layer), 0.2) for layer in before])
+    assert_close(
+        optimizer.row_std().values(), [reference.expected_std(reference.lora(*layer), 0.2) for layer in before]
+    )
 
     weights = [noisy_weight(module) for module in modules(model)]
     eps = [W - reference.lora(*layer) for W, layer in zip(weights, before, strict=True)]
@@ -85,14 +87,14 @@ def test_ggpo_takes_the_step_of_its_reference_and_goes_on_with_its_row_deviation
     optimizer.step()
     new, G = reference.ggpo_step(loss, before, eps, lr=0.1)
     for module, expected in zip(modules(model), new, strict=True):
-        close(factors(module), expected)
+        assert_close(factors(module), expected)
 
     tangent = [reference.projected(g, B, A) for g, (_, A, B, _) in zip(G, before, strict=True)]
     expected = [
         reference.expected_std(reference.lora(*layer), 0.2, 3.0, T)
         for layer, T in zip(layers(model), tangent, strict=True)
     ]
-    close(optimizer.row_std().values(), expected)
+    assert_close(optimizer.row_std().values(), expected)
 
 
 def noisy_weight(module):
@@ -114,8 +116,8 @@ def test_bilora_takes_the_steps_of_its_reference(rho):
         optimizer.zero_grad()
         primary, auxiliary = reference.bilora_step(loss, before, pairs, 0.1, rho)
         for module, expected in zip(modules(model), primary, strict=True):
-            close(factors(module), expected)
-        close(ascending, [p for pair in auxiliary for p in pair])
+            assert_close(factors(module), expected)
+        assert_close(ascending, [p for pair in auxiliary for p in pair])
 
 
 def test_bidora_takes_the_hypergradient_of_its_reference():
@@ -166,4 +168,4 @@ def test_gralora_applies_the_update_of_its_reference(k):
     flatlora.apply_gralora(model, ["0"], r=8, k=k, alpha=12)
     nn.init.normal_(model[0].gralora_B)
     expected = reference.gralora_delta(model[0].gralora_A.detach(), model[0].gralora_B.detach(), 12 / 8)
-    close([applied_weight(model[0], N) - W0, model[0].delta_weight()], [expected, expected])
+    assert_close([applied_weight(model[0], N) - W0, model[0].delta_weight()], [expected, expected])

@@ -585,7 +585,7 @@ class Other(Plain):
     """Another method."""
 
 
-def refused(optimizer, model, state, match):
+def assert_refused(optimizer, model, state, match):
     before = copy.deepcopy(optimizer.state_dict()), adapters(model), outputs(model)
     groups, moments = optimizer.param_groups, optimizer.state
     with pytest.raises(ValueError, match=match):
@@ -612,7 +612,7 @@ def test_a_checkpoint_of_something_else_is_refused_and_changes_nothing(change):
     model = lora_mlp()
     optimizer = ggpo(model)
     train(model, optimizer, range(2))
-    refused(optimizer, model, state, match.get(change, "of another model"))
+    assert_refused(optimizer, model, state, match.get(change, "of another model"))
 
 
 def test_a_method_over_a_method_keeps_both_parts():

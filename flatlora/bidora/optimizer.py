@@ -21,18 +21,7 @@ from .levels import TwoLevels, directions_of, step_sizes
 from .loop import LoopWatch
 from .orthogonality import add_orthogonality_gradient
 from .parameters import trained_layers
-from .passes import (
-    LossPass,
-    Values,
-    batch_pass,
-    finite,
-    frozen,
-    grads_of,
-    moved,
-    norm_of,
-    parameters_of,
-    traceless,
-)
+from .passes import LossPass, Values, batch_pass, finite, frozen, grads_of, moved, norm_of, parameters_of, traceless
 from .perturbations import current_perturbations, perturbed_as, unperturbed
 from .phase_two import PhaseTwo
 from .ranks import average_gradients, begin_alike, whole_model
@@ -138,9 +127,11 @@ class BilevelOptimizer(TwoLevels):
         begin_alike([*parameters_of(lower), *parameters_of(upper)])
         self._train = None if train_dataloader is None else Batches(train_dataloader, "train_dataloader", self._seed)
         self._val = Batches(val_dataloader, "val_dataloader", self._seed)
-        self._lower_steps, self._norms = 0, dict[str, Tensor]()
+        self._lower_steps = 0
+        self._norms: dict[str, Tensor] = {}
         layers = trained_layers(model, adapter, directions_of(lower), needed=orthogonality > 0)
-        self._layers, self._updates = layers if orthogonality > 0 else [], Updates(layers)
+        self._layers = layers if orthogonality > 0 else []
+        self._updates = Updates(layers)
         self._layout = hold_training_layout(model)
         self._watch = LoopWatch(model, parameters_of(upper)) if self._train is None else None
         self._phase_two = PhaseTwo(self.lower, self.upper, model, adapter, self._watch)
@@ -191,7 +182,7 @@ class BilevelOptimizer(TwoLevels):
     def _lower_loss(self) -> LowerPoint:
         """L_tr(V, μ), with ∇_V of it in `.grad`."""
         if self._train is not None:
-            return self._here(self._take([batch_pass(self.model, self._train.next(), "training", self.loss_fn)]))
+            return self._here(self._take([self._pass(self._train.next(), "training")]))
         passes, value = self._watch.train_loss()  # type: ignore[union-attr]  # the loop has been through it
         return self._here(self._seen(passes, average_gradients(self.model, value)))
 
@@ -223,7 +214,7 @@ class BilevelOptimizer(TwoLevels):
         # Dropout in this pass draws from a seed of its own, or it would shift the stream of the lower passes.
         seed = derived_seed(self._seed, "validation", self._lower_steps)
         with traceless(self.model, seed, self._watch), unperturbed(chain(self.lower)):
-            value = self._backward([batch_pass(self.model, batch, "validation", self.loss_fn)])
+            value = self._backward([self._pass(batch, "validation")])
             return ValLoss(value, grads_of(self._magnitudes()), grads_of(parameters_of(self.lower)))
 
     def _upper_step(self, seen: BilevelStep, val: ValLoss, hypergradient: Hypergradient) -> BilevelStep:
@@ -278,7 +269,7 @@ class BilevelOptimizer(TwoLevels):
         Raises:
             ValueError: a loss that is not a finite scalar, or a batch without labels.
         """
-        passes = [batch_pass(self.model, train_batch, "training", self.loss_fn)]
+        passes = [self._pass(train_batch, "training")]
         with traceless(self.model, watch=self._watch):
             at = self._here(self._take(passes))
             add_orthogonality_gradient(self._layers, self.orthogonality)
@@ -319,7 +310,7 @@ class BilevelOptimizer(TwoLevels):
 
     def _retrain_backward(self, batch: Any) -> Tensor:
         """``∇_V (L + γ·R)`` into `.grad`; returns L."""
-        loss = self._backward([batch_pass(self.model, batch, "training", self.loss_fn)])
+        loss = self._backward([self._pass(batch, "training")])
         add_orthogonality_gradient(self._layers, self.orthogonality)
         return loss
 
@@ -390,6 +381,9 @@ class BilevelOptimizer(TwoLevels):
         self._phase_two.load_state_dict(state["phase"], state["retrain"])
 
     # --- passes ---------------------------------------------------------------------------------------------------
+
+    def _pass(self, batch: Any, which: str) -> LossPass:
+        return batch_pass(self.model, batch, which, self.loss_fn)
 
     def _backward(self, passes: list[LossPass]) -> Tensor:
         """L_tr, or L_val, of the passes over all ranks; its gradient replaces what is in `.grad`."""

@@ -184,7 +184,7 @@ def detach_auxiliary(model: nn.Module) -> None:
 
     An optimizer over the auxiliary goes on with the rest of its parameters.
     """
-    for module in list(model.modules()):
+    for module in list(checks.module(model).modules()):
         for attachment, _ in attachments(module):
             if isinstance(attachment.source, Ascent):
                 attachment.remove()

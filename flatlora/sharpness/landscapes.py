@@ -82,12 +82,9 @@ def landscape(
             layer.
     """
     batches, reach = list_of(batches), checks.number("reach", reach, above=0.0)
-    directions = _directions(directions, plane)
-    if checks.integer("points", points, 3) % 2 == 0:
-        raise ValueError(f"points must be odd, so that the model itself is the one in the middle; got {points}")
+    directions, at = _directions(directions, plane), _distances(reach, points)
     layers = lora_layers(model, adapter)
     random, worst = RandomDirection(layers, seed), None
-    at = [reach * (2 * i / (points - 1) - 1) for i in range(points)]
     passes = (points**2 if plane else points * len(directions)) + ("worst" in directions)
     with progress_bar(progress, passes * len(batches), "landscape") as advance, evaluating(model), ExitStack() as stack:
         norm = random.weight_norm()
@@ -108,8 +105,7 @@ def landscape(
             return Landscape(at, {name: [loss_at(**{name: t}) for t in at] for name in directions})
         first, second = directions
         losses = [[loss_at(**{first: t, second: u}) for u in at] for t in at]
-        middle = points // 2
-        return Landscape(at, {first: [row[middle] for row in losses], second: losses[middle]}, losses)
+        return Landscape(at, {first: [row[points // 2] for row in losses], second: losses[points // 2]}, losses)
 
 
 def _directions(directions: Sequence[str], plane: bool) -> list[str]:
@@ -119,6 +115,12 @@ def _directions(directions: Sequence[str], plane: bool) -> list[str]:
     if plane and len(found) != 2:
         raise ValueError(f"a plane is spanned by two directions, got {found}")
     return found
+
+
+def _distances(reach: float, points: int) -> list[float]:
+    if checks.integer("points", points, 3) % 2 == 0:
+        raise ValueError(f"points must be odd, so that the model itself is the one in the middle; got {points}")
+    return [reach * (2 * i / (points - 1) - 1) for i in range(points)]
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
