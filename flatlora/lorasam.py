@@ -18,7 +18,7 @@ from .layers.stack import BaseNorms, Stack, stacks
 from .layers.tangent import Projection, project
 from .layers.view import LoRALayer
 from .perturbation import Source
-from .perturbing import PerturbingOptimizer, claim, trained_layers
+from .perturbing import PerturbingOptimizer, trained_layers
 
 __all__ = ["LoRASAMOptimizer"]
 
@@ -180,50 +180,31 @@ class LoRASAMOptimizer(PerturbingOptimizer):
     ):
         super().__init__(optimizer)
         rho = checks.number("rho", rho)
-        layers = trained_layers(model, adapter, optimizer)
         self._model, self._adapter = model, adapter
-        self._uphill = Uphill(layers, rho, perturb_no_grad)
-        self.attach(self._uphill, layers, all_trained=adapter is None)
-
-    def reattach(self) -> None:
-        self.attach(self._uphill, list(self._uphill.layers.values()), all_trained=self._adapter is None)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As the base optimizer's; adapters whose parameters come in are perturbed from then on."""
-        super().add_param_group(param_group)
-        layers, known = trained_layers(self._model, self._adapter, self.base_optimizer), self._uphill.layers
-        new = [layer for layer in layers if layer.name not in known]
-        try:
-            claim(self._uphill, new, self.base_optimizer)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        for layer in layers:
-            known.setdefault(layer.name, layer).names = layer.names
-        for layer in new if self._attached else ():
-            self._attachment.add(layer)  # type: ignore[union-attr]
+        self._source = Uphill(trained_layers(model, adapter, optimizer), rho, perturb_no_grad)
+        self.reattach()
 
     # --- the method: the gradients that a step is taken with make the next ε ----------------------------------------
 
     def before_step(self) -> None:
         if self._attached:
-            self._uphill.look()
+            self._source.look()
 
     def after_step(self) -> None:
-        self._uphill.advance()
+        self._source.advance()
 
     @property
     def rho(self) -> float:
         """ρ; a change is felt at the next forward."""
-        return self._uphill.rho
+        return self._source.rho
 
     @rho.setter
     def rho(self, value: float) -> None:
-        self._uphill.rho = checks.number("rho", value)
+        self._source.rho = checks.number("rho", value)
 
     def perturbation_norm(self) -> float:
         """``sqrt(Σ_layers ‖ε‖_F²)`` at present: ρ, or 0 before the first step and after `remove()`."""
-        return self.rho * float(self._uphill.norm()) if self._attached else 0.0
+        return self.rho * float(self._source.norm()) if self._attached else 0.0
 
     def metrics(self) -> dict[str, Tensor]:
         """Two numbers over all layers together.
@@ -233,38 +214,26 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         ``projected_gradient_norm``: ``sqrt(Σ_layers ‖P(G)‖_F²)`` of the gradients that the last step was taken with, in
         units of the loss per unit of weight.
         """
-        norm = self._uphill.gradient_norm
+        norm = self._source.gradient_norm
         off = self.rho == 0 or not self._attached
-        relative = torch.zeros_like(norm) if off else self._uphill.norm()
+        relative = torch.zeros_like(norm) if off else self._source.norm()
         return self._with_inner({"perturbation_to_rho": relative, "projected_gradient_norm": norm})
-
-    @property
-    def _attached(self) -> bool:
-        return bool(self._attachment is not None and self._attachment.layers)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def method_state(self) -> dict[str, Any]:
-        layers = {}
-        for name, layer in self._uphill.layers.items():
-            factors = self._uphill.direction.get(name, (None, None))
-            B, A = (None if factor is None else factor.clone() for factor in factors)  # of a tensor of many layers
-            layers[name] = {**_identity(layer), "B": B, "A": A}
+        layers: dict[str, Any] = self.layer_identities()
+        for name, layer in layers.items():
+            factors = self._source.direction.get(name, (None, None))
+            # Of a tensor of many layers.
+            layer["B"], layer["A"] = (None if factor is None else factor.clone() for factor in factors)
         return {"rho": self.rho, "layers": layers}
 
     def check_method_state(self, state: dict[str, Any]) -> None:
         checks.state_fields("LoRASAM", state, "rho", "layers")
         checks.number("the state_dict's rho", state["rho"])
-        layers = state["layers"]
-        if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
-            raise ValueError(
-                "the state_dict's LoRASAM part has no dict by layer name; load one that this library wrote"
-            )
-        ours = {name: _identity(layer) for name, layer in self._uphill.layers.items()}
-        theirs = {name: {key: layer.get(key) for key in ("shape", "ranks")} for name, layer in layers.items()}
-        checks.same_layers("adapted layers", theirs, ours)
-        for name, layer in layers.items():
-            checks.state_fields("LoRASAM", layer, "B", "A")
+        self.check_layer_states("LoRASAM", state["layers"], "B", "A")
+        for name, layer in state["layers"].items():
             if not _fit(layer["B"], layer["A"], *layer["shape"]):
                 raise ValueError(
                     f"the state_dict's B and A of layer {name!r} must both be None, or factors of a {layer['shape']} "
@@ -272,21 +241,16 @@ class LoRASAMOptimizer(PerturbingOptimizer):
                 )
 
     def load_method_state(self, state: dict[str, Any] | None) -> None:
-        source = self._uphill
+        source = self._source
         source.direction, source._next = {}, {}
         if state is None:
             logger.warning("the checkpoint has no LoRASAM part: there is no perturbation until the next step")
             return
-        self.rho = state["rho"]  # the checkpoint's from here on, as the learning rate is
+        self.take_over(state, "rho")
         for name, layer in state["layers"].items():
             if layer["B"] is not None:
                 device = source.layers[name].base.device
                 source.direction[name] = layer["B"].to(device, copy=True), layer["A"].to(device, copy=True)
-
-
-def _identity(layer: LoRALayer) -> dict[str, Any]:
-    """What must be so in a checkpoint's model too."""
-    return {"shape": list(layer.shape), "ranks": layer.ranks()}
 
 
 def _fit(B: Any, A: Any, m: int, n: int) -> bool:

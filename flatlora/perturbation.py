@@ -14,8 +14,7 @@ it there; such layers are perturbed in the first pass.)
 Compiled. `torch.compile` traces the hook like any forward, into plain operations in place of this library's autograd
 functions; whether a layer is perturbed is a matter of its mode and its adapters, on which the graph has guards. What
 changes from step to step is asked for by operators when the graph runs, and so is, in a graph that records no
-gradients, whether a checkpoint runs it. torch.func's transforms take the same path. torch 2.6 can't trace PEFT's own
-forward, breaks the graph there, and runs the hook as far as it can't trace it.
+gradients, whether a checkpoint runs it. torch.func's transforms take the same path.
 """
 
 from __future__ import annotations
@@ -47,15 +46,17 @@ __all__ = ["Attachment", "Companions", "Source", "attachments", "remove_perturba
 
 
 class Source:
-    """What decides a layer's ε.
+    """What decides the ε of layers.
 
     Attributes:
+        layers: those that it perturbs, by name.
         always: perturb in eval mode, in passes without gradients and under merged adapters too: for measuring.
         no_grad: perturb passes in train mode that record no gradients too.
         frozen: perturb beside adapters that require no gradient at present: someone runs a pass again as it was.
         fixed: what layers get, by name, instead of what `draw` gives them; None for `draw`'s.
     """
 
+    layers: dict[str, LoRALayer]
     always = False
     no_grad = False
     frozen = False
@@ -81,7 +82,7 @@ class Source:
 
 
 class Attachment:
-    """The layers that a source perturbs, from `add` until `remove` or until nobody holds the attachment any more.
+    """The layers that a source perturbs, from now until `remove` or until nobody holds the attachment any more.
 
     Whoever perturbs a model owns its attachment, and layers have no more than a weak reference to it: a perturbation
     lives as long as its optimizer. A copy of an attachment is None, so that no copy of a model is perturbed.
@@ -99,6 +100,8 @@ class Attachment:
         self.layers: list[LoRALayer] = []
         self._hooks: list[Hook] = []
         self._layout = hold_training_layout(model)
+        for layer in source.layers.values():
+            self.add(layer)
 
     def add(self, layer: LoRALayer) -> None:
         hook = layer.module.__dict__.get("forward")
@@ -266,8 +269,7 @@ def _runs_again_with_gradients() -> bool:
 def _traced(source: Source, layer: LoRALayer, site: Site) -> Draw | Noise | Adapter | None:
     """`source.given` for a graph that runs at many steps."""
     unrecorded = not (torch.is_grad_enabled() or source.no_grad or source.always)
-    form = source.form(layer)
-    like = layer.all_adapters()[0].A
+    form, like = source.form(layer), layer.all_adapters()[0].A
     if form is None:
         extra = source.given(layer)
         if not (unrecorded and isinstance(extra, Adapter)):
@@ -281,8 +283,7 @@ def _traced(source: Source, layer: LoRALayer, site: Site) -> Draw | Noise | Adap
 
 def _asked(ref: weakref.ref[Attachment], layer: LoRALayer, unrecorded: bool) -> Draw | tuple[Tensor, Tensor] | None:
     """What a graph that runs now is told by its `Site`."""
-    attachment = ref()
-    if attachment is None or (unrecorded and not _runs_again_with_gradients()):
+    if (attachment := ref()) is None or (unrecorded and not _runs_again_with_gradients()):
         return None
     extra = attachment.source.given(layer)
     return (extra.B * extra.scaling, extra.A) if isinstance(extra, Adapter) else extra
@@ -374,7 +375,6 @@ def _add(
 ) -> Tensor:
     """`Added` of the low-rank ones among `terms`, and of grids of blocks; `make_weight` makes W out of the others."""
     adapters = [term for term in terms if isinstance(term, Adapter)]
-    blocks = [adapter for adapter in adapters if adapter.A.dim() == 4]
     learned = [adapter for adapter in adapters if _learns(adapter)]
     like = learned[0].A if learned else x if out is None else out
     dtype = compute_dtype(x, like.dtype)
@@ -390,7 +390,7 @@ def _add(
         fading = tuple(adapter.fading for adapter in learned)
         plan = Plan(dtype, scalings, constant, fading, make_weight, in_place)
         out = (added if traced() else Added.apply)(plan, out, x, weight, bias, *factors)
-    for block in blocks:
+    for block in (adapter for adapter in adapters if adapter.A.dim() == 4):
         A, B = stored_blocks(block.A, block.B)
         out = add_blocks(How(block.scaling, dtype), x, A, B, out)
     return out

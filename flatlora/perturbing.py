@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
@@ -29,10 +29,13 @@ class PerturbingOptimizer(OptimizerWrapper):
     A copy of the optimizer, made together with its model, is attached to the copy of the model. An optimizer built over
     adapters that another of its kind has trained takes them over; the other one's next step raises.
 
-    A method calls `attach` in its constructor and overrides `reattach`.
+    A method whose source perturbs all layers that the base optimizer trains sets the three below in its constructor,
+    `_source` over `trained_layers`, and calls `reattach`. Another one overrides `reattach` and `look_at_groups`.
     """
 
     _model: nn.Module
+    _adapter: str | Iterable[str] | None
+    _source: Any
     _attachment: Attachment | None = None
     _told_of_mode = False
     _asleep: tuple[tuple[str, nn.Parameter], ...] = ()  # held adapters that were frozen when this was built
@@ -66,21 +69,40 @@ class PerturbingOptimizer(OptimizerWrapper):
         method: Any = cls  # whose constructor takes the model
         return method(optimizer_cls(trainable(model) if params is None else params, **kwargs), model, **own)
 
-    def attach(self, source: Source, layers: list[LoRALayer], all_trained: bool = True) -> None:
-        """Attaches `source` to the layers; `all_trained`: they stand for every adapter that the optimizer is to train.
+    def attach(self, source: Source, all_trained: bool = True) -> None:
+        """Attaches `source` to its layers; `all_trained`: they stand for every adapter that the optimizer is to train.
 
         Raises:
             ValueError: as `claim`; nothing is attached then.
         """
+        layers = list(source.layers.values())
         claim(source, layers, self.base_optimizer)
         self._attachment = Attachment(self._model, source)
-        for layer in layers:
-            self._attachment.add(layer)
         self._asleep = tuple(_frozen_ones(self._model, layers, self.base_optimizer)) if all_trained else ()
 
     def reattach(self) -> None:
         """Attaches the source of a copied optimizer to the layers of its own model."""
-        raise NotImplementedError
+        self.attach(self._source, all_trained=self._adapter is None)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the base optimizer's; adapters whose parameters come in are perturbed from then on."""
+        super().add_param_group(param_group)
+        try:
+            self.look_at_groups()
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def look_at_groups(self) -> None:
+        """Called when parameters have come in; ValueError refuses them."""
+        layers, known = trained_layers(self._model, self._adapter, self.base_optimizer), self._source.layers
+        new = [layer for layer in layers if layer.name not in known]
+        claim(self._source, new, self.base_optimizer)
+        for layer in layers:
+            known.setdefault(layer.name, layer).names = layer.names
+        if self._attachment is not None and self._attached:
+            for layer in new:
+                self._attachment.add(layer)
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         if self._attachment is not None:
@@ -146,12 +168,40 @@ class PerturbingOptimizer(OptimizerWrapper):
     def unperturbed(self) -> AbstractContextManager[None]:
         return self.perturbed_as({})
 
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def layer_identities(self) -> dict[str, dict[str, Any]]:
+        """What must be so of each layer in a checkpoint's model and in this one."""
+        return {a.name: {"shape": list(a.shape), "ranks": a.ranks()} for a in self._source.layers.values()}
+
+    def check_layer_states(self, method: str, layers: Any, *fields: str) -> None:
+        """ValueError unless a checkpoint's `layers` are this model's, with their identities and `fields` in each."""
+        if not isinstance(layers, Mapping) or not all(isinstance(layer, Mapping) for layer in layers.values()):
+            raise ValueError(
+                f"the state_dict's {method} part has no dict by layer name; load one that this library wrote"
+            )
+        ours = self.layer_identities()
+        theirs = {name: {key: layer.get(key) for key in ("shape", "ranks")} for name, layer in layers.items()}
+        checks.same_layers("adapted layers", theirs, ours)
+        for layer in layers.values():
+            checks.state_fields(method, layer, *fields)
+
+    def take_over(self, state: dict[str, Any], *settings: str) -> None:
+        """Sets settings to the checkpoint's, as a learning rate is, and tells of those that were others here."""
+        for name in settings:
+            if (ours := getattr(self, name)) != state[name]:
+                logger.warning("resumed with the checkpoint's %s = %g, not %g", name, state[name], ours)
+            setattr(self, name, state[name])
+
+    @property
+    def _attached(self) -> bool:
+        return bool(self._attachment is not None and self._attachment.layers)
+
     def __getstate__(self) -> dict[str, Any]:
-        attached = bool(self._attachment is not None and self._attachment.layers)
-        return {**super().__getstate__(), "_attachment": None, "_attached": attached}
+        return {**super().__getstate__(), "_attachment": None, "_was_attached": self._attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        attached = state.pop("_attached")
+        attached = state.pop("_was_attached")
         super().__setstate__(state)
         if attached:
             self.reattach()

@@ -78,6 +78,7 @@ class Ascent(Source):
 
     def __init__(self, auxiliaries: Iterable[Any], faint: bool = False):
         self.auxiliaries: dict[str, Auxiliary] = {auxiliary.layer.name: auxiliary for auxiliary in auxiliaries}
+        self.layers = {name: auxiliary.layer for name, auxiliary in self.auxiliaries.items()}
         self.faint = faint and all(one.A.dtype != torch.float16 for one in self.auxiliaries.values())
         self.faded = FAINT if self.faint else 1.0
 
@@ -150,7 +151,6 @@ def attach_auxiliary(
         other.superseded = True
     attachment = Attachment(model, Ascent(auxiliaries))
     for auxiliary in auxiliaries:
-        attachment.add(auxiliary.layer)
         registered = Auxiliaries([auxiliary])
         registered.attachment = attachment
         auxiliary.layer.module.add_module(NAME, registered)

@@ -86,7 +86,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         self._triples = None if auxiliary is None else named(model, auxiliary)
         self._turned: tuple[list[Tensor], float] = [], 1.0
         self._clips: list[Tensor | int] = [0, 0]  # steps that ρ clipped, counted on the device, and all
-        self._check_groups()
+        self.look_at_groups()
         if auxiliary is None:
             self.reattach()
 
@@ -97,12 +97,11 @@ class BiLoRAOptimizer(PerturbingOptimizer):
                 auxiliaries.attachment = None
         source = Ascent((module for module in self._model.modules() if isinstance(module, Auxiliary)), faint=True)
         source.no_grad = self._no_grad
-        layers = [auxiliary.layer for auxiliary in source.auxiliaries.values()]
         held = {id(p) for group in self.param_groups for p in group["params"]}
-        for layer in layers:
+        for layer in source.layers.values():
             names = {a.name for a in layer.all_adapters() if id(a.A_param) in held or id(a.B_param) in held}
             layer.names = frozenset(names) or layer.names  # another optimizer may hold the primary
-        self.attach(source, layers)
+        self.attach(source)
 
     def remove(self) -> None:
         """Takes the auxiliaries off the model. Idempotent; the optimizer goes on with the rest of its parameters."""
@@ -279,20 +278,12 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def _auxiliaries(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         if self._triples is not None:
             return self._triples
-        if self._attachment is not None and self._attachment.layers:
+        if self._attachment is not None and self._attached:
             ours: Any = self._attachment.source  # it holds the modules, and finding them in the model takes a while
             return {name: (one.A, one.B, one.scaling) for name, one in ours.auxiliaries.items()}
         return attached_auxiliaries(self._model)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        try:
-            self._check_groups()
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    def _check_groups(self) -> None:
+    def look_at_groups(self) -> None:
         auxiliaries = self._auxiliaries()
         ours = {id(p): name for name, (A, B, _) in auxiliaries.items() for p in (A, B)}
         ascent = [group for group in self.param_groups if group.get("ascent")]
@@ -352,7 +343,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         if state is None:
             logger.warning("the checkpoint has no Bi-LoRA part: the auxiliary stays as it is")
             return
-        self.rho = state["rho"]
+        self.take_over(state, "rho")
         for name, (A, B, _) in self._auxiliaries().items():
             A.copy_(state["layers"][name]["A"])
             B.copy_(state["layers"][name]["B"])

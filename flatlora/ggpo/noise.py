@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ from ..layers.view import LoRALayer
 from ..perturbation import Source, trains
 from ..streams import derived_seed
 
-__all__ = ["RowNoise", "Rows", "row_squares"]
+__all__ = ["RowNoise", "row_squares"]
 
 logger = logging.getLogger("flatlora")
 
@@ -40,24 +39,12 @@ def row_squares(weight_sq: Tensor, grad_sq: Tensor, beta: float, relative: bool)
     return (1 - share) * weight_sq + term, term
 
 
-@dataclass
-class Rows:
-    """What is remembered of one layer."""
-
-    layer: LoRALayer
-    grad_sq: Tensor | None = None  # squared row norms (m,) of its last gradient
-    # What it was computed from, the standard deviations (m,), and the gradient term (m,) within them.
-    std: tuple[Any, Tensor, Tensor] | None = None
-
-    def at_hand(self, device: torch.device) -> bool:
-        """Whether all its tensors are whole and on `device`, as those of a sharded layer are in its forward alone."""
-        parameters = self.layer.module.parameters()
-        whole_here = all(p.device == device and p.numel() and not hasattr(p, "full_tensor") for p in parameters)
-        return whole_here and self.layer.base.kind != "opaque"
-
-
 class RowNoise(Source):
-    """The noise of all layers: its σ, β and step, and the rows it is scaled by. `always` is for measuring."""
+    """The noise of all layers: its σ, β and step, and the rows it is scaled by. `always` is for measuring.
+
+    Attributes:
+        grad_sq: squared row norms (m,) of each layer's last gradient, once there was one.
+    """
 
     def __init__(
         self,
@@ -70,12 +57,15 @@ class RowNoise(Source):
         always: bool = False,
         relative: bool = False,
     ):
-        self.rows = {layer.name: Rows(layer) for layer in layers}
+        self.layers = {layer.name: layer for layer in layers}
         self.sigma, self.beta, self.kind, self.rank, self.seed = sigma, beta, kind, rank, seed
         self.always, self.relative = always, relative
         self.step = 0
+        self.grad_sq: dict[str, Tensor] = {}
+        # What a layer's standard deviations were computed from, they (m,), and the gradient term (m,) within them.
+        self._stds: dict[str, tuple[Any, Tensor, Tensor]] = {}
         self._norms = BaseNorms()
-        self._observed: list[tuple[list[Rows], Tensor]] = []
+        self._observed: list[tuple[list[str], Tensor]] = []
         self._warned = False
 
     def draw(self, layer: LoRALayer) -> Draw | None:
@@ -85,7 +75,7 @@ class RowNoise(Source):
         # every rank and a resumed run get the same ε, and nothing but these numbers has to be kept.
         # Two optimizers, each of an adapter of its own, don't draw the same.
         seed = derived_seed(self.seed, self.step, layer.name, *sorted(layer.names))
-        return Draw(self.kind, self.std(self.rows[layer.name]), seed, self.rank)
+        return Draw(self.kind, self.std(layer), seed, self.rank)
 
     def form(self, layer: LoRALayer) -> Any:
         m, n = layer.shape
@@ -94,59 +84,66 @@ class RowNoise(Source):
     def trains(self, layer: LoRALayer) -> bool:
         return self.sigma > 0 and (layer.active if self.always else trains(self, layer, layer.adapters()))
 
-    def std(self, rows: Rows) -> Tensor:
+    def std(self, layer: LoRALayer) -> Tensor:
         """Standard deviations (m,) of a layer's rows; the first layer asked in a step has others computed with it."""
-        if rows.std is None or rows.std[0] != self._key(rows):
-            with _exact(rows.layer.base.device):
-                self._compute_stds(rows)
-        assert rows.std is not None
-        return rows.std[1]
+        layer = self.layers[layer.name]
+        known = self._stds.get(layer.name)
+        if known is None or known[0] != self._key(layer):
+            with _exact(layer.base.device):
+                self._compute_stds(layer)
+        return self._stds[layer.name][1]
 
-    def _key(self, rows: Rows) -> Any:
+    def forget(self) -> None:
+        """Has all standard deviations computed anew."""
+        self._stds = {}
+
+    def _key(self, layer: LoRALayer) -> Any:
         """What the standard deviations follow from."""
-        adapters = [(a.name, a.scaling, _state(a)) for a in rows.layer.adapters()]
-        return self.step, self.sigma, self.beta, rows.layer.merged, adapters
+        adapters = [(a.name, a.scaling, _state(a)) for a in layer.adapters()]
+        return self.step, self.sigma, self.beta, layer.merged, adapters
 
-    def _compute_stds(self, asked: Rows) -> None:
+    def _compute_stds(self, asked: LoRALayer) -> None:
         # Of the others those that will be asked themselves and cost no gathering: never a key of a sharded layer, whose
         # parameters are others within its own forward.
-        device = asked.layer.base.device
-        ready = [r for r in self.rows.values() if r is asked or (self.trains(r.layer) and r.at_hand(device))]
-        keys = {rows.layer.name: self._key(rows) for rows in ready}
-        stale = [rows.layer for rows in ready if rows.std is None or rows.std[0] != keys[rows.layer.name]]
+        device = asked.base.device
+        ready = [a for a in self.layers.values() if a is asked or (self.trains(a) and _at_hand(a, device))]
+        keys = {layer.name: self._key(layer) for layer in ready}
+        stale = [layer for layer in ready if self._stds.get(layer.name, (None,))[0] != keys[layer.name]]
         for stack in stacks(stale):
-            same = [self.rows[layer.name] for layer in stack.layers]
+            names = [layer.name for layer in stack.layers]
             row_sq, _ = weight_sq(stack, self._norms)
-            zero = torch.zeros_like(row_sq[0])
-            grad_sq = torch.stack([zero if rows.grad_sq is None else rows.grad_sq.to(device) for rows in same])
-            squares, terms = row_squares(row_sq, grad_sq, self.beta, self.relative)
+            squares, terms = row_squares(row_sq, self._grad_sq(names, row_sq), self.beta, self.relative)
             variance = squares.mul(self.sigma**2 / stack.layers[0].shape[1])
             stds = variance.nan_to_num(0.0, posinf=0.0).clamp_(min=0.0).sqrt_()
-            for rows, std, term in zip(same, stds, terms, strict=True):
-                rows.std = keys[rows.layer.name], std, term
+            self._stds.update((name, (keys[name], *row)) for name, *row in zip(names, stds, terms, strict=True))
+
+    def _grad_sq(self, names: list[str], like: Tensor) -> Tensor:
+        """Squared row norms (L, m) of the layers' last gradients; zero where there was none."""
+        zero = torch.zeros_like(like[0])
+        return torch.stack([self.grad_sq[name].to(like.device) if name in self.grad_sq else zero for name in names])
 
     @contextmanager
     def looking(self) -> Iterator[None]:
         """Within the context standard deviations may be asked for without a trace: layers that are asked for in another
         order are computed in other company, and differ in the last bits."""
-        kept = [(rows, rows.std) for rows in self.rows.values()]
+        kept = dict(self._stds)
         try:
             yield
         finally:
-            for rows, std in kept:
-                rows.std = std
+            self._stds = kept
 
     def squares(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Expected ``‖ε‖²`` over all layers, as they were perturbed last; ``‖W'‖²``; the gradient's share of ``‖ε‖²``.
 
         None if none has been.
         """
-        known = [(rows.layer.shape[1], *rows.std) for rows in self.rows.values() if rows.std is not None]
-        if not known or self.sigma == 0:
+        if not self._stds or self.sigma == 0:
             return None
-        noises, both, grads = [], [], []
-        for n, (_, sigma, *_), std, term in known:
-            noises.append(n * std.square().sum().to(known[0][2].device))
+        noises: list[Tensor] = []
+        both, grads = [], []
+        for name, ((_, sigma, *_), std, term) in self._stds.items():
+            noise = self.layers[name].shape[1] * std.square().sum()
+            noises.append(noise if not noises else noise.to(noises[0]))
             both.append(noises[-1] / sigma**2)
             grads.append(term.sum().to(noises[-1]))
         noise, total, grad = (torch.stack(values).sum() for values in (noises, both, grads))
@@ -155,10 +152,10 @@ class RowNoise(Source):
     def observe_gradients(self) -> None:
         """Notes the norms of the gradients at hand for the next step's noise."""
         self._observed = []
-        with _exact(next(iter(self.rows.values())).layer.base.device):
-            for stack in stacks(rows.layer for rows in self.rows.values()):
+        with _exact(next(iter(self.layers.values())).base.device):
+            for stack in stacks(self.layers.values()):
                 if (projection := project(stack, self._norms)) is not None:
-                    self._observed.append(([self.rows[layer.name] for layer in stack.layers], projection.row_sq()))
+                    self._observed.append(([layer.name for layer in stack.layers], projection.row_sq()))
         if not self._observed and not self._warned:
             logger.warning("step() found no adapter gradients: the noise goes on without a gradient term")
             self._warned = True
@@ -172,16 +169,21 @@ class RowNoise(Source):
         # Decided on the device: asking the host whether all is finite would stall it at every step.
         sums = [new.sum() for _, new in self._observed]
         finite = torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all()
-        for same, new in self._observed:
-            zero = torch.zeros_like(new[0])
-            old = torch.stack([zero if rows.grad_sq is None else rows.grad_sq.to(new.device) for rows in same])
-            for rows, kept in zip(same, torch.where(finite.to(new.device), new, old), strict=True):
-                rows.grad_sq = kept
-        seen = {id(rows) for same, _ in self._observed for rows in same}
-        for rows in self.rows.values():  # of layers that this step's loss did not pass through
-            if rows.grad_sq is not None and id(rows) not in seen:
-                rows.grad_sq = torch.where(finite.to(rows.grad_sq.device), torch.zeros_like(rows.grad_sq), rows.grad_sq)
+        unseen = set(self.grad_sq).difference(*(names for names, _ in self._observed))
+        for names, new in self._observed:
+            kept = torch.where(finite.to(new.device), new, self._grad_sq(names, new))
+            self.grad_sq.update(zip(names, kept, strict=True))
+        for name in unseen:  # layers that this step's loss did not pass through
+            old = self.grad_sq[name]
+            self.grad_sq[name] = torch.where(finite.to(old.device), torch.zeros_like(old), old)
         self._observed = []
+
+
+def _at_hand(layer: LoRALayer, device: torch.device) -> bool:
+    """Whether all its tensors are whole and on `device`, as those of a sharded layer are in its forward alone."""
+    parameters = layer.module.parameters()
+    whole_here = all(p.device == device and p.numel() and not hasattr(p, "full_tensor") for p in parameters)
+    return whole_here and layer.base.kind != "opaque"
 
 
 def _state(adapter: Adapter) -> tuple[Any, ...]:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import checks
-from ..perturbing import PerturbingOptimizer, claim, trained_layers
+from ..perturbing import PerturbingOptimizer, trained_layers
 from ..streams import shared_seed
-from .noise import RowNoise, Rows
+from .noise import RowNoise
 
 __all__ = ["GGPOOptimizer"]
 
@@ -85,33 +85,11 @@ class GGPOOptimizer(PerturbingOptimizer):
         checks.option("noise", noise, ("gaussian", "low_rank"))
         noise_rank = checks.integer("noise_rank", noise_rank, 1)
         seed = shared_seed() if seed is None else checks.integer("seed", seed, -(2**63))
-        layers = trained_layers(model, adapter, optimizer)
         self._model, self._adapter = model, adapter
-        self._noise = RowNoise(layers, sigma, beta, noise, noise_rank, seed, relative=relative_beta)
-        self._noise.no_grad = perturb_no_grad
-        self.attach(self._noise, layers, all_trained=adapter is None)
-
-    def reattach(self) -> None:
-        layers = [rows.layer for rows in self._noise.rows.values()]
-        self.attach(self._noise, layers, all_trained=self._adapter is None)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As the base optimizer's; adapters whose parameters come in are perturbed from then on."""
-        super().add_param_group(param_group)
-        layers = trained_layers(self._model, self._adapter, self.base_optimizer)
-        new = [layer for layer in layers if layer.name not in self._noise.rows]
-        try:
-            claim(self._noise, new, self.base_optimizer)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        for layer in layers:
-            if (known := self._noise.rows.get(layer.name)) is not None:
-                known.layer.names = layer.names
-        for layer in new:
-            self._noise.rows[layer.name] = Rows(layer)
-            if self._attachment is not None:
-                self._attachment.add(layer)
+        layers = trained_layers(model, adapter, optimizer)
+        self._source = RowNoise(layers, sigma, beta, noise, noise_rank, seed, relative=relative_beta)
+        self._source.no_grad = perturb_no_grad
+        self.reattach()
 
     # --- the method: a step looks at the gradients, moves the parameters, and goes on to the next ε ---------------
 
@@ -121,16 +99,16 @@ class GGPOOptimizer(PerturbingOptimizer):
             return super().step(closure, **kwargs)
 
     def before_step(self) -> None:
-        if self._noise.sigma > 0 and self._noise.beta > 0:
-            self._noise.observe_gradients()
+        if self._source.sigma > 0 and self._source.beta > 0:
+            self._source.observe_gradients()
 
     def after_step(self) -> None:
-        self._noise.next_step()
+        self._source.next_step()
 
     def row_std(self) -> dict[str, Tensor]:
         """The standard deviation of each row's noise at present, per element: ``{layer name: (m,) tensor}``."""
-        with self._noise.looking():
-            return {name: self._noise.std(rows).clone() for name, rows in self._noise.rows.items()}
+        with self._source.looking():
+            return {name: self._source.std(layer).clone() for name, layer in self._source.layers.items()}
 
     def metrics(self) -> dict[str, Tensor]:
         """Of the last perturbed pass, once there was one; ratios without a unit, over all layers together.
@@ -138,7 +116,7 @@ class GGPOOptimizer(PerturbingOptimizer):
         ``noise_to_weight``: expected ‖ε‖_F over ‖W'‖_F; σ, where gradients are negligible.
         ``gradient_share``: the share of ε's variance that the gradient term has, from 0 to 1.
         """
-        if (squares := self._noise.squares()) is None:
+        if (squares := self._source.squares()) is None:
             return super().metrics()
         noise, weight, share = squares
         return self._with_inner({"noise_to_weight": (noise / weight).sqrt(), "gradient_share": share})
@@ -146,33 +124,29 @@ class GGPOOptimizer(PerturbingOptimizer):
     @property
     def sigma(self) -> float:
         """σ; a change is felt at the next forward."""
-        return self._noise.sigma
+        return self._source.sigma
 
     @sigma.setter
     def sigma(self, value: float) -> None:
-        self._noise.sigma = checks.number("sigma", value)
+        self._source.sigma = checks.number("sigma", value)
 
     @property
     def beta(self) -> float:
         """β; a change is felt at the next forward."""
-        return self._noise.beta
+        return self._source.beta
 
     @beta.setter
     def beta(self, value: float) -> None:
-        self._noise.beta = checks.number("beta", value)
+        self._source.beta = checks.number("beta", value)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def method_state(self) -> dict[str, Any]:
-        noise = self._noise
-        layers = {
-            name: {
-                "shape": list(rows.layer.shape),
-                "ranks": rows.layer.ranks(),
-                "grad_sq": None if rows.grad_sq is None else rows.grad_sq.clone(),  # of a tensor of many layers
-            }
-            for name, rows in noise.rows.items()
-        }
+        noise = self._source
+        layers: dict[str, Any] = self.layer_identities()
+        for name, layer in layers.items():
+            grad_sq = noise.grad_sq.get(name)
+            layer["grad_sq"] = None if grad_sq is None else grad_sq.clone()  # of a tensor of many layers
         form = [noise.kind, noise.rank, noise.relative]
         numbers = {"seed": noise.seed, "step": noise.step, "sigma": noise.sigma, "beta": noise.beta}
         return {**numbers, "form": form, "layers": layers}
@@ -185,34 +159,25 @@ class GGPOOptimizer(PerturbingOptimizer):
         checks.integer("the state_dict's seed", state["seed"], -(2**63))
         if not (isinstance(state["form"], list | tuple) and len(state["form"]) == 3):
             raise ValueError(f"the state_dict's form must be [noise, noise_rank, relative_beta], got {state['form']!r}")
-        ours = self.method_state()["layers"]
-        checks.same_layers("adapted layers", _identity(state["layers"]), _identity(ours))
+        self.check_layer_states("GGPO", state["layers"], "grad_sq")
         for name, layer in state["layers"].items():
-            checks.state_fields("GGPO", layer, "grad_sq")
-            found, m = layer["grad_sq"], ours[name]["shape"][0]
+            found, m = layer["grad_sq"], layer["shape"][0]
             if found is not None and not (isinstance(found, Tensor) and tuple(found.shape) == (m,)):
                 raise ValueError(f"the state_dict's grad_sq of layer {name!r} must be None or a tensor ({m},)")
 
     def load_method_state(self, state: dict[str, Any] | None) -> None:
-        # σ and β are the checkpoint's from here on, as the learning rate is; the form of the noise is this optimizer's.
-        noise = self._noise
+        noise = self._source
+        noise.grad_sq = {}
+        noise.forget()
         if state is None:
             logger.warning("the checkpoint has no GGPO part: the noise starts afresh, without a gradient term")
             noise.step = 0
-        else:
-            form = self.method_state()["form"]
-            if list(state["form"]) != form:
-                logger.warning("resumed with [noise, noise_rank, relative_beta] = %s, not %s", form, state["form"])
-            noise.seed, noise.step = state["seed"], state["step"]
-            noise.sigma, noise.beta = state["sigma"], state["beta"]
-        for name, rows in noise.rows.items():
-            grad_sq = None if state is None else state["layers"][name]["grad_sq"]
-            rows.grad_sq = None if grad_sq is None else grad_sq.to(rows.layer.base.device, copy=True)
-            rows.std = None
-
-
-def _identity(layers: Any) -> dict[str, Any]:
-    """What a checkpoint says of its layers that must be so in the model too."""
-    if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
-        raise ValueError("the state_dict's GGPO part has no dict by layer name; load one that this library wrote")
-    return {name: {key: layer.get(key) for key in ("shape", "ranks")} for name, layer in layers.items()}
+            return
+        form = [noise.kind, noise.rank, noise.relative]  # which stays this optimizer's
+        if list(state["form"]) != form:
+            logger.warning("resumed with [noise, noise_rank, relative_beta] = %s, not %s", form, state["form"])
+        noise.seed, noise.step = state["seed"], state["step"]
+        self.take_over(state, "sigma", "beta")
+        for name, layer in state["layers"].items():
+            if layer["grad_sq"] is not None:
+                noise.grad_sq[name] = layer["grad_sq"].to(noise.layers[name].base.device, copy=True)

@@ -90,10 +90,10 @@ def landscape(
         norm = random.weight_norm()
         if "worst" in directions:
             worst = WorstDirection(layers)
-            stack.enter_context(attached(model, worst, layers))
+            stack.enter_context(attached(model, worst))
             worst.find(model, loss_fn, batches, advance)
         if "random" in directions:
-            stack.enter_context(attached(model, random, layers))
+            stack.enter_context(attached(model, random))
 
         def loss_at(**moved: float) -> float:
             random.at = moved.get("random", 0.0)

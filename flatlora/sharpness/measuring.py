@@ -59,12 +59,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def attached(model: nn.Module, source: Source, layers: list[LoRALayer]) -> Iterator[None]:
-    """Within the context the layers see the source's ε; no weight is written to, so an exception leaves no trace."""
+def attached(model: nn.Module, source: Source) -> Iterator[None]:
+    """Within the context layers see the source's ε; no weight is written to, so an exception leaves no trace."""
     attachment = Attachment(model, source)
     try:
-        for layer in layers:
-            attachment.add(layer)
         yield
     finally:
         attachment.remove()
@@ -98,6 +96,7 @@ class WorstDirection(Source):
     always = True
 
     def __init__(self, layers: list[LoRALayer]):
+        self.layers = {layer.name: layer for layer in layers}
         likes = [layer.all_adapters()[0].A for layer in layers]
         self.at = 1.0
         self.weights = [like.new_zeros(layer.shape).requires_grad_() for layer, like in zip(layers, likes, strict=True)]
@@ -133,6 +132,7 @@ class RandomDirection(Source):
     def __init__(self, layers: list[LoRALayer], seed: int):
         self.at = 0.0
         self._noise = RowNoise(layers, 1.0, 0.0, "gaussian", 0, seed, always=True)
+        self.layers = self._noise.layers
 
     def draw(self, layer: LoRALayer) -> Draw | None:
         draw = self._noise.draw(layer)
@@ -140,7 +140,7 @@ class RandomDirection(Source):
 
     def weight_norm(self) -> float:
         """``‖W'‖_F`` over all layers together."""
-        for rows in self._noise.rows.values():
-            self._noise.std(rows)
+        for layer in self.layers.values():
+            self._noise.std(layer)
         squares = self._noise.squares()
         return 0.0 if squares is None else float(squares[0].sqrt())

@@ -66,7 +66,7 @@ def weight_noise(
     """
     sigma = checks.number("sigma", sigma)
     noise = RowNoise(lora_layers(model, adapter), sigma, 0.0, "gaussian", 0, seed, always=True)
-    with attached(model, noise, [rows.layer for rows in noise.rows.values()]):
+    with attached(model, noise):
         yield WeightNoise(noise)
 
 
@@ -156,7 +156,7 @@ def worst_case_rise(
     with (
         progress_bar(progress, 2 * len(batches), "worst_case_rise") as advance,
         evaluating(model),
-        attached(model, step, layers),
+        attached(model, step),
     ):
         clean = step.find(model, loss_fn, batches, advance)
         step.at = rho
