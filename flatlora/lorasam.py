@@ -65,8 +65,8 @@ class Uphill(Source):
             total = total + ((B.mT @ B) * (A @ A.mT)).sum().to(total)
         return total.clamp(min=0.0).sqrt()
 
-    def look(self) -> None:
-        """Notes the direction that the gradients at hand make, for the next step."""
+    def look(self, maximizes: bool = False) -> None:
+        """Notes the direction that the gradients at hand make, for the next step: against whoever minimizes, or not."""
         self._next = {}
         device = next(iter(self.layers.values())).base.device
         # Out of inference mode, which leaves tensors unfit for autograd, and of autocast, which rounds products.
@@ -74,12 +74,12 @@ class Uphill(Source):
             seen = [(stack, project(stack, self._norms)) for stack in stacks(self.layers.values())]
             found = [(stack, projection) for stack, projection in seen if projection is not None]
             if found:
-                self._note(found)
+                self._note(found, -1.0 if maximizes else 1.0)
             elif not self._warned:
                 logger.warning("step() found no adapter gradients: the perturbation stays as it is")
                 self._warned = True
 
-    def _note(self, found: list[tuple[Stack, Projection]]) -> None:
+    def _note(self, found: list[tuple[Stack, Projection]], sign: float) -> None:
         factors = [projection.factors() for _, projection in found]
         norms = [torch.linalg.vector_norm(part, dtype=wide(part.device)) for _, c, d, _ in factors for part in (c, d)]
         total = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
@@ -92,7 +92,7 @@ class Uphill(Source):
             former = [self.direction.get(layer.name, (None, None)) for layer in stack.layers]
             new = [
                 _either(usable, factor.to(dtype), old)
-                for factor, old in zip(_scaled(*parts, total.rsqrt()), zip(*former, strict=True), strict=True)
+                for factor, old in zip(_scaled(*parts, sign * total.rsqrt()), zip(*former, strict=True), strict=True)
             ]
             self._next.update((layer.name, (b, a)) for layer, b, a in zip(stack.layers, *new, strict=True))
         for name in self.direction.keys() - self._next.keys():  # layers that this step's loss did not pass through
@@ -148,7 +148,8 @@ class LoRASAMOptimizer(PerturbingOptimizer):
     ``D·A + B·C`` no better. The default is smaller, as no larger ρ was harmless on clean labels; try 0.15 on bad ones.
 
     Layers are perturbed in the passes that train them and in no other, as by `GGPOOptimizer`. GraLoRA's blocks are
-    projected each on its own. A step whose gradients are not finite, or all zero, leaves ε as it was.
+    projected each on its own. A step whose gradients are not finite, or all zero, leaves ε as it was. Under a base
+    optimizer with ``maximize=True`` ε goes downhill.
 
     Args:
         optimizer: the built base optimizer; it must hold adapter parameters of `model`.
@@ -188,7 +189,7 @@ class LoRASAMOptimizer(PerturbingOptimizer):
 
     def before_step(self) -> None:
         if self._attached:
-            self._source.look()
+            self._source.look(any(group.get("maximize") for group in self.param_groups))
 
     def after_step(self) -> None:
         self._source.advance()

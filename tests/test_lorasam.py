@@ -384,6 +384,21 @@ def test_gradients_without_a_direction_keep_epsilon(value):
     assert difference(before, optimizer.state_dict()["flatlora"]) is None
 
 
+def test_who_maximizes_meets_the_opposite_epsilon():
+    """Training by the loss turned around, with `maximize`, is the same training."""
+    ends = []
+    for maximize in (False, True):
+        torch.manual_seed(0)
+        model = one_layer()
+        base = torch.optim.SGD(trainable(model), lr=0.05, maximize=maximize)
+        optimizer = LoRASAMOptimizer(base, model, rho=0.3)
+        for i in range(4):
+            step(model, optimizer, batch(model, seed=i), scale=-1.0 if maximize else 1.0)
+        ends.append([p.detach().clone() for p in trainable(model)])
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
 def test_steps_without_gradients_keep_epsilon_and_say_so_once(caplog):
     model = FORMS["lora"]()
     optimizer, x = lorasam(model), batch(model)

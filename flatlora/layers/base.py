@@ -81,6 +81,13 @@ class BaseWeight(ABC):
     def device(self) -> torch.device:
         return self.module.weight.device
 
+    @property
+    def version(self) -> int | None:
+        """Another number once the weight has been written to; None where nobody counts, as in a sharded weight."""
+        weight = getattr(self.module, "weight", None)
+        counts = isinstance(weight, Tensor) and not weight.is_inference() and not hasattr(weight, "full_tensor")
+        return weight._version if counts else None
+
     def fault(self) -> str | None:
         """Why adapters over this weight can't be trained as it is at present, and what to do; None if they can."""
         return None

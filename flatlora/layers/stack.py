@@ -51,19 +51,21 @@ def stacks(layers: Iterable[LoRALayer]) -> Iterator[Stack]:
 
 
 class BaseNorms:
-    """``‖W0_i‖²`` (m,) of layers, computed once for each unless W0 is not frozen after all."""
+    """``‖W0_i‖²`` (m,) of layers, computed once for each unless W0 is not frozen after all, and after writes to it."""
 
     def __init__(self) -> None:
-        self._known: dict[str, Tensor] = {}
+        self._known: dict[str, tuple[int | None, Tensor]] = {}
 
     def of(self, layer: LoRALayer) -> Tensor:
         base = layer.base
         if layer.merged or base.trainable:
             self._known.pop(layer.name, None)
             return base.row_sq()
-        known = self._known.get(layer.name)
-        self._known[layer.name] = base.row_sq() if known is None else known.to(base.device)
-        return self._known[layer.name]
+        version, known = self._known.get(layer.name, (None, None))
+        written = base.version is not None and base.version != version
+        known = base.row_sq() if known is None or written else known.to(base.device)
+        self._known[layer.name] = base.version, known
+        return known
 
 
 def weight_sq(stack: Stack, norms: BaseNorms) -> tuple[Tensor, dict[str, Tensor]]:

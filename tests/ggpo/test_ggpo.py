@@ -174,6 +174,16 @@ def test_row_std_of_mixed_adapters_is_that_of_the_weight_peft_applies(adapters):
     assert_rows(only(ggpo(model).row_std()), expected_std(weight, 0.03))
 
 
+def test_a_frozen_weight_that_is_written_to_is_looked_at_again():
+    model = one_layer()
+    optimizer = ggpo(model)
+    before = only(optimizer.row_std())
+    with torch.no_grad():
+        fc(model).weight.mul_(2.0)
+    assert not torch.allclose(only(optimizer.row_std()), before)
+    assert_rows(only(optimizer.row_std()), expected_std(applied_weight(fc(model), 7), 0.03))
+
+
 @pytest.mark.parametrize("config", [{}, {"use_dora": True}, {"adapters": TWO}], ids=["lora", "dora", "two"])
 @pytest.mark.parametrize("merged_first", [False, True])
 def test_merged_adapters_are_not_counted_twice(config, merged_first):
