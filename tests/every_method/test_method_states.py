@@ -64,7 +64,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(method):
 
 @every_method()
 def test_a_setting_that_a_checkpoint_replaces_is_told_of(method, caplog):
-    model, optimizer = begun(method, steps=1)
+    _, optimizer = begun(method, steps=1)
     state = optimizer.state_dict()
     for part in state.get(STATE_KEY, {}).values():
         part.update({name: 2 * part[name] for name in ("sigma", "beta", "rho") if name in part})
