@@ -74,16 +74,17 @@ class Uphill(Source):
             seen = [(stack, project(stack, self._norms)) for stack in stacks(self.layers.values())]
             found = [(stack, projection) for stack, projection in seen if projection is not None]
             if found:
-                self._note(found, -1.0 if maximizes else 1.0)
+                self._note(found, maximizes)
             elif not self._warned:
                 logger.warning("step() found no adapter gradients: the perturbation stays as it is")
                 self._warned = True
 
-    def _note(self, found: list[tuple[Stack, Projection]], sign: float) -> None:
+    def _note(self, found: list[tuple[Stack, Projection]], maximizes: bool) -> None:
         factors = [projection.factors() for _, projection in found]
         norms = [torch.linalg.vector_norm(part, dtype=wide(part.device)) for _, c, d, _ in factors for part in (c, d)]
         total = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
         self.gradient_norm = total.sqrt()
+        scale = -total.rsqrt() if maximizes else total.rsqrt()
         # Decided on the device, as asking the host would stall it at every step: gradients that are not finite, or
         # zero, have no direction, and the former stays.
         usable = total.isfinite() & (total > 0)
@@ -92,7 +93,7 @@ class Uphill(Source):
             former = [self.direction.get(layer.name, (None, None)) for layer in stack.layers]
             new = [
                 _either(usable, factor.to(dtype), old)
-                for factor, old in zip(_scaled(*parts, sign * total.rsqrt()), zip(*former, strict=True), strict=True)
+                for factor, old in zip(_scaled(*parts, scale), zip(*former, strict=True), strict=True)
             ]
             self._next.update((layer.name, (b, a)) for layer, b, a in zip(stack.layers, *new, strict=True))
         for name in self.direction.keys() - self._next.keys():  # layers that this step's loss did not pass through

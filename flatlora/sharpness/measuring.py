@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..ggpo.noise import RowNoise
 from ..kernels.draw import Draw
 from ..layers.adapter import Adapter
+from ..layers.bnb import hold_training_layout
 from ..layers.view import LoRALayer
 from ..perturbation import Attachment, Source
 
@@ -48,12 +49,15 @@ def mean_loss(model: nn.Module, loss_fn: LossFn, batches: list[Any], advance: Ca
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within the context; every module's own mode is given back after it."""
+    """Eval mode within the context, without the repacking of 4-bit weights that it may bring; afterwards each module's
+    own mode."""
     modes = [(module, module.training) for module in model.modules()]
+    layout = hold_training_layout(model)
     model.eval()
     try:
         yield
     finally:
+        layout.release()
         for module, mode in modes:
             module.training = mode
 
