@@ -85,8 +85,9 @@ class BaseWeight(ABC):
     def version(self) -> int | None:
         """Another number once the weight has been written to; None where nobody counts, as in a sharded weight."""
         weight = getattr(self.module, "weight", None)
-        counts = isinstance(weight, Tensor) and not weight.is_inference() and not hasattr(weight, "full_tensor")
-        return weight._version if counts else None
+        if not isinstance(weight, Tensor) or weight.is_inference() or hasattr(weight, "full_tensor"):
+            return None
+        return weight._version
 
     def fault(self) -> str | None:
         """Why adapters over this weight can't be trained as it is at present, and what to do; None if they can."""
