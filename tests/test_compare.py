@@ -129,9 +129,10 @@ def test_a_killed_comparison_goes_on_without_losing_or_repeating_a_run(files, tm
     assert 2 <= before.count(b"\n") < 10
     killed.write_bytes(before + b'{"run": {"data": "torn')
 
-    for path in (killed, straight):
-        monkeypatch.setattr(sys, "argv", ["compare.py", *wanted, str(path)])
-        compare.main()
+    ended = subprocess.run(command, check=True, timeout=240, capture_output=True, text=True)
+    assert "LoRA, lr 0.003 | 5 |" in ended.stdout
+    monkeypatch.setattr(sys, "argv", ["compare.py", *wanted, str(straight)])
+    compare.main()
     assert killed.read_bytes().startswith(before)
     entries = [json.loads(line) for line in killed.read_text().splitlines()]
     keys = [json.dumps(entry["run"], sort_keys=True) for entry in entries]

@@ -109,7 +109,7 @@ def results_of(runs: list[Run], args: argparse.Namespace) -> Iterator[tuple[Run,
             elif workers[pipe] is None:
                 pipe.close()
                 del workers[pipe]
-        for pipe in wait(list(workers)):
+        for pipe in wait(list(workers)) if workers else ():  # without any it would wait for ever
             assert isinstance(pipe, Connection)
             run, workers[pipe] = workers[pipe], None
             assert run is not None
