@@ -57,7 +57,10 @@ class MethodState:
     def check_state_dict(self, state_dict: dict[str, Any]) -> Any:
         """The methods' part in `state_dict`, sharded as the optimizer's; ValueError if that would refuse it."""
         checks.state_fields("optimizer", state_dict, STATE_KEY)
-        saved = torch.load(io.BytesIO(state_dict[STATE_KEY]), map_location="cpu", weights_only=True)
+        try:
+            saved = torch.load(io.BytesIO(state_dict[STATE_KEY]), map_location="cpu", weights_only=True)
+        except Exception as reason:  # torch raises a dozen kinds
+            raise ValueError(f"the state_dict's {STATE_KEY} part is not the bytes that MethodState wrote") from reason
         own = _sharded_as(self._own(), saved)
         self._optimizer.check_state_dict({**self._optimizer.state_dict(), STATE_KEY: own})
         return own

@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or CUDA's matmuls differ between streams
 
 import models

@@ -9,7 +9,7 @@ from ecosystem import difference
 from methods import KEEPS_STATE, METHODS, adamw, adapted, every_method, sgd, train, weights
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from flatlora import CheckpointState
+from flatlora import CheckpointState, MethodState
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is"),
@@ -71,3 +71,13 @@ def test_an_optimizer_of_others_is_refused():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match="got AdamW"):
         CheckpointState(model, adamw(model.parameters()))
+
+
+@pytest.mark.parametrize("written", [b"", b"garbage", "text", {}])
+def test_what_method_state_did_not_write_is_refused(written):
+    model = adapted(METHODS[0])
+    optimizer = METHODS[0].start(model, adamw)
+    before = optimizer.state_dict()
+    with pytest.raises(ValueError, match="not the bytes that MethodState wrote"):
+        MethodState(optimizer).load_state_dict({"flatlora": written})
+    assert difference(before, optimizer.state_dict()) is None
