@@ -1,12 +1,13 @@
 """Noise that a seed determines: drawn where it is used, and drawn again for backward.
 
-Why ε is drawn and not ``x·εᵀ``, which for T tokens has fewer elements where T < n. Its columns are ``N(0, d_i²·X·Xᵀ)``,
-so T·m normals and a Cholesky factor of ``X·Xᵀ`` make it. Backward then needs ``g·ε`` given what forward drew: the part
-of ε in X's row space is known, and T·n more normals, a factor of ``g·diag(d²)·gᵀ`` and a projection make the rest. That
-is exact for one forward and backward. But a step has one ε for all its micro-batches, recomputations and ranks: the next
-micro-batch's product must be drawn given the X and g of all before it, which would have to be kept, with factors of all
-their tokens together, and other ranks would need them too. At T = 140 and widths of 384 to 1,536 it would save half of
-the normals at most, before two factorisations, of matrices that equal tokens make singular.
+Why ε is drawn and not ``x·εᵀ``, which for T tokens has fewer elements where T < n. Its columns are ``N(0,
+d_i²·X·Xᵀ)``, so T·m normals and a Cholesky factor of ``X·Xᵀ`` make it. Backward then needs ``g·ε`` given what forward
+drew: the part of ε in X's row space is known, and T·n more normals, a factor of ``g·diag(d²)·gᵀ`` and a projection
+make the rest. That is exact for one forward and backward. But a step has one ε for all its micro-batches,
+recomputations and ranks: the next micro-batch's product must be drawn given the X and g of all before it, which would
+have to be kept, with factors of all their tokens together, and other ranks would need them too. At T = 140 and widths
+of 384 to 1,536 it would save half of the normals at most, before two factorisations, of matrices that equal tokens
+make singular.
 """
 
 from __future__ import annotations
