@@ -6,8 +6,8 @@ drew: the part of ε in X's row space is known, and T·n more normals, a factor 
 make the rest. That is exact for one forward and backward. But a step has one ε for all its micro-batches,
 recomputations and ranks: the next micro-batch's product must be drawn given the X and g of all before it, which would
 have to be kept, with factors of all their tokens together, and other ranks would need them too. At T = 140 and widths
-of 384 to 1,536 it would save half of the normals at most, before two factorisations, of matrices that equal tokens
-make singular.
+of 384 to 1,536 it would save two to three quarters of the normals, against two factorisations, of matrices that equal
+tokens make singular.
 """
 
 from __future__ import annotations
