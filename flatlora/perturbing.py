@@ -95,14 +95,25 @@ class PerturbingOptimizer(OptimizerWrapper):
 
     def look_at_groups(self) -> None:
         """Called when parameters have come in; ValueError refuses them."""
-        layers, known = trained_layers(self._model, self._adapter, self.base_optimizer), self._source.layers
-        new = [layer for layer in layers if layer.name not in known]
-        claim(self._source, new, self.base_optimizer)
+        if self._attachment is None or not self._attached:
+            return
+        try:
+            layers = trained_layers(self._model, self._adapter, self.base_optimizer)
+        except ValueError:  # all adapters are frozen at present, so none has come
+            return
+        known, new = self._source.layers, []
         for layer in layers:
-            known.setdefault(layer.name, layer).names = layer.names
-        if self._attachment is not None and self._attached:
-            for layer in new:
+            if names := layer.names - (known[layer.name].names if layer.name in known else set()):
+                new.append(LoRALayer(layer.name, layer.module, layer.base, names))
+        claim(self._source, new, self.base_optimizer)
+        for layer in new:
+            if layer.name in known:
+                known[layer.name].names |= layer.names
+            else:
+                known[layer.name] = layer
                 self._attachment.add(layer)
+        if self._adapter is None:
+            self._asleep = tuple(_frozen_ones(self._model, list(known.values()), self.base_optimizer))
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         if self._attachment is not None:

@@ -399,6 +399,19 @@ def test_who_maximizes_meets_the_opposite_epsilon():
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
 
 
+def test_a_multiplier_that_climbs_does_not_turn_epsilon():
+    directions = []
+    for climbs in (False, True):
+        torch.manual_seed(0)
+        model = one_layer()
+        multiplier = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+        groups = [{"params": trainable(model)}, {"params": [multiplier], "maximize": climbs}]
+        optimizer = LoRASAMOptimizer(torch.optim.SGD(groups, lr=0.0), model, rho=0.3)
+        step(model, optimizer, batch(model))
+        directions.append(epsilon(model))
+    assert difference(*directions) is None
+
+
 def test_steps_without_gradients_keep_epsilon_and_say_so_once(caplog):
     model = FORMS["lora"]()
     optimizer, x = lorasam(model), batch(model)

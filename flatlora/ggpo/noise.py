@@ -100,7 +100,7 @@ class RowNoise(Source):
     def _key(self, layer: LoRALayer) -> Any:
         """What the standard deviations follow from."""
         adapters = [(a.name, a.scaling, _state(a)) for a in layer.adapters()]
-        return self.step, self.sigma, self.beta, layer.merged, adapters
+        return self.step, self.sigma, self.beta, layer.merged, layer.base.version, adapters
 
     def _compute_stds(self, asked: LoRALayer) -> None:
         # Of the others those that will be asked themselves and cost no gathering: never a key of a sharded layer, whose

@@ -100,7 +100,7 @@ class GGPOOptimizer(PerturbingOptimizer):
             return super().step(closure, **kwargs)
 
     def before_step(self) -> None:
-        if self._source.sigma > 0 and self._source.beta > 0:
+        if self._attached and self._source.sigma > 0 and self._source.beta > 0:
             self._source.observe_gradients()
 
     def after_step(self) -> None:
@@ -117,7 +117,7 @@ class GGPOOptimizer(PerturbingOptimizer):
         ``noise_to_weight``: expected ‖ε‖_F over ‖W'‖_F; σ, where gradients are negligible.
         ``gradient_share``: the share of ε's variance that the gradient term has, from 0 to 1.
         """
-        if (squares := self._source.squares()) is None:
+        if not self._attached or (squares := self._source.squares()) is None:
             return super().metrics()
         noise, weight, share = squares
         return self._with_inner({"noise_to_weight": (noise / weight).sqrt(), "gradient_share": share})

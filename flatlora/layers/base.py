@@ -82,12 +82,12 @@ class BaseWeight(ABC):
         return self.module.weight.device
 
     @property
-    def version(self) -> int | None:
-        """Another number once the weight has been written to; None where nobody counts, as in a sharded weight."""
+    def version(self) -> tuple[int, int] | None:
+        """Another one once the weight has been written to or replaced; None where nobody counts, as if sharded."""
         weight = getattr(self.module, "weight", None)
         if not isinstance(weight, Tensor) or weight.is_inference() or hasattr(weight, "full_tensor"):
             return None
-        return weight._version
+        return id(weight), weight._version
 
     def fault(self) -> str | None:
         """Why adapters over this weight can't be trained as it is at present, and what to do; None if they can."""

@@ -54,17 +54,18 @@ class BaseNorms:
     """``‖W0_i‖²`` (m,) of layers, computed once for each unless W0 is not frozen after all, and after writes to it."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[int | None, Tensor]] = {}
+        self._known: dict[str, tuple[tuple[int, int] | None, Tensor]] = {}
 
     def of(self, layer: LoRALayer) -> Tensor:
         base = layer.base
         if layer.merged or base.trainable:
             self._known.pop(layer.name, None)
             return base.row_sq()
-        version, known = self._known.get(layer.name, (None, None))
-        written = base.version is not None and base.version != version
+        former, known = self._known.get(layer.name, (None, None))
+        version = base.version or former  # a sharded weight has one within its own forward alone
+        written = former is not None and version != former
         known = base.row_sq() if known is None or written else known.to(base.device)
-        self._known[layer.name] = base.version, known
+        self._known[layer.name] = version, known
         return known
 
 

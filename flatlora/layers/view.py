@@ -154,11 +154,14 @@ def _search(model: nn.Module, wanted: set[str] | None) -> tuple[list[LoRALayer],
     found: list[LoRALayer] = []
     skipped: list[str] = []
     known: set[str] = set()
+    taken: set[str] = set()
     for raw_name, module in model.named_modules():
         reader = reader_of(module)
         if reader is None:
             continue
         name, available = plain_name(raw_name), set(reader.names(module))
+        name = raw_name if name in taken else name  # `module.fc` beside `fc`
+        taken.add(name)
         known |= available
         names = available if wanted is None else available & wanted
         if not names:

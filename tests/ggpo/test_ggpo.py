@@ -174,13 +174,17 @@ def test_row_std_of_mixed_adapters_is_that_of_the_weight_peft_applies(adapters):
     assert_rows(only(ggpo(model).row_std()), expected_std(weight, 0.03))
 
 
-def test_a_frozen_weight_that_is_written_to_is_looked_at_again():
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_frozen_weight_that_is_written_to_is_looked_at_again(replaced):
     model = one_layer()
     optimizer = ggpo(model)
-    before = only(optimizer.row_std())
+    model.train()(torch.randn(2, 7, dtype=torch.float64))  # which computes the standard deviations of this step
     with torch.no_grad():
-        fc(model).weight.mul_(2.0)
-    assert not torch.allclose(only(optimizer.row_std()), before)
+        base = fc(model).base_layer
+        if replaced:
+            base.weight = torch.nn.Parameter(10 * base.weight, requires_grad=False)
+        else:
+            base.weight.mul_(10.0)
     assert_rows(only(optimizer.row_std()), expected_std(applied_weight(fc(model), 7), 0.03))
 
 
@@ -1123,3 +1127,48 @@ def test_for_model_keeps_given_groups_and_refuses_what_nobody_knows():
     assert "forward" not in fc(model).__dict__
     optimizer = GGPOOptimizer.for_model(model, torch.optim.SGD, params=groups, lr=1.0)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+
+
+# --- groups that come later ---------------------------------------------------------------------------------------
+
+
+def test_a_group_that_comes_while_an_adapter_is_frozen_takes_nothing_away():
+    model = one_layer(adapters=TWO)
+    frozen = [p for name, p in model.named_parameters() if "second" in name]
+    for p in model.parameters():
+        p.requires_grad_(any(part in name for name, q in model.named_parameters() if q is p for part in TWO))
+    optimizer = GGPOOptimizer(torch.optim.SGD(trainable(model), lr=0.1), model)
+    names = {layer.name: layer.names for layer in optimizer._source.layers.values()}
+    for p in frozen:
+        p.requires_grad_(False)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
+    assert names == {layer.name: layer.names for layer in optimizer._source.layers.values()}
+    for p in model.parameters():
+        p.requires_grad_(False)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})  # no adapter is trained at present
+    assert len(optimizer.param_groups) == 3
+
+
+def test_an_optimizer_that_was_removed_takes_groups_and_claims_nothing():
+    model = one_layer(adapters=TWO)
+    first = [p for name, p in model.named_parameters() if "first" in name]
+    second = [p.requires_grad_(True) for name, p in model.named_parameters() if "second" in name]
+    one = GGPOOptimizer(torch.optim.SGD(first, lr=0.1), model)
+    one.remove()
+    other = GGPOOptimizer(torch.optim.SGD(second, lr=0.1), model, adapter="second")
+    one.add_param_group({"params": second})
+    other.step()
+    assert len(one.param_groups) == 2 and one.metrics() == {}
+
+
+def test_layers_of_one_plain_name_are_all_perturbed():
+    inner = one_layer()
+
+    class Both(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.module = one_layer(), inner
+
+    model = Both()
+    optimizer = ggpo(model)
+    assert len(optimizer.row_std()) == len(optimizer._attachment.layers) == 2
