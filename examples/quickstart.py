@@ -1,4 +1,4 @@
-"""LoRA fine-tuning on texts of which some have wrong labels, at a learning rate that nobody tuned; one to three minutes.
+"""LoRA fine-tuning on texts of which some have wrong labels, at a learning rate that nobody tuned; a minute or three.
 
     pip install "flatlora[examples]"
     python examples/quickstart.py  # news headlines, five topics
