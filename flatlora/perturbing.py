@@ -85,7 +85,11 @@ class PerturbingOptimizer(OptimizerWrapper):
         self.attach(self._source, all_trained=self._adapter is None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As the base optimizer's; adapters whose parameters come in are perturbed from then on."""
+        """As the base optimizer's. GGPO and LoRASAM perturb adapters whose parameters come in from then on.
+
+        Raises:
+            ValueError: the method refuses them; the group has been taken out again.
+        """
         super().add_param_group(param_group)
         try:
             self.look_at_groups()
@@ -95,14 +99,10 @@ class PerturbingOptimizer(OptimizerWrapper):
 
     def look_at_groups(self) -> None:
         """Called when parameters have come in; ValueError refuses them."""
-        if self._attachment is None or not self._attached:
-            return
-        try:
-            layers = trained_layers(self._model, self._adapter, self.base_optimizer)
-        except ValueError:  # all adapters are frozen at present, so none has come
+        if self._attachment is None or not self._attachment.layers:
             return
         known, new = self._source.layers, []
-        for layer in layers:
+        for layer in _held_layers(lora_layers(self._model, self._adapter), self._adapter, self.base_optimizer):
             if names := layer.names - (known[layer.name].names if layer.name in known else set()):
                 new.append(LoRALayer(layer.name, layer.module, layer.base, names))
         claim(self._source, new, self.base_optimizer)
@@ -243,10 +243,11 @@ def claim(source: Source, layers: list[LoRALayer], optimizer: Optimizer) -> None
             if not alike or not theirs.names & layer.names or other in others:
                 continue
             if other in inner or not other.used:
+                whose = "that the given one wraps" if other in inner else "that has not stepped yet"
                 raise ValueError(
-                    f"layer {layer.name!r} is already perturbed by an optimizer of this kind that has not stepped yet; "
-                    "call remove() on that optimizer, or flatlora.remove_perturbation(model) if it is out of reach, "
-                    "and then build this one"
+                    f"layer {layer.name!r} is already perturbed by an optimizer of this kind {whose}; call remove() on "
+                    "that optimizer, or flatlora.remove_perturbation(model) if it is out of reach, and then build this "
+                    "one"
                 )
             others.append(other)
     for other in others:
@@ -275,12 +276,7 @@ def trained_layers(model: nn.Module, adapter: str | Iterable[str] | None, optimi
         ValueError: there are none, or as `lora_layers`.
     """
     layers = lora_layers(model, adapter)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"] if adapter or p.requires_grad}
-    found = []
-    for layer in layers:
-        names = {a.name for a in layer.all_adapters() if id(a.A_param) in held or id(a.B_param) in held}
-        if names:
-            found.append(LoRALayer(layer.name, layer.module, layer.base, frozenset(names)))
+    found, held = _held_layers(layers, adapter, optimizer), _held(adapter, optimizer)
     if not found:
         adapters = [a for layer in layers for a in layer.all_adapters()]
         if not any(p.requires_grad for a in adapters for p in (a.A_param, a.B_param) if p is not None):
@@ -291,3 +287,17 @@ def trained_layers(model: nn.Module, adapter: str | Iterable[str] | None, optimi
             "[p for p in model.parameters() if p.requires_grad] of this model, after the adapters were added"
         )
     return found
+
+
+def _held_layers(layers: list[LoRALayer], adapter: Any, optimizer: Optimizer) -> list[LoRALayer]:
+    """The layers with adapters that the optimizer trains at present, seen through these; maybe none."""
+    held, found = _held(adapter, optimizer), []
+    for layer in layers:
+        names = {a.name for a in layer.all_adapters() if id(a.A_param) in held or id(a.B_param) in held}
+        if names:
+            found.append(LoRALayer(layer.name, layer.module, layer.base, frozenset(names)))
+    return found
+
+
+def _held(adapter: Any, optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"] if adapter or p.requires_grad}

@@ -808,3 +808,11 @@ def test_a_state_of_another_scaling_is_refused():
     state = BiLoRAOptimizer.for_model(lora_net(), torch.optim.SGD, lr=0.1, alpha=4).state_dict()
     with pytest.raises(ValueError, match="scaling"):
         BiLoRAOptimizer.for_model(lora_net(), torch.optim.SGD, lr=0.1, alpha=64).load_state_dict(state)
+
+
+def test_a_removed_optimizer_takes_groups_as_its_base_does():
+    model = lora_net()
+    optimizer = BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1)
+    optimizer.remove()
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})
+    assert len(optimizer.param_groups) == 3

@@ -181,3 +181,10 @@ def test_pictures_that_can_not_be_drawn(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="flatlora\\[plot\\]"):
         plot_landscape({"a": line}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_what_is_no_dict_of_landscapes_is_refused(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(TypeError, match=r"landscapes by name.*got Landscape"):
+        plot_landscape(Landscape([0.0], {"random": [1.0]}), tmp_path / "none.png")
+    assert not list(tmp_path.iterdir())

@@ -86,7 +86,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         self._triples = None if auxiliary is None else named(model, auxiliary)
         self._turned: tuple[list[Tensor], float] = [], 1.0
         self._clips: list[Tensor | int] = [0, 0]  # steps that ρ clipped, counted on the device, and all
-        self.look_at_groups()
+        self._check_groups()
         if auxiliary is None:
             self.reattach()
 
@@ -278,12 +278,16 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def _auxiliaries(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         if self._triples is not None:
             return self._triples
-        if self._attachment is not None and self._attached:
+        if self._attachment is not None and self._attachment.layers:
             ours: Any = self._attachment.source  # it holds the modules, and finding them in the model takes a while
             return {name: (one.A, one.B, one.scaling) for name, one in ours.auxiliaries.items()}
         return attached_auxiliaries(self._model)
 
     def look_at_groups(self) -> None:
+        if self._triples is not None or self._attached:  # or it goes on as its base
+            self._check_groups()
+
+    def _check_groups(self) -> None:
         auxiliaries = self._auxiliaries()
         ours = {id(p): name for name, (A, B, _) in auxiliaries.items() for p in (A, B)}
         ascent = [group for group in self.param_groups if group.get("ascent")]

@@ -86,7 +86,6 @@ class RowNoise(Source):
 
     def std(self, layer: LoRALayer) -> Tensor:
         """Standard deviations (m,) of a layer's rows; the first layer asked in a step has others computed with it."""
-        layer = self.layers[layer.name]
         known = self._stds.get(layer.name)
         if known is None or known[0] != self._key(layer):
             with _exact(layer.base.device):

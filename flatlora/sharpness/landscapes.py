@@ -140,6 +140,7 @@ def plot_landscape(results: Mapping[str, Landscape], path: str | PathLike[str]) 
         The `matplotlib.figure.Figure` that was saved.
 
     Raises:
+        TypeError: `results` is no dict, as one `Landscape` is none.
         ValueError: no landscapes, or landscapes along different directions.
         ImportError: matplotlib is missing.
     """
@@ -147,6 +148,8 @@ def plot_landscape(results: Mapping[str, Landscape], path: str | PathLike[str]) 
         from matplotlib.figure import Figure
     except ImportError as reason:
         raise ImportError("pictures need matplotlib; install it with: pip install 'flatlora[plot]'") from reason
+    if not isinstance(results, Mapping):
+        raise TypeError(f"results must be landscapes by name, {{'LoRA': landscape(...)}}; got {type(results).__name__}")
     kinds = {tuple(found.lines) for found in results.values()}
     if len(kinds) != 1:
         raise ValueError(f"need landscapes along the same directions, got {sorted(kinds) or 'no landscape'}")
