@@ -1,16 +1,14 @@
-"""Gaussian noise drawn on several threads: the same noise on any number of them, and no thread that others need."""
+"""Gaussian noise: its distribution, and the same noise on any number of threads."""
 
 from __future__ import annotations
 
-import multiprocessing
 from contextlib import contextmanager
 
 import pytest
 import torch
 from scipy import stats
-from torch.utils.data import DataLoader
 
-from flatlora.kernels.draw import Draw, draw_gaussian
+from flatlora.kernels.draw import QUADRUPLES, Draw, draw_gaussian
 
 M, N = 300, 700  # several chunks, the last of them smaller
 STD = torch.rand(M, generator=torch.Generator().manual_seed(1)).double()
@@ -40,11 +38,31 @@ def test_noise_does_not_depend_on_the_number_of_threads(dtype, weighted):
     assert one.dtype == dtype and torch.equal(one, two) and torch.equal(one, three)
 
 
-def test_noise_is_standard_normal_row_by_row_and_chunk_by_chunk():
-    unit = (drawn_by(2, torch.float64) / STD[:, None]).numpy()
-    assert stats.kstest(unit.ravel(), "norm").pvalue > 1e-3
-    correlations = torch.corrcoef(torch.from_numpy(unit))  # chunks with related generators would repeat rows
-    assert (correlations - torch.eye(M)).abs().max() < 6 / N**0.5
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_is_standard_normal_row_by_row_and_column_by_column(dtype):
+    unit = (drawn_by(2, dtype) / STD[:, None]).double()
+    assert stats.kstest(unit.numpy().ravel(), "norm").pvalue > 1e-3
+    for lines in (unit, unit.t()):
+        correlations = torch.corrcoef(lines)  # chunks drawn alike would repeat rows
+        assert (correlations - torch.eye(len(lines))).abs().max() < 6 / lines.shape[1] ** 0.5
+
+
+def test_the_table_has_the_moments_of_normals():
+    table = QUADRUPLES.double()
+    assert table.mean(0).abs().max() < 1e-6
+    assert (table.t() @ table / len(table) - torch.eye(4)).abs().max() < 1e-6
+    third = torch.einsum("ki,kj,kl->ijl", table, table, table) / len(table)
+    assert third.abs().max() < 1e-6
+    assert (table**4).mean(0) == pytest.approx([2.9974] * 4, abs=1e-4) and table.abs().max() < 4.01
+    assert len(table.unique(dim=0)) == len(table)
+
+
+def test_what_a_model_sees_of_the_noise_is_normal():
+    x = torch.randn(N, generator=torch.Generator().manual_seed(2)) ** 3  # a few large inputs
+    seen = [draw_gaussian(Draw("gaussian", torch.ones(M), seed), N, None, torch.float32) @ x for seed in range(100)]
+    seen = (torch.stack(seen) / x.norm()).flatten()  # 30,000
+    assert stats.kstest(seen.numpy(), "norm").pvalue > 1e-3
+    assert abs(stats.kurtosis(seen.numpy())) < 6 * (24 / len(seen)) ** 0.5
 
 
 def test_layers_of_one_row_and_of_none_are_drawn():
@@ -53,40 +71,10 @@ def test_layers_of_one_row_and_of_none_are_drawn():
     assert draw_gaussian(Draw("gaussian", torch.ones(0), 3), 5, None, torch.float32).shape == (0, 5)
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_helping_threads_have_the_modes_of_the_one_that_draws(mode):
-    expected = drawn_by(1)
-    with mode():
-        assert torch.equal(drawn_by(3), expected)
-
-
-def draw_into(queue):
-    queue.put(drawn_by(2).double().sum().item())
-
-
-@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes can't be forked here")
-def test_a_forked_process_draws_with_threads_of_its_own():
-    expected = drawn_by(2).double().sum().item()  # the pool has threads now, which a fork does not have
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    process = context.Process(target=draw_into, args=(queue,), daemon=True)
-    process.start()
-    try:
-        assert queue.get(timeout=60) == expected
-    finally:
-        process.kill()
-        process.join()
-
-
-class Noises(torch.utils.data.Dataset):
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        return drawn_by(2)
-
-
-def test_a_dataloaders_workers_draw():
-    expected = drawn_by(2)
-    for batch in DataLoader(Noises(), num_workers=2, batch_size=1, timeout=60):
-        assert torch.equal(batch[0], expected)
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_is_added_before_the_noise_is_rounded(dtype, weight_dtype):
+    weight = None if weight_dtype is None else torch.randn(M, N).to(weight_dtype)
+    noise = draw_gaussian(DRAW, N, None, torch.float32)
+    expected = noise if weight is None else weight.float() + noise
+    torch.testing.assert_close(draw_gaussian(DRAW, N, weight, dtype), expected.to(dtype), rtol=2**-7, atol=1e-6)
