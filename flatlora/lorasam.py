@@ -41,7 +41,6 @@ class Uphill(Source):
         self.gradient_norm = torch.zeros(())
         self._next: dict[str, tuple[Tensor, Tensor]] = {}
         self._norms = BaseNorms()
-        self._warned = False
 
     def draw(self, layer: LoRALayer) -> Adapter | None:
         if self.rho == 0 or layer.name not in self.direction:
@@ -65,8 +64,11 @@ class Uphill(Source):
             total = total + ((B.mT @ B) * (A @ A.mT)).sum().to(total)
         return total.clamp(min=0.0).sqrt()
 
-    def look(self, maximizes: bool = False) -> None:
-        """Notes the direction that the gradients at hand make, for the next step: against whoever minimizes, or not."""
+    def look(self, maximizes: bool = False) -> bool:
+        """Notes the direction that the gradients at hand make, for the next step: against whoever minimizes, or not.
+
+        Returns whether there are gradients.
+        """
         self._next = {}
         device = next(iter(self.layers.values())).base.device
         # Out of inference mode, which leaves tensors unfit for autograd, and of autocast, which rounds products.
@@ -75,9 +77,7 @@ class Uphill(Source):
             found = [(stack, projection) for stack, projection in seen if projection is not None]
             if found:
                 self._note(found, maximizes)
-            elif not self._warned:
-                logger.warning("step() found no adapter gradients: the perturbation stays as it is")
-                self._warned = True
+            return bool(found)
 
     def _note(self, found: list[tuple[Stack, Projection]], maximizes: bool) -> None:
         factors = [projection.factors() for _, projection in found]
@@ -189,8 +189,8 @@ class LoRASAMOptimizer(PerturbingOptimizer):
     # --- the method: the gradients that a step is taken with make the next ε ----------------------------------------
 
     def before_step(self) -> None:
-        if self._attached:
-            self._source.look(self._maximizes())
+        if self._attached and not self._source.look(self._maximizes()):
+            self.miss_gradients("the perturbation stays as it is")
 
     def after_step(self) -> None:
         self._source.advance()

@@ -37,7 +37,7 @@ class PerturbingOptimizer(OptimizerWrapper):
     _adapter: str | Iterable[str] | None
     _source: Any
     _attachment: Attachment | None = None
-    _told_of_mode = False
+    _told_of_mode = _told_of_gradients = False
     _asleep: tuple[tuple[str, nn.Parameter], ...] = ()  # held adapters that were frozen when this was built
 
     @classmethod
@@ -123,7 +123,9 @@ class PerturbingOptimizer(OptimizerWrapper):
                     "new optimizer"
                 )
             if not self._attachment.used:
-                refuse_fsdp1(self._model)  # which may have come after this optimizer
+                # Both may have come after this optimizer.
+                refuse_fsdp1(self._model)
+                self.look_at_first_step()
             self._attachment.used = True
             self._look_at_mode(self._attachment.layers)
         if woken := {name for name, p in self._asleep if p.grad is not None}:
@@ -136,6 +138,9 @@ class PerturbingOptimizer(OptimizerWrapper):
             self._asleep = ()
         return super().step(closure, **kwargs)
 
+    def look_at_first_step(self) -> None:
+        """Called when the first step begins; an error refuses it."""
+
     def _look_at_mode(self, layers: list[LoRALayer]) -> None:
         """A step that follows passes in eval mode was taken without the method, and looks as any other."""
         if layers and not self._told_of_mode and not any(layer.module.training for layer in layers):
@@ -146,6 +151,26 @@ class PerturbingOptimizer(OptimizerWrapper):
                 type(self).__name__,
                 len(layers),
             )
+
+    def miss_gradients(self, effect: str, *ways_out: str) -> None:
+        """A step came without adapter gradients: said once, with its `effect`, or refused where none will ever come.
+
+        Raises:
+            RuntimeError: others' tensors have taken the adapters' place in the groups.
+        """
+        assert self._attachment is not None
+        if not _held_layers(self._attachment.layers, True, self.base_optimizer):
+            self.refuse_flat_groups(*ways_out)
+        if not self._told_of_gradients:
+            logger.warning("step() found no adapter gradients: %s", effect)
+            self._told_of_gradients = True
+
+    def refuse_flat_groups(self, *ways_out: str) -> None:
+        ways = ["ZeRO stage 0 (of adapters alone, stages 1 and 2 save little)", "DDP", "FSDP2", *ways_out]
+        raise RuntimeError(
+            f"the adapters' parameters are no longer in the groups of the {type(self).__name__}: something put flat "
+            "copies in their place and keeps the gradients there, as DeepSpeed's ZeRO does. Use " + ", or ".join(ways)
+        )
 
     def remove(self) -> None:
         """Takes the perturbation off the model. Idempotent; the optimizer goes on as its base optimizer."""

@@ -32,6 +32,7 @@ ROWS = {
     "Accelerate's FSDP2 (two processes)": r"test_method_accelerate.*fsdp2",
     "DDP (two processes)": r"test_method_distributed.*ddp",
     "FSDP2 (two processes)": r"test_method_distributed.*fsdp",
+    "DeepSpeed, ZeRO stage 0 (two processes)": r"test_method_deepspeed.*one_does",
     "`torch.distributed.checkpoint`": r"test_method_checkpoint.*goes_on",
     "8-bit and paged optimizers": r"test_method_bitsandbytes.*8bit",
     "NF4 base": r"test_method_bitsandbytes.*nf4",
@@ -57,6 +58,7 @@ PACKAGES = (
     "trl",
     "sentence-transformers",
     "lightning",
+    "deepspeed",
     "bitsandbytes",
 )
 README = Path(__file__).parent.parent / "README.md"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..streams import RandomStreams
-from .passes import LossPass, Values, devices_of, model_loss
+from .passes import LossPass, Values, devices_of, model_loss, parameters_of
 
 __all__ = ["LoopWatch", "Seen"]
 
@@ -48,21 +49,22 @@ def _nothing(*args: Any) -> None: ...
 
 
 class LoopWatch:
-    """Remembers the calls of `model` in train mode, until `clear()`, and takes the magnitudes' gradients away.
+    """Remembers the calls of `model` in train mode, until `clear()`, and takes the gradients of `upper`'s parameters.
 
     While `on` is False it sees nothing. The model knows it weakly: it goes with its optimizer, and copies of the model
     are not watched. A copy of it is None.
     """
 
-    def __init__(self, model: nn.Module, magnitudes: Iterable[Tensor]):
+    def __init__(self, model: nn.Module, upper: Optimizer):
         self.on = True
+        self._upper, self._magnitudes = upper, parameters_of(upper)
         self._seen = Seen()
         self._streams: RandomStreams | None = None
         self._handles = [
             model.register_forward_pre_hook(_Hook(self, "before")),
             model.register_forward_hook(_Hook(self, "after"), with_kwargs=True),
             # Collected before the loop clips, which would scale them, and which should see the directions alone.
-            *(p.register_post_accumulate_grad_hook(_Hook(self, "collect")) for p in magnitudes),
+            *(p.register_post_accumulate_grad_hook(_Hook(self, "collect")) for p in self._magnitudes),
         ]
 
     def __reduce__(self) -> Any:
@@ -114,6 +116,11 @@ class LoopWatch:
 
     def before(self, model: nn.Module, args: Any) -> None:
         if self.on and model.training and torch.is_grad_enabled():
+            if {id(p) for p in self._magnitudes}.isdisjoint(map(id, parameters_of(self._upper))):
+                raise RuntimeError(
+                    "the magnitudes are no longer in the groups of the BilevelOptimizer: something put flat copies in "
+                    "their place, as DeepSpeed's ZeRO does. Use ZeRO stage 0, or DDP"
+                )
             self._streams = RandomStreams(devices_of(model))
 
     def after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

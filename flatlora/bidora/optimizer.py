@@ -133,7 +133,7 @@ class BilevelOptimizer(TwoLevels):
         self._layers = layers if orthogonality > 0 else []
         self._updates = Updates(layers)
         self._layout = hold_training_layout(model)
-        self._watch = LoopWatch(model, parameters_of(upper)) if self._train is None else None
+        self._watch = LoopWatch(model, upper) if self._train is None else None
         self._phase_two = PhaseTwo(self.lower, self.upper, model, adapter, self._watch)
 
     # --- the method -----------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ class BilevelOptimizer(TwoLevels):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if state["_watch"]:  # a copy watches its own model
-            self._watch = self._phase_two.watch = LoopWatch(self.model, parameters_of(self.upper))
+            self._watch = self._phase_two.watch = LoopWatch(self.model, self.upper)
             self._watch.on = self.phase == 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -287,6 +287,11 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         if self._triples is not None or self._attached:  # or it goes on as its base
             self._check_groups()
 
+    def look_at_first_step(self) -> None:
+        held = {id(p) for group in self.param_groups for p in group["params"]}
+        if self._attached and held.isdisjoint(map(id, self.perturbation_parameters())):
+            self.refuse_flat_groups()  # that would let the auxiliary climb, and clip a copy of it
+
     def _check_groups(self) -> None:
         auxiliaries = self._auxiliaries()
         ours = {id(p): name for name, (A, B, _) in auxiliaries.items() for p in (A, B)}

@@ -66,7 +66,6 @@ class RowNoise(Source):
         self._stds: dict[str, tuple[Any, Tensor, Tensor]] = {}
         self._norms = BaseNorms()
         self._observed: list[tuple[list[str], Tensor]] = []
-        self._warned = False
 
     def draw(self, layer: LoRALayer) -> Draw | None:
         if self.sigma == 0:
@@ -148,16 +147,14 @@ class RowNoise(Source):
         noise, total, grad = (torch.stack(values).sum() for values in (noises, both, grads))
         return noise, total if self.relative else total - grad, grad / total
 
-    def observe_gradients(self) -> None:
-        """Notes the norms of the gradients at hand for the next step's noise."""
+    def observe_gradients(self) -> bool:
+        """Notes the norms of the gradients at hand for the next step's noise; whether there are any."""
         self._observed = []
         with _exact(next(iter(self.layers.values())).base.device):
             for stack in stacks(self.layers.values()):
                 if (projection := project(stack, self._norms)) is not None:
                     self._observed.append(([layer.name for layer in stack.layers], projection.row_sq()))
-        if not self._observed and not self._warned:
-            logger.warning("step() found no adapter gradients: the noise goes on without a gradient term")
-            self._warned = True
+        return bool(self._observed)
 
     @torch.no_grad()
     def next_step(self) -> None:

@@ -100,8 +100,8 @@ class GGPOOptimizer(PerturbingOptimizer):
             return super().step(closure, **kwargs)
 
     def before_step(self) -> None:
-        if self._attached and self._source.sigma > 0 and self._source.beta > 0:
-            self._source.observe_gradients()
+        if self._attached and self._source.sigma > 0 and self._source.beta > 0 and not self._source.observe_gradients():
+            self.miss_gradients("the noise goes on without a gradient term", "GGPOOptimizer(beta=0), which needs none")
 
     def after_step(self) -> None:
         self._source.next_step()

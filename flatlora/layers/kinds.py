@@ -127,7 +127,7 @@ class PeftLoRA(_Peft):
         if name not in factors:
             return []
         magnitude = magnitudes[name].weight if name in magnitudes else None
-        A, B = factors[name].weight, module.lora_B[name].weight
+        A, B = _at_hand(factors[name].weight), module.lora_B[name].weight
         return [Adapter(name, A, B, module.scaling[name], magnitude, module.lora_dropout[name], A, B)]
 
 
@@ -167,8 +167,18 @@ class OwnGraLoRA(Reader):
         return _blocks(name, module.gralora_A, module.gralora_B, *general, module.scaling)
 
 
+def _at_hand(factor: Any) -> Any:
+    """The factor; RuntimeError where others keep its values and leave it empty."""
+    if factor.numel() == 0:
+        raise RuntimeError(
+            "an adapter's parameter is empty: DeepSpeed's ZeRO stage 3 shards it, and hands it to its own layer alone. "
+            "Use stage 0, or FSDP2: torch's fully_shard, or fsdp_version: 2 in Accelerate's settings"
+        )
+    return factor
+
+
 def _blocks(name: str, A: Any, B: Any, general_A: Any, general_B: Any, scaling: float) -> list[Adapter]:
-    found = [Adapter(name, *block_factors(whole(A), whole(B)), scaling, A_param=A, B_param=B)]
+    found = [Adapter(name, *block_factors(whole(_at_hand(A)), whole(B)), scaling, A_param=A, B_param=B)]
     if hasattr(general_A, "weight"):
         A, B = general_A.weight, general_B.weight
         found.append(Adapter(name, A, B, scaling, A_param=A, B_param=B))
