@@ -836,3 +836,44 @@ def test_a_step_after_passes_in_eval_mode_is_told_of_once(caplog):
             step(model, optimizer, batch(model))
     (message,) = caplog.messages
     assert "eval mode" in message and "model.train()" in message
+
+
+# --- what it is for -----------------------------------------------------------------------------------------------
+
+SHARP, FLAT = torch.zeros(2, 2).double(), torch.tensor([[2.0, 0.0], [0.0, 0.0]]).double()
+SHARP_RADIUS = 2 / (8**0.5 - 1)  # where both parabolas meet on the far side of SHARP
+
+
+def two_minima(W):
+    """Two parabolas, with Hessians 8·I and I; W belongs to the lower one."""
+    return torch.minimum(4 * (W - SHARP).square().sum(), (W - FLAT).square().sum() / 2)
+
+
+def settled(seed, rho):
+    """Where a run with ρ, and then without, ends from a random start around SHARP; rank 2 is any 2×2 update."""
+    model = one_layer(2, 2, bias=False, r=2, lora_alpha=2)
+    (module,) = adapted(model).values()
+    start = SHARP + 0.55 * torch.randn(2, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    eye = torch.eye(2).double()
+    with torch.no_grad():
+        for factor in (module.lora_A, module.lora_B):
+            factor["default"].weight.copy_(eye)
+        module.base_layer.weight.copy_(start - eye)
+    optimizer = lorasam(model, lr=0.05, rho=rho)
+    for at in range(450):
+        if at == 300:
+            optimizer.rho = 0.0
+        two_minima(model(eye).t()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weight_of(module)[0].detach()
+
+
+def test_of_two_minima_it_finds_the_flatter_where_descent_leaves_it_to_chance():
+    def found(rho):
+        ends = [settled(seed, rho) for seed in range(8)]
+        assert all(two_minima(end) < 1e-6 for end in ends)
+        return sum(bool((end - FLAT).norm() < 1e-2) for end in ends)
+
+    assert 2 <= found(0.0) <= 6
+    assert found(SHARP_RADIUS) == 8

@@ -64,29 +64,32 @@ def test_a_step_holds_no_more_than_pefts_and_a_constant(method, checkpointing):
 M, N = 256, 192
 
 
-def over(method, kind):
+def over(method, kind, dropout):
     """One adapted layer over a base of a kind, with the optimizer of a method."""
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     fc = nn.Linear(N, M, bias=False)
     net = Net(quantised(fc, "nf4") if kind == "nf4" else fc.to(dtype))
     if method.adapt is lora:
         net.is_loaded_in_4bit = kind == "nf4"
-        model = peft(net, ["fc"], None)
+        model = peft(net, ["fc"], None, lora_dropout=dropout)
     else:
-        model = flatlora.apply_gralora(net, ["fc"], r=4, k=2, alpha=8)
+        model = flatlora.apply_gralora(net, ["fc"], r=4, k=2, alpha=8, dropout=dropout)
     fill(model)
     return model.train(), method.start(model, sgd), dtype
 
 
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "autocast"])
 @every_method(among=[method for method in METHODS if method.build is not bidora])
-def test_nothing_of_a_weights_size_outlives_its_product(method, kind):
-    model, optimizer, dtype = over(method, kind)
+def test_nothing_of_a_weights_size_outlives_its_product(method, kind, dropout):
+    model, optimizer, dtype = over(method, kind, dropout)
     x = torch.randn(5, N, dtype=dtype, requires_grad=True)
-    size = M * N * dtype.itemsize
+    size = M * N * (2 if kind == "autocast" else dtype.itemsize)
     for _ in range(2):  # bitsandbytes and the noise set something up in the first
         with Living(size) as living:
-            model(x).float().square().mean().backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+                out = model(x)
+            out.float().square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
     assert living.outlived == set()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.blocks import AddBlocks, How, add_blocks
-from ..kernels.low_rank import add_low_rank, compute_dtype
+from ..kernels.low_rank import add_low_rank, base_product, compute_dtype
 from ..kernels.operators import traced
 from ..layers.adapter import block_factors
 from ..layers.base import BaseWeight
@@ -92,11 +92,12 @@ class GraLoRALinear(nn.Module):
             self.gralora_B_general.to(like.device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        own = not traced() and (base := self.base).kind == "float" and base.fusable(x)
-        if own and not self._dropping:
-            return self.add_update(None, x)
-        # Layers of other libraries may keep their output for backward, or hand out a view of it.
-        return self.add_update(self.base_layer(x), x, in_place=own and type(self.base_layer) is nn.Linear)
+        if traced() or (base := self.base).kind != "float" or not base.fusable(x):
+            # Layers of other libraries may keep their output for backward, or hand out a view of it.
+            return self.add_update(self.base_layer(x), x)
+        if self._dropping:
+            return self.add_update(base_product(x, base.float_weight(), self.base_layer.bias), x, in_place=True)
+        return self.add_update(None, x)
 
     def add_update(self, out: Tensor | None, x: Tensor, in_place: bool = False) -> Tensor:
         """``out + x·ΔWᵀ`` for x (..., n) and out (..., m), in the dtype of `out`; into `out` itself if `in_place`.

@@ -16,6 +16,7 @@ __all__ = [
     "add_low_rank",
     "added",
     "autocasts",
+    "base_product",
     "cast",
     "compute_dtype",
     "product_of",
@@ -242,6 +243,16 @@ def _plus_product(out: Tensor, h: Tensor, b: Tensor, writable: bool) -> Tensor:
     else:
         torch.addmm(flat, h, b.t(), out=rows)
     return target
+
+
+def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x·Wᵀ + bias`` of a frozen W (m, n); autocast's copy of W is made again for backward, and not kept till then."""
+    dtype = compute_dtype(x, weight.dtype)
+
+    def again(stored: Any) -> Tensor:
+        return cast(stored, dtype)
+
+    return Added.apply(Plan(dtype, weight=again), None, x, weight, bias)
 
 
 def add_low_rank(
