@@ -183,6 +183,23 @@ def test_below_rho_nothing_is_scaled():
     assert_equal([*primary(model), *aux], [*primary(twin), *twin_aux])
 
 
+def test_who_maximizes_meets_an_auxiliary_that_descends():
+    """Training by the loss turned around, with `maximize`, is the same training; a multiplier may climb in either."""
+    ends = []
+    for maximize in (False, True):
+        model = lora_net()
+        multiplier = {"params": [nn.Parameter(torch.ones(()))], "maximize": True}
+        sides = groups(model, attach_auxiliary(model, r=2, seed=0))
+        base = torch.optim.SGD([*({**side, "maximize": maximize} for side in sides), multiplier], lr=0.05)
+        optimizer = BiLoRAOptimizer(base, model, rho=0.1)
+        for x, y in data(4):
+            (F.mse_loss(model(x), y) * (-1 if maximize else 1)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append([p.detach().clone() for p in held(optimizer)[:-1]])
+    assert_equal(*ends)
+
+
 def test_gradients_keep_their_sign_for_whoever_reads_them_after_the_step():
     model = lora_net()
     optimizer = BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1, seed=0)
@@ -638,6 +655,7 @@ def test_bad_input_attaches_nothing(call, message):
         (lambda p, a: [{"params": p[1:]}, {"params": [*a, p[0]], "ascent": True}], "1 parameters of no auxiliary"),
         (lambda p, a: [{"params": p}, {"params": a[:2], "ascent": True}], "auxiliary of 1 layers is in no ascent"),
         (lambda p, a: [{"params": p}, {"params": a, "ascent": True, "maximize": True}], "maximize"),
+        (lambda p, a: [{"params": p, "maximize": True}, {"params": a, "ascent": True}], "maximize"),
     ],
 )
 def test_bad_groups(make, message):

@@ -61,7 +61,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
     Raises:
         ValueError: no ascent group; an ascent group that holds a parameter of no auxiliary, or leaves out one of an
-            auxiliary, or has `maximize` set; ρ not above 0.
+            auxiliary, or does not `maximize` as the adapters' groups do; ρ not above 0.
         TypeError: `optimizer` is not an optimizer instance.
 
     Example:
@@ -319,8 +319,14 @@ class BiLoRAOptimizer(PerturbingOptimizer):
                 f"the auxiliary of {len(missing)} layers is in no ascent group (first: {missing[0]!r}); pass all that "
                 "attach_auxiliary returned"
             )
-        if any(group.get("maximize") for group in ascent):
-            raise ValueError("an ascent group has maximize=True and would ascend twice over; leave maximize off")
+        layers = [module.layer for module in self._model.modules() if isinstance(module, Auxiliary)]
+        beside = {id(p) for layer in layers for a in layer.all_adapters() for p in (a.A_param, a.B_param)}
+        theirs = [group for group in self.param_groups if not beside.isdisjoint(map(id, group["params"]))]
+        if len({bool(group.get("maximize")) for group in [*ascent, *theirs]}) > 1:
+            raise ValueError(
+                "maximize is on in some of the ascent groups and the adapters' groups, and off in others: the auxiliary "
+                "would go the adapters' way. Give all the same; the auxiliary is turned around in any case"
+            )
 
     # --- checkpoints: a saved adapter leaves the auxiliary out, so the optimizer's state carries it ---------------
 
