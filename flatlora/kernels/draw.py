@@ -20,8 +20,9 @@ from torch import Tensor
 
 __all__ = ["Draw", "draw_gaussian", "draw_low_rank"]
 
-# Elements drawn at once on a CPU: they stay in a core's cache.
-_CHUNK = 1 << 16
+_BLOCK = 1 << 24  # elements drawn at a time
+_CPU_BLOCK = 1 << 16  # on a CPU, in whose cache they stay
+_TINY = 1 << 12  # elements for which setting up the table takes longer than drawing
 
 
 @dataclass(frozen=True)
@@ -57,54 +58,75 @@ def _normal(shape: tuple[int, ...], draw: Draw, generator: torch.Generator | Non
 def _quadruples() -> Tensor:
     """What normals are made of on a CPU, four at a time from 16 random bits: (65536, 4), in float32, 1 MiB.
 
-    A row is four of 8,192 quantiles of ``|z|``, with signs from an orthogonal array of strength three. So the four have
-    mean and skewness 0 and covariance I, to rounding; their kurtosis is 2.9974, none is beyond 4.01, and rows are drawn
-    independently. What a model sees of ε, sums over a whole row of a weight, is normal as with any other normals.
+    A row is four of 4,096 quantiles of ``|z|``, with every pattern of signs. So all odd moments of the four are 0 and
+    their covariance is I, to rounding; an element's kurtosis is 2.9953, none is beyond 3.85, and rows are drawn
+    independently.
     """
-    steps = torch.arange(8192, dtype=torch.float64, device="cpu")
-    quantiles = torch.special.ndtri(0.5 + (steps + 0.5) / 16384)
+    steps = torch.arange(4096, dtype=torch.float64, device="cpu")
+    quantiles = torch.special.ndtri(0.5 + (steps + 0.5) / 8192)
     quantiles /= quantiles.square().mean().sqrt()
-    orders = [torch.randperm(8192, generator=torch.Generator().manual_seed(i), device="cpu") for i in range(4)]
-    three = torch.cartesian_prod(*[1 - 2 * steps[:2]] * 3)
-    signs = torch.cat([three, three.prod(1, keepdim=True)], 1)
+    orders = [torch.randperm(4096, generator=torch.Generator().manual_seed(i), device="cpu") for i in range(4)]
     sizes = torch.stack([quantiles[order] for order in orders], 1)
+    signs = torch.cartesian_prod(*[1 - 2 * steps[:2]] * 4)
     return (sizes.unsqueeze(1) * signs).view(-1, 4).float()
 
 
-with torch.inference_mode(False):
-    QUADRUPLES = _quadruples()
+_table: Tensor | None = None
+
+
+def quadruples() -> Tensor:
+    """`_quadruples`, made once."""
+    global _table
+    if _table is None:
+        with torch.inference_mode(False):
+            made = _quadruples()
+        if type(made) is not Tensor:  # within a mode that makes others of them
+            return made
+        _table = made
+    return _table
 
 
 @torch.no_grad()
 def draw_gaussian(draw: Draw, n: int, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``W + ε`` of shape (m, n) in a new tensor of `dtype`, or ε alone where `weight` is None.
 
-    On a CPU, where torch draws normals on one core and slowly, ε is made of `QUADRUPLES`, unless it is float64.
+    It is drawn in blocks of rows, so that no more than a block is ever there in float32. On a CPU, where torch draws
+    normals on one core and slowly, ε of a layer that is not tiny is made of `quadruples`, unless it is float64.
     """
-    m, generator, wide = draw.std.shape[0], _generator(draw), _wide(dtype)
-    if draw.std.device.type != "cpu" or wide == torch.float64:
-        return _scaled(_normal((m, n), draw, generator, dtype), draw.std, weight).to(dtype)
-    new = draw.std.new_empty
-    out, rows = new((m, n), dtype=dtype), max(1, min(m, _CHUNK // max(1, n)))
-    bits = new(-(-rows * n // 16), dtype=torch.int64)  # 16 of them for four normals
-    index = new(4 * bits.numel(), dtype=torch.int32)
-    normals = new(16 * bits.numel(), dtype=wide)
-    # Numbers of 16 bytes are gathered faster than rows of four.
-    table, gathered = QUADRUPLES.view(torch.complex128).view(-1), normals.view(torch.complex128)
+    m, device, generator, wide = draw.std.shape[0], draw.std.device, _generator(draw), _wide(dtype)
+    on_cpu = device.type == "cpu"
+    rows = max(1, min(m, (_CPU_BLOCK if on_cpu else _BLOCK) // max(1, n)))
+    # Neither of another dtype nor for tensors that only stand for others (FakeTensorMode).
+    tabled = on_cpu and wide == torch.float32 and m * n >= _TINY and type(draw.std) is Tensor
+    source = _Quadruples(rows * n) if tabled else torch.empty(rows * n, dtype=wide, device=device)
+    out = torch.empty((m, n), dtype=dtype, device=device)
     for start in range(0, m, rows):
         part = slice(start, start + rows)
-        bits.random_(-(2**63), None, generator=generator)
-        index.copy_(bits.view(torch.int16)).add_(1 << 15)
-        torch.index_select(table, 0, index, out=gathered)
-        noise = normals[: out[part].numel()].view(out[part].shape)
-        _scaled(noise, draw.std[part], None if weight is None else weight[part], out[part])
+        normals = source.normal_(generator=generator)[: out[part].numel()].view(out[part].shape)
+        std = draw.std[part].to(wide).unsqueeze(1)
+        if weight is None:
+            torch.mul(normals, std, out=out[part])
+        else:
+            torch.addcmul(weight[part], normals, std, out=out[part])
     return out
 
 
-def _scaled(noise: Tensor, std: Tensor, weight: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """Noise of standard deviation one becomes ε, or W + ε, where it lies or in `out`."""
-    std, out = std.to(noise.dtype).unsqueeze(1), noise if out is None else out
-    return torch.mul(noise, std, out=out) if weight is None else torch.addcmul(weight, noise, std, out=out)
+class _Quadruples:
+    """A buffer of `count` float32 normals, filled anew by `normal_` as a tensor is."""
+
+    def __init__(self, count: int):
+        bits = -(-count // 16)  # 64 of them at a time
+        self.bits = torch.empty(bits, dtype=torch.int64, device="cpu")
+        self.index = torch.empty(4 * bits, dtype=torch.int32, device="cpu")
+        self.normals = torch.empty(16 * bits, dtype=torch.float32, device="cpu")
+        # Numbers of 16 bytes are gathered faster than rows of four.
+        self.table, self.gathered = quadruples().view(torch.complex128).view(-1), self.normals.view(torch.complex128)
+
+    def normal_(self, generator: torch.Generator | None) -> Tensor:
+        self.bits.random_(-(2**63), None, generator=generator)
+        self.index.copy_(self.bits.view(torch.int16)).add_(1 << 15)
+        torch.index_select(self.table, 0, self.index, out=self.gathered)
+        return self.normals
 
 
 def draw_low_rank(draw: Draw, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
