@@ -38,6 +38,7 @@ class PerturbingOptimizer(OptimizerWrapper):
     _source: Any
     _attachment: Attachment | None = None
     _told_of_mode = _told_of_gradients = False
+    _known: frozenset[int] = frozenset()  # what the groups held when they were looked at last
     _asleep: tuple[tuple[str, nn.Parameter], ...] = ()  # held adapters that were frozen when this was built
 
     @classmethod
@@ -78,6 +79,7 @@ class PerturbingOptimizer(OptimizerWrapper):
         layers = list(source.layers.values())
         claim(source, layers, self.base_optimizer)
         self._attachment = Attachment(self._model, source)
+        self._known = frozenset(_held(True, self.base_optimizer))
         self._asleep = tuple(_frozen_ones(self._model, layers, self.base_optimizer)) if all_trained else ()
 
     def reattach(self) -> None:
@@ -96,6 +98,7 @@ class PerturbingOptimizer(OptimizerWrapper):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._known = frozenset(_held(True, self.base_optimizer))
 
     def look_at_groups(self) -> None:
         """Called when parameters have come in; ValueError refuses them."""
@@ -158,19 +161,27 @@ class PerturbingOptimizer(OptimizerWrapper):
         Raises:
             RuntimeError: others' tensors have taken the adapters' place in the groups.
         """
-        assert self._attachment is not None
-        if not _held_layers(self._attachment.layers, True, self.base_optimizer):
-            self.refuse_flat_groups(*ways_out)
+        self.refuse_replaced(self._source.layers.values(), *ways_out)
         if not self._told_of_gradients:
             logger.warning("step() found no adapter gradients: %s", effect)
             self._told_of_gradients = True
 
-    def refuse_flat_groups(self, *ways_out: str) -> None:
-        ways = ["ZeRO stage 0 (of adapters alone, stages 1 and 2 save little)", "DDP", "FSDP2", *ways_out]
+    def refuse_replaced(self, layers: Iterable[LoRALayer], *ways_out: str) -> None:
+        """RuntimeError if the groups hold strangers and none of these layers' adapters."""
+        if self.holds_strangers() and not _held_layers(list(layers), True, self.base_optimizer):
+            self.refuse_strangers(*ways_out)
+
+    def refuse_strangers(self, *ways_out: str) -> None:
+        ways = ["ZeRO stage 0 in float32 (of adapters alone, stages 1 and 2 save little)", "DDP", "FSDP2", *ways_out]
         raise RuntimeError(
-            f"the adapters' parameters are no longer in the groups of the {type(self).__name__}: something put flat "
-            "copies in their place and keeps the gradients there, as DeepSpeed's ZeRO does. Use " + ", or ".join(ways)
+            f"the adapters' parameters are no longer in the groups of the {type(self).__name__}: copies stand in their "
+            "place, as under DeepSpeed's ZeRO and its fp16 and bf16 modes, and gradients are not as a step will take "
+            "them. Use " + ", or ".join(ways)
         )
+
+    def holds_strangers(self) -> bool:
+        """Whether others' tensors have come into the groups, and not by `add_param_group`."""
+        return not _held(True, self.base_optimizer) <= self._known
 
     def remove(self) -> None:
         """Takes the perturbation off the model. Idempotent; the optimizer goes on as its base optimizer."""

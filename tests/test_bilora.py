@@ -183,6 +183,25 @@ def test_below_rho_nothing_is_scaled():
     assert_equal([*primary(model), *aux], [*primary(twin), *twin_aux])
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0**8])
+def test_a_faint_gradient_survives_float16_autocast(scale):
+    """Computed in float16 it is 2⁻²⁰ of its size only once it is in its parameter's float32."""
+    model = lora_net(torch.float32)
+    optimizer = BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1, seed=0)
+    train(model, optimizer, data(2, dtype=torch.float32))  # no factor is zero any more
+    x, y = next(data(dtype=torch.float32))
+    found = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            out = model(x)
+        (F.mse_loss(out.float(), y) * scale).backward()
+        found.append([p.grad.clone() for p in held(optimizer)])
+        optimizer.zero_grad()
+    for exact, half in zip(*found, strict=True):
+        assert (half - exact).norm() <= 0.02 * exact.norm()
+    assert all(exact.norm() > 0 for exact in found[0])
+
+
 def test_who_maximizes_meets_an_auxiliary_that_descends():
     """Training by the loss turned around, with `maximize`, is the same training; a multiplier may climb in either."""
     ends = []

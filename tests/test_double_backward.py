@@ -12,7 +12,7 @@ from flatlora.kernels.blocks import AddBlocks, How
 from flatlora.kernels.low_rank import Added, Plan
 
 # Not DoRA, whose norm is a constant in PEFT's backward, while differences see it move.
-FORMS = ["lora", "gralora", "hybrid", "dropout"]
+FORMS = ["lora", "gralora", "hybrid", "dropout", "gralora dropout"]
 KINDS = ["gaussian", "low_rank", "Bi-LoRA", "LoRASAM"]
 
 
@@ -25,16 +25,17 @@ class Net(nn.Module):
         return self.down(torch.tanh(self.up(x)))
 
 
-def model_of(form):
+def model_of(form, dtype=torch.float64):
     torch.manual_seed(0)
-    model = Net().double()
-    if form in ("gralora", "hybrid"):
-        flatlora.apply_gralora(model, ["up", "down"], r=4, k=2, alpha=8, hybrid_r=2 if form == "hybrid" else 0)
+    model = Net().to(dtype)
+    if form in ("gralora", "hybrid", "gralora dropout"):
+        options = {"hybrid": {"hybrid_r": 2}, "gralora dropout": {"dropout": 0.5}}.get(form, {})
+        flatlora.apply_gralora(model, ["up", "down"], r=4, k=2, alpha=8, **options)
     else:
         dropout = 0.5 if form == "dropout" else 0.0
         config = LoraConfig(r=2, lora_alpha=4, target_modules=["up", "down"], lora_dropout=dropout)
         model = get_peft_model(model, config)
-    for name, p in model.double().named_parameters():
+    for name, p in model.to(dtype).named_parameters():
         if "_B" in name:
             nn.init.normal_(p, std=0.3)
     return model.train()
@@ -121,3 +122,25 @@ def test_second_derivatives_of_the_product_with_blocks(with_product):
         return AddBlocks.apply(how, x, A, B, out, *((W, bias) if with_product else (None, None)))
 
     assert torch.autograd.gradgradcheck(run, (x, A, B, None if with_product else out))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_penalty_under_autocast(kind, form):
+    model = model_of(form, torch.float32)
+    optimizer = start(model, kind)
+    x = torch.randn(5, 6)
+    model(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+    def penalty_grads(autocast):
+        torch.manual_seed(3)  # the same dropout
+        inputs = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(inputs)
+        (grad,) = torch.autograd.grad(out.float().pow(3).mean(), inputs, create_graph=True)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(grad.square().sum(), trained(model))])
+
+    exact = penalty_grads(False)
+    assert (penalty_grads(True) - exact).norm() < 0.05 * exact.norm()

@@ -116,10 +116,11 @@ class LoopWatch:
 
     def before(self, model: nn.Module, args: Any) -> None:
         if self.on and model.training and torch.is_grad_enabled():
-            if {id(p) for p in self._magnitudes}.isdisjoint(map(id, parameters_of(self._upper))):
+            held = set(map(id, parameters_of(self._upper)))
+            if held and held.isdisjoint(map(id, self._magnitudes)):
                 raise RuntimeError(
-                    "the magnitudes are no longer in the groups of the BilevelOptimizer: something put flat copies in "
-                    "their place, as DeepSpeed's ZeRO does. Use ZeRO stage 0, or DDP"
+                    "the magnitudes are no longer in the groups of the BilevelOptimizer: copies stand in their place, "
+                    "as under DeepSpeed's ZeRO and its fp16 and bf16 modes. Use ZeRO stage 0 in float32, or DDP"
                 )
             self._streams = RandomStreams(devices_of(model))
 

@@ -168,6 +168,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             self._turn()
             return loss
 
+        if self._triples is not None and not self._clips[1]:
+            self.look_at_first_step()
         handles = self._turn_within_hooks() if closure is None else []
         try:
             return super().step(None if closure is None else evaluate, **kwargs)
@@ -289,8 +291,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
     def look_at_first_step(self) -> None:
         held = {id(p) for group in self.param_groups for p in group["params"]}
-        if self._attached and held.isdisjoint(map(id, self.perturbation_parameters())):
-            self.refuse_flat_groups()  # that would let the auxiliary climb, and clip a copy of it
+        if self.holds_strangers() and not held.issuperset(map(id, self.perturbation_parameters())):
+            self.refuse_strangers()  # which would be turned, or not, and are not what ρ bounds
 
     def _check_groups(self) -> None:
         auxiliaries = self._auxiliaries()
@@ -324,8 +326,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         theirs = [group for group in self.param_groups if not beside.isdisjoint(map(id, group["params"]))]
         if len({bool(group.get("maximize")) for group in [*ascent, *theirs]}) > 1:
             raise ValueError(
-                "maximize is on in some of the ascent groups and the adapters' groups, and off in others: the auxiliary "
-                "would go the adapters' way. Give all the same; the auxiliary is turned around in any case"
+                "maximize is on in some of the ascent groups and the adapters' groups, and off in others: the "
+                "auxiliary would go the adapters' way. Give all the same; the auxiliary is turned around in any case"
             )
 
     # --- checkpoints: a saved adapter leaves the auxiliary out, so the optimizer's state carries it ---------------

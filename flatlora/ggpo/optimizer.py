@@ -99,9 +99,17 @@ class GGPOOptimizer(PerturbingOptimizer):
         with nullcontext() if closure is None else self.perturbed_as(self.current_perturbation()):
             return super().step(closure, **kwargs)
 
+    @property
+    def _reads_gradients(self) -> bool:
+        return self._attached and self._source.sigma > 0 and self._source.beta > 0
+
+    def look_at_first_step(self) -> None:
+        if self._reads_gradients:  # by their size, which is another where a scale is still on them
+            self.refuse_replaced(self._source.layers.values(), "GGPOOptimizer(beta=0), which needs no gradients")
+
     def before_step(self) -> None:
-        if self._attached and self._source.sigma > 0 and self._source.beta > 0 and not self._source.observe_gradients():
-            self.miss_gradients("the noise goes on without a gradient term", "GGPOOptimizer(beta=0), which needs none")
+        if self._reads_gradients and not self._source.observe_gradients():
+            self.miss_gradients("the noise goes on without a gradient term")
 
     def after_step(self) -> None:
         self._source.next_step()

@@ -12,6 +12,8 @@ tokens make singular.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,29 +100,35 @@ def draw_gaussian(draw: Draw, n: int, weight: Tensor | None, dtype: torch.dtype)
     rows = max(1, min(m, (_CPU_BLOCK if on_cpu else _BLOCK) // max(1, n)))
     # Neither of another dtype nor for tensors that only stand for others (FakeTensorMode).
     tabled = on_cpu and wide == torch.float32 and m * n >= _TINY and type(draw.std) is Tensor
-    source = _Quadruples(rows * n) if tabled else torch.empty(rows * n, dtype=wide, device=device)
+    source = _Quadruples(rows, n) if tabled else torch.empty((rows, n), dtype=wide, device=device)
     out = torch.empty((m, n), dtype=dtype, device=device)
-    for start in range(0, m, rows):
-        part = slice(start, start + rows)
-        normals = source.normal_(generator=generator)[: out[part].numel()].view(out[part].shape)
-        std = draw.std[part].to(wide).unsqueeze(1)
-        if weight is None:
-            torch.mul(normals, std, out=out[part])
+    parts: Iterable[tuple[Tensor, Tensor, Tensor | None]] = [(out, draw.std, weight)]
+    if rows < m:
+        weights = itertools.repeat(None) if weight is None else weight.split(rows)
+        parts = zip(out.split(rows), draw.std.split(rows), weights, strict=False)
+    for target, std, stored in parts:
+        normals = source.normal_(generator=generator)
+        if target.shape != normals.shape:  # of the last rows
+            normals = normals[: target.shape[0]]
+        std = std.to(wide).unsqueeze(1)
+        if stored is None:
+            torch.mul(normals, std, out=target)
         else:
-            torch.addcmul(weight[part], normals, std, out=out[part])
+            torch.addcmul(stored, normals, std, out=target)
     return out
 
 
 class _Quadruples:
-    """A buffer of `count` float32 normals, filled anew by `normal_` as a tensor is."""
+    """A buffer of float32 normals (rows, n), filled anew by `normal_` as a tensor is."""
 
-    def __init__(self, count: int):
-        bits = -(-count // 16)  # 64 of them at a time
+    def __init__(self, rows: int, n: int):
+        bits = -(-rows * n // 16)  # 64 of them at a time
         self.bits = torch.empty(bits, dtype=torch.int64, device="cpu")
         self.index = torch.empty(4 * bits, dtype=torch.int32, device="cpu")
-        self.normals = torch.empty(16 * bits, dtype=torch.float32, device="cpu")
+        normals = torch.empty(16 * bits, dtype=torch.float32, device="cpu")
+        self.normals = normals[: rows * n].view(rows, n)
         # Numbers of 16 bytes are gathered faster than rows of four.
-        self.table, self.gathered = quadruples().view(torch.complex128).view(-1), self.normals.view(torch.complex128)
+        self.table, self.gathered = quadruples().view(torch.complex128).view(-1), normals.view(torch.complex128)
 
     def normal_(self, generator: torch.Generator | None) -> Tensor:
         self.bits.random_(-(2**63), None, generator=generator)

@@ -99,7 +99,8 @@ def added(
 ) -> Tensor:
     """What `Added` computes, in plain operations: its reference."""
     if plan.weight is not None:
-        product = torch.nn.functional.linear(x, plan.weight(weight), bias)
+        W = plan.weight(weight)
+        product = torch.nn.functional.linear(cast(x, W.dtype), W, None if bias is None else cast(bias, W.dtype))
         out = product if out is None else out + product
     assert out is not None
     if learned or plan.constant:
@@ -160,7 +161,7 @@ class Added(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():  # `create_graph`
             return _differentiable(ctx, grad)
-        weight, a, b, x, h, *_ = ctx.saved_tensors
+        weight, a, b, x, h, *learned = ctx.saved_tensors
         plan, of_x = ctx.plan, ctx.needs_input_grad[2]
         g = grad.reshape(-1, grad.shape[-1])
         grad_x = None
@@ -179,14 +180,15 @@ class Added(torch.autograd.Function):
                 if of_x:
                     grad_x = gh @ a if grad_x is None else cast(grad_x, a.dtype).addmm_(gh, a)
                 if x is not None:
-                    _scale(columns[: len(ctx.ranks)], plan.fading)
                     r = sum(ctx.ranks)
                     grad_a = gh[:, :r].t() @ cast(x.reshape(-1, x.shape[-1]), h.dtype)
                     grad_b = g.t() @ h[:, :r]
                     one = len(ctx.ranks) == 1
                     grads[0::2] = (grad_a,) if one else grad_a.split(ctx.ranks)
                     grads[1::2] = (grad_b,) if one else grad_b.split(ctx.ranks, 1)
-                    _scale(grads[1::2], plan.fading)
+                    for i, (grad_p, p) in enumerate(zip(list(grads), learned, strict=True)):
+                        if grad_p is not None and (factor := plan.fading[i // 2]) != 1.0:
+                            grads[i] = cast(grad_p, p.dtype) * factor  # in autocast's float16 it might vanish
         if grad_x is not None:
             grad_x = cast(grad_x, ctx.x_dtype).view(ctx.x_shape)
         return None, grad if ctx.needs_input_grad[1] else None, grad_x, None, grad_bias, *grads

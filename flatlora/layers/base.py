@@ -14,7 +14,8 @@ from ..kernels.low_rank import autocasts
 
 __all__ = ["BaseWeight", "FloatBase", "OpaqueBase", "hooked", "whole", "wide"]
 
-_BLOCK = 1 << 18  # elements of a base weight that are upcast at a time
+_BLOCK = 1 << 26  # elements of a base weight that are upcast at a time
+_CPU_BLOCK = 1 << 18  # on a CPU, in whose cache they stay
 _OWN = (nn.Parameter, Tensor)
 _UNITS = 128  # unit vectors that an opaque layer is applied to at a time
 
@@ -148,7 +149,7 @@ class BaseWeight(ABC):
 
     def _row_slices(self) -> list[slice]:
         m, n = self.shape
-        rows = max(1, _BLOCK // n)
+        rows = max(1, (_CPU_BLOCK if self.device.type == "cpu" else _BLOCK) // n)
         return [slice(i, i + rows) for i in range(0, m, rows)]
 
     def _check_shape(self, weight: Tensor) -> None:

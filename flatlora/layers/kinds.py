@@ -119,7 +119,8 @@ class PeftLoRA(_Peft):
         weight = getattr(base, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() != 2:
             return None
-        m, n = module.lora_B[names[0]].weight.shape[0], module.lora_A[names[0]].weight.shape[1]
+        A, B = (_present(factors[names[0]].weight) for factors in (module.lora_A, module.lora_B))
+        m, n = B.shape[0], A.shape[1]
         return base_weight(base, (m, n), bool(getattr(module, "fan_in_fan_out", False)))
 
     def adapters(self, module: Any, name: str, shape: tuple[int, int]) -> list[Adapter]:
@@ -127,7 +128,7 @@ class PeftLoRA(_Peft):
         if name not in factors:
             return []
         magnitude = magnitudes[name].weight if name in magnitudes else None
-        A, B = _at_hand(factors[name].weight), module.lora_B[name].weight
+        A, B = _present(factors[name].weight), _present(module.lora_B[name].weight)
         return [Adapter(name, A, B, module.scaling[name], magnitude, module.lora_dropout[name], A, B)]
 
 
@@ -167,7 +168,7 @@ class OwnGraLoRA(Reader):
         return _blocks(name, module.gralora_A, module.gralora_B, *general, module.scaling)
 
 
-def _at_hand(factor: Any) -> Any:
+def _present(factor: Any) -> Any:
     """The factor; RuntimeError where others keep its values and leave it empty."""
     if factor.numel() == 0:
         raise RuntimeError(
@@ -178,7 +179,8 @@ def _at_hand(factor: Any) -> Any:
 
 
 def _blocks(name: str, A: Any, B: Any, general_A: Any, general_B: Any, scaling: float) -> list[Adapter]:
-    found = [Adapter(name, *block_factors(whole(_at_hand(A)), whole(B)), scaling, A_param=A, B_param=B)]
+    factors = block_factors(whole(_present(A)), whole(_present(B)))
+    found = [Adapter(name, *factors, scaling, A_param=A, B_param=B)]
     if hasattr(general_A, "weight"):
         A, B = general_A.weight, general_B.weight
         found.append(Adapter(name, A, B, scaling, A_param=A, B_param=B))

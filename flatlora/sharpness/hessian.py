@@ -68,8 +68,7 @@ def hessian_top_eigenvalue(
 
     Raises:
         ValueError: no batches, no adapted layer, no parameter of one that requires a gradient.
-        RuntimeError: torch's, from an operation that can't be differentiated twice, as `GraLoRALinear`'s can't (PEFT's
-            GraLoRA can).
+        RuntimeError: torch's, from an operation that can't be differentiated twice.
     """
     batches = list_of(batches)
     tolerance, iterations = checks.number("tolerance", tolerance), checks.integer("iterations", iterations, 1)
@@ -77,7 +76,7 @@ def hessian_top_eigenvalue(
     generator = torch.Generator().manual_seed(checks.integer("seed", seed, -(2**63)))
     like = params[0]
     dtype = torch.promote_types(like.dtype, torch.float32)
-    v = torch.randn(sum(p.numel() for p in params), dtype=dtype, generator=generator).to(like.device)
+    v = torch.randn(sum(p.numel() for p in params), dtype=dtype, generator=generator, device="cpu").to(like.device)
     v /= v.norm()
     shift = torch.zeros((), dtype=dtype, device=like.device)
     with progress_bar(progress, iterations * len(batches), "hessian_top_eigenvalue") as advance, evaluating(model):

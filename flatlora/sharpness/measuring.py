@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..ggpo.noise import RowNoise
 from ..kernels.draw import Draw
 from ..layers.adapter import Adapter
+from ..layers.base import wide
 from ..layers.bnb import hold_training_layout
 from ..layers.view import LoRALayer
 from ..perturbation import Attachment, Source
@@ -122,9 +123,10 @@ class WorstDirection(Source):
             for total, grad in zip(grads, torch.autograd.grad(loss, self.weights), strict=True):
                 total += grad
             advance()
-        norm = torch.stack([grad.double().square().sum() for grad in grads]).sum().sqrt()
+        squares = [grad.to(wide(grad.device)).square().sum() for grad in grads]
+        norm = torch.stack([square.to(squares[0]) for square in squares]).sum().sqrt()
         for weight, grad in zip(self.weights, grads, strict=True):
-            weight.copy_(grad / norm if norm > 0 else grad)
+            weight.copy_(grad / norm.to(grad.device) if norm > 0 else grad)
         return clean
 
 
