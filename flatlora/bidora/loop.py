@@ -116,8 +116,7 @@ class LoopWatch:
 
     def before(self, model: nn.Module, args: Any) -> None:
         if self.on and model.training and torch.is_grad_enabled():
-            held = set(map(id, parameters_of(self._upper)))
-            if held and held.isdisjoint(map(id, self._magnitudes)):
+            if set(map(id, parameters_of(self._upper))).isdisjoint(map(id, self._magnitudes)):
                 raise RuntimeError(
                     "the magnitudes are no longer in the groups of the BilevelOptimizer: copies stand in their place, "
                     "as under DeepSpeed's ZeRO and its fp16 and bf16 modes. Use ZeRO stage 0 in float32, or DDP"

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ecosystem import difference
-from methods import METHODS, Method, adapted, batch, every_method, ggpo, lora, sgd, weights
+from methods import METHODS, PERTURBING, Method, adapted, batch, every_method, ggpo, lora, sgd, weights
 from ranks import RANKS, on_ranks
 
 pytestmark = [
@@ -36,7 +36,7 @@ def train(model, optimizer, *, engine=None, rank=None):
     return weights(model)
 
 
-def under_deepspeed(method, stage, rank, folder):
+def under_deepspeed(method, stage, mode, rank, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "DS_ACCELERATOR": "cpu"}
     import deepspeed
 
@@ -46,14 +46,16 @@ def under_deepspeed(method, stage, rank, folder):
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
+        **({} if mode is None else {mode: {"enabled": True}}),
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return {"weights": train(model, optimizer, engine=engine, rank=rank)}
 
 
 def cases():
-    every = [*itertools.product((0, 2, 3), METHODS), (2, UNGUIDED)]
-    return {f"{stage} {method.name}": functools.partial(under_deepspeed, method, stage) for stage, method in every}
+    every = [*itertools.product((0, 2, 3), [None], METHODS), (2, None, UNGUIDED)]
+    every += itertools.product([0], ["bf16"], PERTURBING)
+    return {f"{mode or stage} {m.name}": functools.partial(under_deepspeed, m, stage, mode) for stage, mode, m in every}
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,13 @@ def test_what_reads_gradients_of_sharded_ones_is_refused_by_name(ranks, stage, m
     for found in ranks:
         error = found[f"{stage} {method.name}"]["error"]
         assert re.search("RuntimeError: .*(no longer in the groups|is empty).*ZeRO", error), error
+
+
+@every_method(among=PERTURBING)
+def test_under_bf16_only_what_is_free_of_the_gradients_scale_goes_on(ranks, method):
+    for found in ranks:
+        error = found[f"bf16 {method.name}"].get("error", "")
+        assert ("RuntimeError: the adapters' parameters are no longer" in error) == (method.name != "LoRASAM"), error
 
 
 @pytest.mark.parametrize("stage", [2, 3])
