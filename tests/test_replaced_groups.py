@@ -82,6 +82,6 @@ def test_an_empty_factor_is_refused_by_name(method, factor):
     for name, p in model.named_parameters():
         if factor in name:
             p.data = torch.empty(0)
-    with pytest.raises(RuntimeError, match="is empty: DeepSpeed's ZeRO stage 3"):
+    with pytest.raises(ValueError, match=r"is empty: .*DeepSpeed's ZeRO stage 3"):
         model(**batch(0)).loss.backward()
         optimizer.step()

@@ -120,8 +120,7 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
 
     Raises:
         ValueError: no adapted linear layer, an adapter name the model does not have, a module without a scaling, a
-            model that FSDP1 shards.
-        RuntimeError: adapters that DeepSpeed's ZeRO stage 3 shards.
+            model that FSDP1 or DeepSpeed's ZeRO stage 3 shards.
     """
     refuse_fsdp1(checks.module(model))
     wanted = None if adapter is None else {adapter} if isinstance(adapter, str) else set(adapter)
