@@ -172,8 +172,8 @@ def _present(factor: Any) -> Any:
     """The factor; ValueError where others keep its values and leave it empty."""
     if factor.numel() == 0:
         raise ValueError(
-            "an adapter's parameter is empty: FullyShardedDataParallel (FSDP1) or DeepSpeed's ZeRO stage 3 shards it and "
-            "hands it to its own layer alone. Use FSDP2 (torch's fully_shard, or fsdp_version: 2 in Accelerate's "
+            "an adapter's parameter is empty: FullyShardedDataParallel (FSDP1) or DeepSpeed's ZeRO stage 3 shards it "
+            "and hands it to its own layer alone. Use FSDP2 (torch's fully_shard, or fsdp_version: 2 in Accelerate's "
             "settings) or ZeRO stage 0"
         )
     return factor
