@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import Net, one_layer, trainable
-from methods import METHODS, adapted, batch, every_method, ggpo, lora, lorasam, sgd
+from methods import METHODS, adapted, batch, every_method, ggpo, logits, lora, lorasam, sgd
 from peft import LoraConfig
 from torch import nn
 
@@ -35,14 +35,21 @@ def test_copies_whose_gradients_are_scaled_are_refused_at_the_first_step(method)
 
 
 @pytest.mark.parametrize(
-    "build", [lorasam, ggpo(beta=0.0), ggpo(sigma=0.0)], ids=["scale-free", "no gradient term", "off"]
+    ("build", "perturbs"),
+    [(lorasam, True), (ggpo(beta=0.0), True), (ggpo(sigma=0.0), False)],
+    ids=["scale-free", "no gradient term", "off"],
 )
-def test_what_no_scale_of_the_gradients_matters_to_goes_on(build):
-    model = adapted(METHODS[0])
-    optimizer = build(model, sgd, 0)
-    copied(optimizer)
-    backward(model)
-    optimizer.step()
+def test_what_no_scale_of_the_gradients_matters_to_goes_on(build, perturbs):
+    seen = []
+    for scale in (1.0, 2.0**16):
+        model = adapted(METHODS[0])
+        optimizer = build(model, sgd, 0)
+        copied(optimizer)
+        backward(model, scale)
+        optimizer.step()
+        seen.append(logits(model.train()))
+    torch.testing.assert_close(*seen)
+    assert ((logits(model.eval()) - seen[1]).abs().max() > 1e-4) == perturbs
 
 
 def test_bilora_over_layers_of_its_users_own():
