@@ -191,7 +191,7 @@ class LoRASAMOptimizer(PerturbingOptimizer):
     # --- the method: the gradients that a step is taken with make the next ε ----------------------------------------
 
     def before_step(self) -> None:
-        if self._attached and self.rho > 0 and not self._source.look(self._maximizes()):
+        if self._attached and not self._source.look(self._maximizes()) and self.rho > 0:
             self.miss_gradients("the perturbation stays as it is")
 
     def after_step(self) -> None:

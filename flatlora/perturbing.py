@@ -16,7 +16,7 @@ from .layers.view import LoRALayer, lora_layers, refuse_fsdp1
 from .perturbation import Attachment, Companions, Source, attachments, trains
 from .wrapper import OptimizerWrapper, chain
 
-__all__ = ["PerturbingOptimizer", "claim", "trainable", "trained_layers"]
+__all__ = ["PerturbingOptimizer", "claim", "held_ids", "trainable", "trained_layers"]
 
 logger = logging.getLogger("flatlora")
 
@@ -79,7 +79,7 @@ class PerturbingOptimizer(OptimizerWrapper):
         layers = list(source.layers.values())
         claim(source, layers, self.base_optimizer)
         self._attachment = Attachment(self._model, source)
-        self._known = frozenset(_held(True, self.base_optimizer))
+        self._known = frozenset(held_ids(True, self.base_optimizer))
         self._asleep = tuple(_frozen_ones(self._model, layers, self.base_optimizer)) if all_trained else ()
 
     def reattach(self) -> None:
@@ -98,7 +98,7 @@ class PerturbingOptimizer(OptimizerWrapper):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._known = frozenset(_held(True, self.base_optimizer))
+        self._known = frozenset(held_ids(True, self.base_optimizer))
 
     def look_at_groups(self) -> None:
         """Called when parameters have come in; ValueError refuses them."""
@@ -155,20 +155,21 @@ class PerturbingOptimizer(OptimizerWrapper):
                 len(layers),
             )
 
-    def miss_gradients(self, effect: str, *ways_out: str) -> None:
+    def miss_gradients(self, effect: str) -> None:
         """A step came without adapter gradients: said once, with its `effect`, or refused where none will ever come.
 
         Raises:
             RuntimeError: others' tensors have taken the adapters' place in the groups.
         """
-        self.refuse_replaced(self._source.layers.values(), *ways_out)
+        self.refuse_replaced()
         if not self._told_of_gradients:
             logger.warning("step() found no adapter gradients: %s", effect)
             self._told_of_gradients = True
 
-    def refuse_replaced(self, layers: Iterable[LoRALayer], *ways_out: str) -> None:
-        """RuntimeError if the groups hold strangers and none of these layers' adapters."""
-        if self.holds_strangers() and not _held_layers(list(layers), True, self.base_optimizer):
+    def refuse_replaced(self, *ways_out: str) -> None:
+        """RuntimeError if the groups hold strangers and no perturbed adapter."""
+        layers = list(self._source.layers.values())
+        if self.holds_strangers() and not _held_layers(layers, True, self.base_optimizer):
             self.refuse_strangers(*ways_out)
 
     def refuse_strangers(self, *ways_out: str) -> None:
@@ -181,7 +182,7 @@ class PerturbingOptimizer(OptimizerWrapper):
 
     def holds_strangers(self) -> bool:
         """Whether others' tensors have come into the groups, and not by `add_param_group`."""
-        return not _held(True, self.base_optimizer) <= self._known
+        return not held_ids(True, self.base_optimizer) <= self._known
 
     def remove(self) -> None:
         """Takes the perturbation off the model. Idempotent; the optimizer goes on as its base optimizer."""
@@ -294,7 +295,7 @@ def claim(source: Source, layers: list[LoRALayer], optimizer: Optimizer) -> None
 
 def _frozen_ones(model: nn.Module, layers: list[LoRALayer], optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
     """The adapters that the optimizer holds parameters of and that `layers` leave out."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = held_ids(True, optimizer)
     seen = {(layer.name, name) for layer in layers for name in layer.names}
     for layer in lora_layers(model):
         for adapter in layer.all_adapters():
@@ -312,7 +313,7 @@ def trained_layers(model: nn.Module, adapter: str | Iterable[str] | None, optimi
         ValueError: there are none, or as `lora_layers`.
     """
     layers = lora_layers(model, adapter)
-    found, held = _held_layers(layers, adapter, optimizer), _held(adapter, optimizer)
+    found, held = _held_layers(layers, adapter, optimizer), held_ids(adapter, optimizer)
     if not found:
         adapters = [a for layer in layers for a in layer.all_adapters()]
         if not any(p.requires_grad for a in adapters for p in (a.A_param, a.B_param) if p is not None):
@@ -327,7 +328,7 @@ def trained_layers(model: nn.Module, adapter: str | Iterable[str] | None, optimi
 
 def _held_layers(layers: list[LoRALayer], adapter: Any, optimizer: Optimizer) -> list[LoRALayer]:
     """The layers with adapters that the optimizer trains at present, seen through these; maybe none."""
-    held, found = _held(adapter, optimizer), []
+    held, found = held_ids(adapter, optimizer), []
     for layer in layers:
         names = {a.name for a in layer.all_adapters() if id(a.A_param) in held or id(a.B_param) in held}
         if names:
@@ -335,5 +336,6 @@ def _held_layers(layers: list[LoRALayer], adapter: Any, optimizer: Optimizer) ->
     return found
 
 
-def _held(adapter: Any, optimizer: Optimizer) -> set[int]:
+def held_ids(adapter: Any, optimizer: Optimizer) -> set[int]:
+    """Identities of the parameters in the groups: all, or, with a falsy `adapter`, those that require a gradient."""
     return {id(p) for group in optimizer.param_groups for p in group["params"] if adapter or p.requires_grad}

@@ -666,6 +666,21 @@ def test_rho_may_be_set_between_steps():
     assert optimizer.rho == 0
 
 
+def test_rho_raised_from_zero_goes_by_the_last_gradient():
+    model = one_layer()
+    optimizer = lorasam(model)
+
+    def epsilon_after(seed, rho):
+        optimizer.rho = rho
+        step(model, optimizer, batch(model, seed=seed))
+        optimizer.rho = 0.3
+        return epsilon(model)
+
+    first = epsilon_after(0, 0.3)
+    assert difference(first, epsilon_after(1, 0.0)) is not None
+    torch.testing.assert_close(epsilon_after(0, 0.0), first)
+
+
 def test_rho_zero_is_the_base_optimizer():
     torch.manual_seed(0)
     model = tiny_llama()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import checks
-from ..perturbing import PerturbingOptimizer, trainable, trained_layers
+from ..perturbing import PerturbingOptimizer, held_ids, trainable, trained_layers
 from ..wrapper import chain
 from .auxiliary import (
     Ascent,
@@ -97,7 +97,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
                 auxiliaries.attachment = None
         source = Ascent((module for module in self._model.modules() if isinstance(module, Auxiliary)), faint=True)
         source.no_grad = self._no_grad
-        held = {id(p) for group in self.param_groups for p in group["params"]}
+        held = held_ids(True, self.base_optimizer)
         for layer in source.layers.values():
             names = {a.name for a in layer.all_adapters() if id(a.A_param) in held or id(a.B_param) in held}
             layer.names = frozenset(names) or layer.names  # another optimizer may hold the primary
@@ -290,7 +290,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             self._check_groups()
 
     def look_at_first_step(self) -> None:
-        held = {id(p) for group in self.param_groups for p in group["params"]}
+        held = held_ids(True, self.base_optimizer)
         if self.holds_strangers() and not held.issuperset(map(id, self.perturbation_parameters())):
             self.refuse_strangers()  # which would be turned, or not, and are not what ρ bounds
 

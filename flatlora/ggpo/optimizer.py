@@ -105,7 +105,7 @@ class GGPOOptimizer(PerturbingOptimizer):
 
     def look_at_first_step(self) -> None:
         if self._reads_gradients:  # by their size, which is another where a scale is still on them
-            self.refuse_replaced(self._source.layers.values(), "GGPOOptimizer(beta=0), which needs no gradients")
+            self.refuse_replaced("GGPOOptimizer(beta=0), which needs no gradients")
 
     def before_step(self) -> None:
         if self._reads_gradients and not self._source.observe_gradients():
