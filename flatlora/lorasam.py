@@ -42,7 +42,7 @@ class Uphill(Source):
         self._next: dict[str, tuple[Tensor, Tensor]] = {}
         self._norms = BaseNorms()
 
-    def draw(self, layer: LoRALayer) -> Adapter | None:
+    def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Adapter | None:
         if self.rho == 0 or layer.name not in self.direction:
             return None
         B, A = self.direction[layer.name]

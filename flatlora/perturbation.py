@@ -69,16 +69,17 @@ class Source:
         """
         return None
 
-    def draw(self, layer: LoRALayer) -> Draw | Adapter | None:
+    def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Draw | Adapter | None:
         """The ε for this forward of `layer`, drawn or as an adapter; None for none. The same for a whole step.
 
         An adapter whose factors require gradients gets them. One made of a grid of blocks must not require any.
+        `adapters`: what ``layer.adapters()`` has just returned, where the caller has asked.
         """
         raise NotImplementedError
 
-    def given(self, layer: LoRALayer) -> Draw | Adapter | None:
+    def given(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Draw | Adapter | None:
         """The ε that `layer` gets at present where it is perturbed."""
-        return self.draw(layer) if self.fixed is None else self.fixed.get(layer.name)
+        return self.draw(layer, adapters) if self.fixed is None else self.fixed.get(layer.name)
 
 
 class Attachment:
@@ -144,12 +145,12 @@ class Hook:
         extras: list[Draw | Noise | Adapter] = []
         adapters: list[Adapter] | None = None
         for ref, layer, site in self.entries:
-            attachment = ref()
-            if attachment is None or not (layer.module.training or attachment.source.always):
+            if (attachment := ref()) is None or not (layer.module.training or attachment.source.always):
                 continue
             adapters = layer.adapters() if adapters is None else adapters
-            if perturbs(attachment.source, layer, adapters):
-                extra = _traced(attachment.source, layer, site) if traced() else attachment.source.given(layer)
+            source = attachment.source
+            if perturbs(source, layer, adapters):
+                extra = _traced(source, layer, site) if traced() else source.given(layer, adapters)
                 extras += [] if extra is None else [extra]
         if not extras or adapters is None:
             return self.original(*args, **kwargs)
@@ -296,8 +297,8 @@ def _fused(
     layer: LoRALayer, base: BaseWeight, x: Tensor, adapters: list[Adapter], extras: list[Draw | Noise | Adapter]
 ) -> Tensor:
     """The output of a layer that `fusable` admits, its base's product and all low-rank terms in one function."""
-    # A layer with `add_update` adds its adapters to whatever base output; dropout acts on an adapter's own input.
-    add_update = getattr(layer.module, "add_update", None)
+    # It adds its adapters to whatever base output; dropout acts on an adapter's own input.
+    add_update = layer.module.add_update if hasattr(type(layer.module), "add_update") else None
     undropped = [] if add_update else [adapter for adapter in adapters if isinstance(adapter.dropout, nn.Identity)]
     out = _base_output(base, x, [*undropped, *extras])
     if add_update:
@@ -391,8 +392,7 @@ def _add(
         plan = Plan(dtype, scalings, constant, fading, make_weight, in_place)
         out = (added if traced() else Added.apply)(plan, out, x, weight, bias, *factors)
     for block in (adapter for adapter in adapters if adapter.A.dim() == 4):
-        A, B = stored_blocks(block.A, block.B)
-        out = add_blocks(How(block.scaling, dtype), x, A, B, out)
+        out = add_blocks(How(block.scaling, dtype), x, *stored_blocks(block.A, block.B), out)
     return out
 
 

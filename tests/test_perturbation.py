@@ -424,7 +424,7 @@ def test_without_noise_the_fused_path_equals_peft(build, config, dtype, autocast
         expected = run(model, ids)
         optimizer = ggpo(model, noise)
         calls = []
-        monkeypatch.setattr(optimizer._source, "std", lambda layer: calls.append(1) or torch.zeros(layer.shape[0]))
+        monkeypatch.setattr(optimizer._source, "std", lambda layer, _: calls.append(1) or torch.zeros(layer.shape[0]))
         found = run(model, ids)
     assert calls
     for one, other in zip(found, expected, strict=True):
@@ -480,7 +480,7 @@ def fused_and_pefts(model, x, noise, monkeypatch):
 
     expected = outcome()
     optimizer = ggpo(model, noise)
-    monkeypatch.setattr(optimizer._source, "std", lambda layer: torch.zeros(layer.shape[0]))
+    monkeypatch.setattr(optimizer._source, "std", lambda layer, _: torch.zeros(layer.shape[0]))
     return outcome(), expected
 
 

@@ -82,7 +82,7 @@ class Ascent(Source):
         self.faint = faint and all(one.A.dtype != torch.float16 for one in self.auxiliaries.values())
         self.faded = FAINT if self.faint else 1.0
 
-    def draw(self, layer: LoRALayer) -> Adapter:
+    def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Adapter:
         auxiliary = self.auxiliaries[layer.name]
         if not (self.frozen or auxiliary.A.requires_grad):  # PEFT froze it, as it does when another adapter comes
             auxiliary.requires_grad_(True)

@@ -67,26 +67,23 @@ class RowNoise(Source):
         self._norms = BaseNorms()
         self._observed: list[tuple[list[str], Tensor]] = []
 
-    def draw(self, layer: LoRALayer) -> Draw | None:
+    def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Draw | None:
         if self.sigma == 0:
             return None
         # The seed is a function of (seed, step, layer) and no running stream: every micro-batch, every recomputation,
         # every rank and a resumed run get the same ε, and nothing but these numbers has to be kept.
         # Two optimizers, each of an adapter of its own, don't draw the same.
         seed = derived_seed(self.seed, self.step, layer.name, *sorted(layer.names))
-        return Draw(self.kind, self.std(layer), seed, self.rank)
+        return Draw(self.kind, self.std(layer, adapters), seed, self.rank)
 
     def form(self, layer: LoRALayer) -> Any:
         m, n = layer.shape
         return "gaussian" if self.kind == "gaussian" else ((m, self.rank), (self.rank, n))
 
-    def trains(self, layer: LoRALayer) -> bool:
-        return self.sigma > 0 and (layer.active if self.always else trains(self, layer, layer.adapters()))
-
-    def std(self, layer: LoRALayer) -> Tensor:
+    def std(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Tensor:
         """Standard deviations (m,) of a layer's rows; the first layer asked in a step has others computed with it."""
         known = self._stds.get(layer.name)
-        if known is None or known[0] != self._key(layer):
+        if known is None or known[0] != self._key(layer, layer.adapters() if adapters is None else adapters):
             with _exact(layer.base.device):
                 self._compute_stds(layer)
         return self._stds[layer.name][1]
@@ -95,25 +92,30 @@ class RowNoise(Source):
         """Has all standard deviations computed anew."""
         self._stds = {}
 
-    def _key(self, layer: LoRALayer) -> Any:
+    def _key(self, layer: LoRALayer, adapters: list[Adapter]) -> Any:
         """What the standard deviations follow from."""
-        adapters = [(a.name, a.scaling, _state(a)) for a in layer.adapters()]
-        return self.step, self.sigma, self.beta, layer.merged, layer.base.version, adapters
+        states = [(a.name, a.scaling, _state(a)) for a in adapters]
+        return self.step, self.sigma, self.beta, layer.merged, layer.base.version, states
 
     def _compute_stds(self, asked: LoRALayer) -> None:
         # Of the others those that will be asked themselves and cost no gathering: never a key of a sharded layer, whose
         # parameters are others within its own forward.
         device = asked.base.device
-        ready = [a for a in self.layers.values() if a is asked or (self.trains(a) and _at_hand(a, device))]
-        keys = {layer.name: self._key(layer) for layer in ready}
+        adapters = {name: layer.adapters() for name, layer in self.layers.items()}
+        ready = [a for a in self.layers.values() if a is asked or self._is_ready(a, adapters[a.name], device)]
+        keys = {layer.name: self._key(layer, adapters[layer.name]) for layer in ready}
         stale = [layer for layer in ready if self._stds.get(layer.name, (None,))[0] != keys[layer.name]]
-        for stack in stacks(stale):
+        for stack in stacks(stale, adapters):
             names = [layer.name for layer in stack.layers]
             row_sq, _ = weight_sq(stack, self._norms)
             squares, terms = row_squares(row_sq, self._grad_sq(names, row_sq), self.beta, self.relative)
             variance = squares.mul(self.sigma**2 / stack.layers[0].shape[1])
             stds = variance.nan_to_num(0.0, posinf=0.0).clamp_(min=0.0).sqrt_()
             self._stds.update((name, (keys[name], *row)) for name, *row in zip(names, stds, terms, strict=True))
+
+    def _is_ready(self, layer: LoRALayer, adapters: list[Adapter], device: torch.device) -> bool:
+        wanted = self.sigma > 0 and (layer.active if self.always else trains(self, layer, adapters))
+        return wanted and _at_hand(layer, adapters, device)
 
     def _grad_sq(self, names: list[str], like: Tensor) -> Tensor:
         """Squared row norms (L, m) of the layers' last gradients; zero where there was none."""
@@ -175,11 +177,13 @@ class RowNoise(Source):
         self._observed = []
 
 
-def _at_hand(layer: LoRALayer, device: torch.device) -> bool:
-    """Whether all its tensors are whole and on `device`, as those of a sharded layer are in its forward alone."""
-    parameters = layer.module.parameters()
-    whole_here = all(p.device == device and p.numel() and not hasattr(p, "full_tensor") for p in parameters)
-    return whole_here and layer.base.kind != "opaque"
+def _at_hand(layer: LoRALayer, adapters: list[Adapter], device: torch.device) -> bool:
+    """Whether its weights are whole and on `device`, as those of a sharded layer are in its forward alone."""
+    base = layer.base
+    if base.kind == "opaque":
+        return False
+    weights = [base.module.weight, *(p for a in adapters for p in (a.A_param, a.B_param, a.magnitude) if p is not None)]
+    return all(p.device == device and p.numel() and not hasattr(p, "full_tensor") for p in weights)
 
 
 def _state(adapter: Adapter) -> tuple[Any, ...]:

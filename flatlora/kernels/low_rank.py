@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -89,9 +89,16 @@ class Plan:
         b = [cast(B, self.dtype) for B in learned[1::2]] + [B for B, _ in self.constant]
         return torch.cat(a) if len(a) > 1 else a[0], torch.cat(b, 1) if len(b) > 1 else b[0]
 
-    def columns(self, h: Tensor, learned: Sequence[int]) -> Sequence[Tensor]:
-        """The columns of h (T, R) that belong to each term, as views; of the learned ones the ranks are given."""
-        return h.split([*learned, *(A.shape[0] for _, A in self.constant)], 1) if len(self.scalings) > 1 else (h,)
+    def ranks(self, learned: Sequence[int]) -> list[int]:
+        """The rank of each term; those of the learned ones are given."""
+        return [*learned, *(A.shape[0] for _, A in self.constant)]
+
+    def scale(self, h: Tensor, learned: Sequence[int]) -> None:
+        """Multiplies the columns of h (T, R), which are smaller than A and B, by the s_k of their terms."""
+        parts = h.split_with_sizes(self.ranks(learned), 1) if len(self.scalings) > 1 else (h,)
+        for part, factor in zip(parts, self.scalings, strict=True):
+            if factor != 1.0:
+                part.mul_(factor)
 
 
 def added(
@@ -106,7 +113,8 @@ def added(
     if learned or plan.constant:
         kept = [faded(factor, plan.fading[i // 2]) for i, factor in enumerate(learned)]
         a, b = plan.factors(kept)
-        b = torch.cat([B * s for B, s in zip(plan.columns(b, _ranks(learned)), plan.scalings, strict=True)], 1)
+        columns = b.split(plan.ranks(_ranks(learned)), 1)
+        b = torch.cat([B * s for B, s in zip(columns, plan.scalings, strict=True)], 1)
         out = out + (x.to(plan.dtype) @ a.t() @ b.t()).to(out.dtype)
     return out
 
@@ -148,7 +156,7 @@ class Added(torch.autograd.Function):
             if learned or plan.constant:
                 a, b = plan.factors(learned)
                 h = cast(x.reshape(-1, x.shape[-1]), plan.dtype) @ a.t()
-                _scale(plan.columns(h, ctx.ranks), plan.scalings)
+                plan.scale(h, ctx.ranks)
                 result = _plus_product(result, h, b, writable=plan.in_place or result is not out)
         if result is out:
             ctx.mark_dirty(out)
@@ -175,8 +183,7 @@ class Added(torch.autograd.Function):
             if a is not None:
                 g = cast(g, a.dtype)
                 gh = g @ b
-                columns = plan.columns(gh, ctx.ranks)
-                _scale(columns, plan.scalings)
+                plan.scale(gh, ctx.ranks)
                 if of_x:
                     grad_x = gh @ a if grad_x is None else cast(grad_x, a.dtype).addmm_(gh, a)
                 if x is not None:
@@ -210,13 +217,6 @@ def _differentiable(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grads[1] = grad if ctx.needs_input_grad[1] else None
     grads[4] = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
     return tuple(grads)
-
-
-def _scale(parts: Iterable[Any], factors: Iterable[float]) -> None:
-    """Multiplies each part by its factor where it lies. Columns of h are smaller than the factors A and B."""
-    for part, factor in zip(parts, factors, strict=True):
-        if factor != 1.0:
-            part.mul_(factor)
 
 
 def _with_product(plan: Plan, out: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ g×g blocks of the weight, on which GraLoRA's adapters are low-rank adapters lik
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +35,11 @@ class Stack:
         return list(zip(*self.adapters, strict=True))
 
 
-def stacks(layers: Iterable[LoRALayer]) -> Iterator[Stack]:
-    """Layers of one form together, as many as have a bounded size."""
+def stacks(layers: Iterable[LoRALayer], known: Mapping[str, list[Adapter]] | None = None) -> Iterator[Stack]:
+    """Layers of one form together, as many as have a bounded size; `known`: their adapters by name, if just read."""
     alike: dict[tuple, list[tuple[LoRALayer, list[Adapter]]]] = {}
     for layer in layers:
-        adapters = layer.adapters()
+        adapters = layer.adapters() if known is None else known[layer.name]
         forms = tuple((a.name, a.k, a.rank, a.scaling, a.A.dtype, a.magnitude is None, a.has_grads) for a in adapters)
         device = adapters[0].A.device if adapters else layer.base.device
         alike.setdefault((layer.shape, device, layer.names, forms), []).append((layer, adapters))

@@ -201,7 +201,7 @@ def fusable(layer: LoRALayer, base: BaseWeight, adapters: list[Adapter], x: Tens
     module: Any = layer.module
     if not base.fusable(x):
         return False
-    if hasattr(module, "add_update"):
+    if hasattr(type(module), "add_update"):  # of the class, as modules search long for what they lack
         return True
     if not layer.is_peft or not adapters or type(module).forward not in _peft_linear_forwards():
         return False

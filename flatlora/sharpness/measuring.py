@@ -107,7 +107,7 @@ class WorstDirection(Source):
         self.weights = [like.new_zeros(layer.shape).requires_grad_() for layer, like in zip(layers, likes, strict=True)]
         self._of = {layer.name: weight for layer, weight in zip(layers, self.weights, strict=True)}
 
-    def draw(self, layer: LoRALayer) -> Adapter:
+    def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Adapter:
         weight = self._of[layer.name]
         return Adapter("", torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight, self.at)
 
@@ -140,8 +140,8 @@ class RandomDirection(Source):
         self._noise = RowNoise(layers, 1.0, 0.0, "gaussian", 0, seed, always=True)
         self.layers = self._noise.layers
 
-    def draw(self, layer: LoRALayer) -> Draw | None:
-        draw = self._noise.draw(layer)
+    def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Draw | None:
+        draw = self._noise.draw(layer, adapters)
         return None if draw is None or self.at == 0 else replace(draw, std=draw.std * self.at)
 
     def weight_norm(self) -> float:
