@@ -191,6 +191,9 @@ def draw(entries: list[dict[str, Any]], path: Path, middle: dict[str, int]) -> N
         for row, key in enumerate(("step time", "peak memory")):
             panels[row][column].axhline(1.0, color="black", linewidth=0.8)
             panels[row][column].set(xscale="log", xlabel=axis, ylabel=f"{key} / PEFT LoRA" if column == 0 else "")
+            sizes = sorted({e[axis] for e in on_axis})
+            panels[row][column].set_xticks(sizes, sizes)
+            panels[row][column].minorticks_off()
     panels[0][0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
