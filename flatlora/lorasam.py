@@ -15,7 +15,7 @@ from .kernels.low_rank import without_autocast
 from .layers.adapter import Adapter
 from .layers.base import wide
 from .layers.stack import BaseNorms, Stack, stacks
-from .layers.tangent import Projection, project
+from .layers.tangent import Factors, project
 from .layers.view import LoRALayer
 from .perturbation import Source
 from .perturbing import PerturbingOptimizer, trained_layers
@@ -73,22 +73,26 @@ class Uphill(Source):
         device = next(iter(self.layers.values())).base.device
         # Out of inference mode, which leaves tensors unfit for autograd, and of autocast, which rounds products.
         with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
-            seen = [(stack, project(stack, self._norms)) for stack in stacks(self.layers.values())]
-            found = [(stack, projection) for stack, projection in seen if projection is not None]
-            if found:
-                self._note(found, maximizes)
-            return bool(found)
+            found: list[tuple[Stack, Factors]] = []
+            for stack in stacks(self.layers.values()):
+                if (projection := project(stack, self._norms)) is not None:
+                    found.append((stack, projection.factors()))
+            if not found:
+                return False
+            self._note(found, maximizes)
+            return True
 
-    def _note(self, found: list[tuple[Stack, Projection]], maximizes: bool) -> None:
-        factors = [projection.factors() for _, projection in found]
-        norms = [torch.linalg.vector_norm(part, dtype=wide(part.device)) for _, c, d, _ in factors for part in (c, d)]
+    def _note(self, found: list[tuple[Stack, Factors]], maximizes: bool) -> None:
+        """Empties `found` on its way, so that no more is held than has to be."""
+        norms = [torch.linalg.vector_norm(part, dtype=wide(part.device)) for _, one in found for part in one[1:3]]
         total = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
         self.gradient_norm = total.sqrt()
         scale = -total.rsqrt() if maximizes else total.rsqrt()
         # Decided on the device, as asking the host would stall it at every step: gradients that are not finite, or
         # zero, have no direction, and the former stays.
         usable = total.isfinite() & (total > 0)
-        for (stack, _), parts in zip(found, factors, strict=True):
+        while found:
+            stack, parts = found.pop(0)
             dtype = next(a.A.dtype for a in stack.adapters[0] if a.name in stack.layers[0].names)
             former = [self.direction.get(layer.name, (None, None)) for layer in stack.layers]
             new = [

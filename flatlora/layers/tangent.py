@@ -10,7 +10,9 @@ from torch import Tensor
 from .base import wide
 from .stack import BaseNorms, Stack, by_block, row_dot, stacked_blocks, weight_sq
 
-__all__ = ["Projection", "project"]
+__all__ = ["Factors", "Projection", "project"]
+
+Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Projection:
         v, y = self.b @ self.root_b.to(self.b.dtype), self.d @ self.root_a.to(self.d.dtype)
         return (row_dot(v, v @ inner.to(v.dtype)) + row_dot(y, y)).to(inner.dtype)
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def factors(self) -> Factors:
         """V, its factor, ``D·R_A`` and U: the norm of P(G) is that of the two in the middle.
 
         The columns of ``B(BᵀB)⁺`` all but cancel in a product where B is ill-conditioned, and what remains would drown
