@@ -297,7 +297,7 @@ def _fused(
     layer: LoRALayer, base: BaseWeight, x: Tensor, adapters: list[Adapter], extras: list[Draw | Noise | Adapter]
 ) -> Tensor:
     """The output of a layer that `fusable` admits, its base's product and all low-rank terms in one function."""
-    # It adds its adapters to whatever base output; dropout acts on an adapter's own input.
+    # `add_update` adds adapters to whatever base output; dropout acts on an adapter's own input.
     add_update = layer.module.add_update if hasattr(type(layer.module), "add_update") else None
     undropped = [] if add_update else [adapter for adapter in adapters if isinstance(adapter.dropout, nn.Identity)]
     out = _base_output(base, x, [*undropped, *extras])

@@ -197,7 +197,8 @@ class PerturbingOptimizer(OptimizerWrapper):
         if self._attachment is None:
             return {}
         source, layers = self._attachment.source, self._attachment.layers
-        return {a.name: source.given(a) if trains(source, a, a.adapters()) else None for a in layers}
+        seen = [(a, a.adapters()) for a in layers]
+        return {a.name: source.given(a, adapters) if trains(source, a, adapters) else None for a, adapters in seen}
 
     @contextmanager
     def perturbed_as(self, perturbation: Any) -> Iterator[None]:

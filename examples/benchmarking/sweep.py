@@ -175,6 +175,7 @@ def draw(entries: list[dict[str, Any]], path: Path, middle: dict[str, int]) -> N
     names = [name for name in entries[0]["time"] if name != "PEFT LoRA"] if entries else []
     for column, axis in enumerate(middle):
         on_axis = [e for e in entries if all(e[key] == middle[key] for key in middle if key != axis)]
+        sizes = sorted({e[axis] for e in on_axis})
         for kind, style in zip(kinds, ("-", "--", ":", "-.") * len(kinds), strict=False):
             chosen = sorted((e for e in on_axis if e["base"] == kind), key=lambda e: e[axis])
             for colour, name in enumerate(names):
@@ -191,7 +192,6 @@ def draw(entries: list[dict[str, Any]], path: Path, middle: dict[str, int]) -> N
         for row, key in enumerate(("step time", "peak memory")):
             panels[row][column].axhline(1.0, color="black", linewidth=0.8)
             panels[row][column].set(xscale="log", xlabel=axis, ylabel=f"{key} / PEFT LoRA" if column == 0 else "")
-            sizes = sorted({e[axis] for e in on_axis})
             panels[row][column].set_xticks(sizes, sizes)
             panels[row][column].minorticks_off()
     panels[0][0].legend(fontsize=7)
