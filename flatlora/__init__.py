@@ -12,7 +12,7 @@ from .gralora.layer import GraLoRALinear
 from .gralora.transform import apply_gralora, merge_gralora, unload_gralora
 from .layers.view import LoRALayer, lora_layers
 from .lorasam import LoRASAMOptimizer
-from .perturbation import remove_perturbation
+from .perturbation.attachment import remove_perturbation
 from .sharpness.hessian import TopEigenvalue, hessian_top_eigenvalue
 from .sharpness.landscapes import Landscape, landscape, plot_landscape
 from .sharpness.rise import NoiseRise, WeightNoise, noise_rise, weight_noise, worst_case_rise

@@ -29,7 +29,7 @@ from .bilora.optimizer import BiLoRAOptimizer
 from .ggpo.optimizer import GGPOOptimizer
 from .lorasam import LoRASAMOptimizer
 from .metrics import read_metrics
-from .perturbing import PerturbingOptimizer, trainable
+from .perturbation.optimizer import PerturbingOptimizer, trainable
 
 __all__ = [
     "BiDoRAFactory",

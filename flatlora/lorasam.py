@@ -17,37 +17,41 @@ from .layers.base import wide
 from .layers.stack import BaseNorms, Stack, stacks
 from .layers.tangent import Factors, project
 from .layers.view import LoRALayer
-from .perturbation import Source
-from .perturbing import PerturbingOptimizer, trained_layers
+from .perturbation.optimizer import PerturbingOptimizer, trained_by
+from .perturbation.source import Names, Source, held_names
 
 __all__ = ["LoRASAMOptimizer"]
 
 logger = logging.getLogger("flatlora")
 
 
-class Uphill(Source):
+class LastGradient(Source):
     """Gives each layer its part of ``ε = ρ·u``, where u is the last gradient's projection, of norm one over all layers.
 
     Attributes:
-        direction: u of each layer as factors B (m, 2r) and A (2r, n), of GraLoRA (g, g, m/g, 2q) and (g, g, 2q, n/g);
-            empty before the first gradients.
+        direction: u of each layer, for passes that add the adapters of these names, as factors B (m, 2r) and A (2r, n),
+            of GraLoRA (g, g, m/g, 2q) and (g, g, 2q, n/g); empty before the first gradients.
         gradient_norm: ``sqrt(Σ_layers ‖P(G)‖_F²)`` of the gradients looked at last, on their device.
+        maximizes: whether the base climbs, so that the adversary goes down.
     """
 
     def __init__(self, layers: list[LoRALayer], rho: float, no_grad: bool):
-        self.layers = {layer.name: layer for layer in layers}
-        self.rho, self.no_grad = rho, no_grad
-        self.direction: dict[str, tuple[Tensor, Tensor]] = {}
+        super().__init__(layers)
+        self.rho, self.no_grad, self.maximizes = rho, no_grad, False
+        self.direction: dict[tuple[str, Names], tuple[Tensor, Tensor]] = {}
         self.gradient_norm = torch.zeros(())
-        self._next: dict[str, tuple[Tensor, Tensor]] = {}
+        self._next: dict[tuple[str, Names], tuple[Tensor, Tensor]] = {}
         self._norms = BaseNorms()
 
     def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Adapter | None:
-        if self.rho == 0 or layer.name not in self.direction:
+        if self.rho == 0 or not self.direction:
             return None
-        B, A = self.direction[layer.name]
+        names = held_names(layer, layer.adapters() if adapters is None else adapters)
+        if (factors := self.direction.get((layer.name, names))) is None:
+            return None
         device = layer.base.device
-        return Adapter("", A.to(device), B.to(device), self.rho)
+        B, A = (factor.to(device) for factor in factors)
+        return Adapter("", A, B, self.rho)
 
     def form(self, layer: LoRALayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
         trained = [adapter for adapter in layer.all_adapters() if adapter.trained] or layer.all_adapters()
@@ -56,58 +60,72 @@ class Uphill(Source):
         (m, n), grid = layer.shape, () if g == 1 else (g, g)
         return (*grid, m // g, rank), (*grid, rank, n // g)
 
-    def norm(self) -> Tensor:
-        """‖u‖_F over all layers, by ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``: 1 up to rounding, 0 before there is a direction."""
-        total = torch.zeros_like(self.gradient_norm)
-        for factors in self.direction.values():
-            B, A = (factor.to(wide(factor.device)) for factor in factors)
-            total = total + ((B.mT @ B) * (A @ A.mT)).sum().to(total)
-        return total.clamp(min=0.0).sqrt()
+    def norm(self, acted: bool = False) -> Tensor:
+        """‖u‖_F over all layers, by ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``: 1 up to rounding, 0 before there is a direction.
 
-    def look(self, maximizes: bool = False) -> bool:
-        """Notes the direction that the gradients at hand make, for the next step: against whoever minimizes, or not.
-
-        Returns whether there are gradients.
+        `acted`: over those alone that a pass has gone through in the last step. Of passes that add different adapters,
+        which have a u each, the largest.
         """
+        squares: dict[Names, Tensor] = {}
+        for (layer, names), factors in self.direction.items():
+            if not acted or layer in self.acted or layer in self.passes:
+                B, A = (factor.to(wide(factor.device)) for factor in factors)
+                square = ((B.mT @ B) * (A @ A.mT)).sum().to(self.gradient_norm.device)
+                squares[names] = squares[names] + square if names in squares else square
+        if not squares:
+            return torch.zeros_like(self.gradient_norm)
+        return torch.stack(list(squares.values())).max().clamp(min=0.0).sqrt()
+
+    def read_gradients(self) -> bool:
+        """Notes the direction that the gradients at hand make, for the next step; whether there are gradients."""
         self._next = {}
         device = next(iter(self.layers.values())).base.device
+        squares = []
         # Out of inference mode, which leaves tensors unfit for autograd, and of autocast, which rounds products.
         with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
-            found: list[tuple[Stack, Factors]] = []
-            for stack in stacks(self.layers.values()):
-                if (projection := project(stack, self._norms)) is not None:
-                    found.append((stack, projection.factors()))
-            if not found:
-                return False
-            self._note(found, maximizes)
-            return True
+            for names, adapters in self.with_gradients().items():
+                found: list[tuple[Stack, Factors]] = []
+                for stack in stacks([self.layers[name] for name in adapters], adapters):
+                    if (projection := project(stack, self._norms)) is not None:
+                        found.append((stack, projection.factors()))
+                if found:
+                    squares.append(self._note(found, names))
+            if squares:
+                self.gradient_norm = torch.stack(squares).sum().sqrt()
+        return bool(squares)
 
-    def _note(self, found: list[tuple[Stack, Factors]], maximizes: bool) -> None:
-        """Empties `found` on its way, so that no more is held than has to be."""
+    def _note(self, found: list[tuple[Stack, Factors]], names: Names) -> Tensor:
+        """Notes u of the passes that add the adapters of these names, and returns ``Σ_layers ‖P(G)‖_F²``.
+
+        Empties `found` on its way, so that no more is held than has to be.
+        """
         norms = [torch.linalg.vector_norm(part, dtype=wide(part.device)) for _, one in found for part in one[1:3]]
         total = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
-        self.gradient_norm = total.sqrt()
-        scale = -total.rsqrt() if maximizes else total.rsqrt()
+        scale = -total.rsqrt() if self.maximizes else total.rsqrt()
         # Decided on the device, as asking the host would stall it at every step: gradients that are not finite, or
         # zero, have no direction, and the former stays.
         usable = total.isfinite() & (total > 0)
         while found:
             stack, parts = found.pop(0)
             dtype = next(a.A.dtype for a in stack.adapters[0] if a.name in stack.layers[0].names)
-            former = [self.direction.get(layer.name, (None, None)) for layer in stack.layers]
+            places = [(layer.name, names) for layer in stack.layers]
+            former = [self.direction.get(place, (None, None)) for place in places]
             new = [
                 _either(usable, factor.to(dtype), old)
                 for factor, old in zip(_scaled(*parts, scale), zip(*former, strict=True), strict=True)
             ]
-            self._next.update((layer.name, (b, a)) for layer, b, a in zip(stack.layers, *new, strict=True))
-        for name in self.direction.keys() - self._next.keys():  # layers that this step's loss did not pass through
-            B, A = self.direction[name]
-            self._next[name] = torch.where(usable.to(B.device), torch.zeros_like(B), B), A
+            self._next.update((place, (b, a)) for place, b, a in zip(places, *new, strict=True))
+        for place in self.direction.keys() - self._next.keys():
+            if place[1] == names:  # layers that this step's loss did not pass through
+                B, A = self.direction[place]
+                self._next[place] = torch.where(usable.to(B.device), torch.zeros_like(B), B), A
+        return total
 
-    def advance(self) -> None:
-        """Goes on to the direction noted last, if one was."""
-        if self._next:
-            self.direction, self._next = self._next, {}
+    def next_step(self) -> None:
+        """Goes on to the direction noted last, if one was; that of passes which did not run stays."""
+        super().next_step()
+        self.direction = {**self.direction, **self._next}
+        self._next = {}
 
 
 def _scaled(v: Tensor, c: Tensor, d: Tensor, u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,17 +207,16 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         super().__init__(optimizer)
         rho = checks.number("rho", rho)
         self._model, self._adapter = model, adapter
-        self._source = Uphill(trained_layers(model, adapter, optimizer), rho, perturb_no_grad)
+        self._source = LastGradient(trained_by(model, adapter, optimizer), rho, perturb_no_grad)
         self.reattach()
 
     # --- the method: the gradients that a step is taken with make the next ε ----------------------------------------
 
     def before_step(self) -> None:
-        if self._attached and not self._source.look(self._maximizes()) and self.rho > 0:
+        super().before_step()
+        self._source.maximizes = self._maximizes()
+        if self._attached and not self._source.read_gradients() and self.rho > 0:
             self.miss_gradients("the perturbation stays as it is")
-
-    def after_step(self) -> None:
-        self._source.advance()
 
     def _maximizes(self) -> bool:
         """Whether adapters climb; what else climbs, such as a multiplier, does not matter."""
@@ -223,24 +240,28 @@ class LoRASAMOptimizer(PerturbingOptimizer):
     def metrics(self) -> dict[str, Tensor]:
         """Two numbers over all layers together.
 
-        ``perturbation_to_rho``: ``sqrt(Σ_layers ‖ε‖_F²)`` over ρ; 0 before the first gradients and where the method is
-        off, otherwise 1.
+        ``perturbation_to_rho``: ``sqrt(Σ_layers ‖ε‖_F²)`` over ρ, of the layers that the last step's passes went
+        through; 0 before the first gradients and where the method is off, otherwise 1.
         ``projected_gradient_norm``: ``sqrt(Σ_layers ‖P(G)‖_F²)`` of the gradients that the last step was taken with, in
         units of the loss per unit of weight.
         """
         norm = self._source.gradient_norm
         off = self.rho == 0 or not self._attached
-        relative = torch.zeros_like(norm) if off else self._source.norm()
+        relative = torch.zeros_like(norm) if off else self._source.norm(acted=True)
         return self._with_inner({"perturbation_to_rho": relative, "projected_gradient_norm": norm})
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def method_state(self) -> dict[str, Any]:
         layers: dict[str, Any] = self.layer_identities()
-        for name, layer in layers.items():
-            factors = self._source.direction.get(name, (None, None))
-            # Of a tensor of many layers.
-            layer["B"], layer["A"] = (None if factor is None else factor.clone() for factor in factors)
+        for layer in layers.values():
+            layer.update(B=None, A=None)
+        for (name, names), factors in self._source.direction.items():
+            layer, B, A = layers[name], *(factor.clone() for factor in factors)  # of tensors of many layers
+            if names == tuple(layer["ranks"]):
+                layer.update(B=B, A=A)
+            else:  # of passes that add some of the adapters
+                layer.setdefault("directions", {})[".".join(names)] = {"B": B, "A": A}
         return {"rho": self.rho, "layers": layers}
 
     def check_method_state(self, state: dict[str, Any]) -> None:
@@ -248,7 +269,7 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         checks.number("the state_dict's rho", state["rho"])
         self.check_layer_states("LoRASAM", state["layers"], "B", "A")
         for name, layer in state["layers"].items():
-            if not _fit(layer["B"], layer["A"], *layer["shape"]):
+            if not all(_fit(B, A, *layer["shape"]) for _, B, A in _directions(layer)):
                 raise ValueError(
                     f"the state_dict's B and A of layer {name!r} must both be None, or factors of a {layer['shape']} "
                     "perturbation; load a state_dict that this library wrote"
@@ -262,9 +283,16 @@ class LoRASAMOptimizer(PerturbingOptimizer):
             return
         self.take_over(state, "rho")
         for name, layer in state["layers"].items():
-            if layer["B"] is not None:
-                device = source.layers[name].base.device
-                source.direction[name] = layer["B"].to(device, copy=True), layer["A"].to(device, copy=True)
+            device = source.layers[name].base.device
+            for names, B, A in _directions(layer):
+                if B is not None:
+                    source.direction[name, names] = B.to(device, copy=True), A.to(device, copy=True)
+
+
+def _directions(layer: dict[str, Any]) -> list[tuple[Names, Any, Any]]:
+    """What a checkpoint has of a layer's directions: the adapters' names, B and A."""
+    some = [(tuple(key.split(".")), one["B"], one["A"]) for key, one in layer.get("directions", {}).items()]
+    return [(tuple(layer["ranks"]), layer["B"], layer["A"]), *some]
 
 
 def _fit(B: Any, A: Any, m: int, n: int) -> bool:

@@ -25,7 +25,6 @@ FLOORS = {
     "metrics": 2,
     "layers": 2,
     "perturbation": 3,
-    "perturbing": 4,
     "bidora": 5,
     "bilora": 5,
     "ggpo": 5,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .. import checks
 from ..layers.adapter import Adapter
 from ..layers.view import LoRALayer, lora_layers
-from ..perturbation import Attachment, Companions, Source, attachments
+from ..perturbation.attachment import Attachment, Companions, attachments
+from ..perturbation.source import Source
 from ..streams import shared_seed
 
 __all__ = [
@@ -78,13 +79,13 @@ class Ascent(Source):
 
     def __init__(self, auxiliaries: Iterable[Any], faint: bool = False):
         self.auxiliaries: dict[str, Auxiliary] = {auxiliary.layer.name: auxiliary for auxiliary in auxiliaries}
-        self.layers = {name: auxiliary.layer for name, auxiliary in self.auxiliaries.items()}
+        super().__init__(auxiliary.layer for auxiliary in self.auxiliaries.values())
         self.faint = faint and all(one.A.dtype != torch.float16 for one in self.auxiliaries.values())
         self.faded = FAINT if self.faint else 1.0
 
     def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Adapter:
         auxiliary = self.auxiliaries[layer.name]
-        if not (self.frozen or auxiliary.A.requires_grad):  # PEFT froze it, as it does when another adapter comes
+        if not (self.replaying or auxiliary.A.requires_grad):  # PEFT froze it, as it does when another adapter comes
             auxiliary.requires_grad_(True)
         A: Tensor = auxiliary.A
         B: Tensor = auxiliary.B
@@ -93,6 +94,10 @@ class Ascent(Source):
         if self.faded != factor:  # compilers take no writing where nothing changes
             self.faded = factor
         return Adapter("", A, B, auxiliary.scaling, fading=self.faded)
+
+    def acts_on(self, layer: LoRALayer) -> bool:
+        # A graph does not tell of its passes, but leaves gradients.
+        return super().acts_on(layer) or self.auxiliaries[layer.name].B.grad is not None
 
 
 def attach_auxiliary(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import checks
-from ..perturbing import PerturbingOptimizer, held_ids, trainable, trained_layers
+from ..perturbation.bypass import held_ids, holds_foreign_tensors
+from ..perturbation.optimizer import PerturbingOptimizer, trainable, trained_by
 from ..wrapper import chain
 from .auxiliary import (
     Ascent,
@@ -105,9 +106,9 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
     def remove(self) -> None:
         """Takes the auxiliaries off the model. Idempotent; the optimizer goes on with the rest of its parameters."""
-        attachment = self._attachment
+        attached = self._attached
         super().remove()
-        if attachment is not None and not attachment.superseded:
+        if attached:
             detach_auxiliary(self._model)
 
     @property
@@ -150,7 +151,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         try:
             ascent = {"params": ascending, "ascent": True, "weight_decay": 0.0, **own_lr}
             base = optimizer_cls([*groups, ascent], **kwargs)
-            trained_layers(model, adapter, base)  # raises where nothing that is to descend is trained
+            trained_by(model, adapter, base)  # raises where nothing that is to descend is trained
             return cls(base, model, rho=rho, perturb_no_grad=perturb_no_grad)
         except BaseException:
             detach_auxiliary(model)
@@ -205,6 +206,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     @torch.no_grad()
     def after_step(self) -> None:
         self._turn_back()
+        if self._source is not None:
+            super().after_step()
         triples = self._auxiliaries()
         if not triples:  # they have been detached
             return
@@ -222,8 +225,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def _turn(self) -> None:
         grads = [p.grad for group in self.param_groups if group.get("ascent") for p in group["params"]]
         found = [grad for grad in grads if grad is not None]
-        source: Any = None if self._attachment is None else self._attachment.source
-        faded = 1.0 if source is None else source.faded
+        faded = 1.0 if self._source is None else self._source.faded
         self._turned = found, -faded
         if found:
             torch._foreach_mul_(found, -1 / faded)
@@ -264,14 +266,14 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def perturbed_as(self, perturbation: list[Tensor]) -> Iterator[None]:
         """Within the context the auxiliaries have these values."""
         params, values = self.perturbation_parameters(), self.current_perturbation()
-        source = Ascent(()) if self._attachment is None else self._attachment.source
-        before = source.frozen
+        source = Ascent(()) if self._source is None else self._source
+        before = source.replaying
         try:
-            source.frozen = True
+            source.replaying = True
             _assign(params, perturbation)
             yield
         finally:
-            source.frozen = before
+            source.replaying = before
             _assign(params, values)
 
     def unperturbed(self) -> AbstractContextManager[None]:
@@ -280,19 +282,20 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def _auxiliaries(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         if self._triples is not None:
             return self._triples
-        if self._attachment is not None and self._attachment.layers:
-            ours: Any = self._attachment.source  # it holds the modules, and finding them in the model takes a while
-            return {name: (one.A, one.B, one.scaling) for name, one in ours.auxiliaries.items()}
+        if self._attached:  # its source holds the modules, and finding them in the model takes a while
+            return {name: (one.A, one.B, one.scaling) for name, one in self._source.auxiliaries.items()}
         return attached_auxiliaries(self._model)
 
     def look_at_groups(self) -> None:
         if self._triples is not None or self._attached:  # or it goes on as its base
             self._check_groups()
+        if self._watch is not None:
+            self._watch.look_at_groups(all_trained=True)
 
     def look_at_first_step(self) -> None:
-        held = held_ids(True, self.base_optimizer)
-        if self.holds_strangers() and not held.issuperset(map(id, self.perturbation_parameters())):
-            self.refuse_strangers()  # which would be turned, or not, and are not what ρ bounds
+        base, ours = self.base_optimizer, set(map(id, self.perturbation_parameters()))
+        if holds_foreign_tensors(self._model, base) and not ours <= held_ids(True, base):
+            self.refuse_foreign_tensors()  # which would be turned, or not, and are not what ρ bounds
 
     def _check_groups(self) -> None:
         auxiliaries = self._auxiliaries()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -16,12 +15,11 @@ from ..layers.adapter import Adapter
 from ..layers.stack import BaseNorms, stacks, weight_sq
 from ..layers.tangent import project
 from ..layers.view import LoRALayer
-from ..perturbation import Source, trains
+from ..perturbation.passes import would_perturb
+from ..perturbation.source import Source
 from ..streams import derived_seed
 
 __all__ = ["RowNoise", "row_squares"]
-
-logger = logging.getLogger("flatlora")
 
 
 def row_squares(weight_sq: Tensor, grad_sq: Tensor, beta: float, relative: bool) -> tuple[Tensor, Tensor]:
@@ -57,7 +55,7 @@ class RowNoise(Source):
         always: bool = False,
         relative: bool = False,
     ):
-        self.layers = {layer.name: layer for layer in layers}
+        super().__init__(layers)
         self.sigma, self.beta, self.kind, self.rank, self.seed = sigma, beta, kind, rank, seed
         self.always, self.relative = always, relative
         self.step = 0
@@ -114,8 +112,7 @@ class RowNoise(Source):
             self._stds.update((name, (keys[name], *row)) for name, *row in zip(names, stds, terms, strict=True))
 
     def _is_ready(self, layer: LoRALayer, adapters: list[Adapter], device: torch.device) -> bool:
-        wanted = self.sigma > 0 and (layer.active if self.always else trains(self, layer, adapters))
-        return wanted and _at_hand(layer, adapters, device)
+        return self.sigma > 0 and would_perturb(self, layer, adapters) and _at_hand(layer, adapters, device)
 
     def _grad_sq(self, names: list[str], like: Tensor) -> Tensor:
         """Squared row norms (L, m) of the layers' last gradients; zero where there was none."""
@@ -133,34 +130,44 @@ class RowNoise(Source):
             self._stds = kept
 
     def squares(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Expected ``‖ε‖²`` over all layers, as they were perturbed last; ``‖W'‖²``; the gradient's share of ``‖ε‖²``.
+        """Expected ``‖ε‖²`` over the layers that the last passes went through, as they were perturbed last; ``‖W'‖²``;
+        the gradient's share of ``‖ε‖²``.
 
         None if none has been.
         """
-        if not self._stds or self.sigma == 0:
+        if self.sigma == 0:
             return None
         noises: list[Tensor] = []
         both, grads = [], []
         for name, ((_, sigma, *_), std, term) in self._stds.items():
+            if not (self.always or name in self.acted or name in self.passes):
+                continue
             noise = self.layers[name].shape[1] * std.square().sum()
             noises.append(noise if not noises else noise.to(noises[0]))
             both.append(noises[-1] / sigma**2)
             grads.append(term.sum().to(noises[-1]))
+        if not noises:
+            return None
         noise, total, grad = (torch.stack(values).sum() for values in (noises, both, grads))
         return noise, total if self.relative else total - grad, grad / total
 
-    def observe_gradients(self) -> bool:
+    def read_gradients(self) -> bool:
         """Notes the norms of the gradients at hand for the next step's noise; whether there are any."""
         self._observed = []
+        passes = self.with_gradients()
         with _exact(next(iter(self.layers.values())).base.device):
-            for stack in stacks(self.layers.values()):
-                if (projection := project(stack, self._norms)) is not None:
-                    self._observed.append(([layer.name for layer in stack.layers], projection.row_sq()))
+            for adapters in passes.values():
+                for stack in stacks([self.layers[name] for name in adapters], adapters):
+                    if (projection := project(stack, self._norms)) is not None:
+                        self._observed.append(([layer.name for layer in stack.layers], projection.row_sq()))
+            if len(passes) > 1:
+                self._observed = _added_up(self._observed)
         return bool(self._observed)
 
     @torch.no_grad()
     def next_step(self) -> None:
         """Goes on to the next ε, scaled by the gradients noted last unless any of them is not finite."""
+        super().next_step()
         self.step += 1
         if not self._observed:
             return
@@ -175,6 +182,14 @@ class RowNoise(Source):
             old = self.grad_sq[name]
             self.grad_sq[name] = torch.where(finite.to(old.device), torch.zeros_like(old), old)
         self._observed = []
+
+
+def _added_up(observed: list[tuple[list[str], Tensor]]) -> list[tuple[list[str], Tensor]]:
+    """The same with each layer once, its squares of passes that added different adapters summed."""
+    total: dict[str, Tensor] = {}
+    for name, row in ((name, row) for names, rows in observed for name, row in zip(names, rows, strict=True)):
+        total[name] = total[name] + row if name in total else row
+    return [([name], row.unsqueeze(0)) for name, row in total.items()]
 
 
 def _at_hand(layer: LoRALayer, adapters: list[Adapter], device: torch.device) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import checks
-from ..perturbing import PerturbingOptimizer, trained_layers
+from ..perturbation.optimizer import PerturbingOptimizer, trained_by
 from ..streams import shared_seed
 from .noise import RowNoise
 
@@ -87,7 +87,7 @@ class GGPOOptimizer(PerturbingOptimizer):
         noise_rank = checks.integer("noise_rank", noise_rank, 1)
         seed = shared_seed() if seed is None else checks.integer("seed", seed, -(2**63))
         self._model, self._adapter = model, adapter
-        layers = trained_layers(model, adapter, optimizer)
+        layers = trained_by(model, adapter, optimizer)
         self._source = RowNoise(layers, sigma, beta, noise, noise_rank, seed, relative=relative_beta)
         self._source.no_grad = perturb_no_grad
         self.reattach()
@@ -96,7 +96,7 @@ class GGPOOptimizer(PerturbingOptimizer):
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """As the base optimizer's. All evaluations of a `closure` see one ε, wherever they move the parameters."""
-        with nullcontext() if closure is None else self.perturbed_as(self.current_perturbation()):
+        with nullcontext() if closure is None else self._source.keeping():
             return super().step(closure, **kwargs)
 
     @property
@@ -108,11 +108,9 @@ class GGPOOptimizer(PerturbingOptimizer):
             self.refuse_replaced("GGPOOptimizer(beta=0), which needs no gradients")
 
     def before_step(self) -> None:
-        if self._reads_gradients and not self._source.observe_gradients():
+        super().before_step()
+        if self._reads_gradients and not self._source.read_gradients():
             self.miss_gradients("the noise goes on without a gradient term")
-
-    def after_step(self) -> None:
-        self._source.next_step()
 
     def row_std(self) -> dict[str, Tensor]:
         """The standard deviation of each row's noise at present, per element: ``{layer name: (m,) tensor}``."""

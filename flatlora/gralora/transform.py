@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .. import checks
-from ..perturbation import remove_perturbation
+from ..perturbation.attachment import remove_perturbation
 from .layer import GraLoRALinear
 from .targets import check_blocks, check_numbers, find_saved, find_targets
 

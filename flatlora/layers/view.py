@@ -89,6 +89,11 @@ class LoRALayer:
             return []
         return [adapter for name in reader.active(module) for adapter in reader.adapters(module, name, shape)]
 
+    def adapters_named(self, names: Iterable[str]) -> list[Adapter]:
+        """The adapters of these names, asked for or not, in their order."""
+        reader, module, shape = self._reader, self.module, self.shape
+        return [adapter for name in names for adapter in reader.adapters(module, name, shape)]
+
     def ranks(self) -> dict[str, int]:
         """The rank of every adapter asked for; of a hybrid GraLoRA layer that of both its parts together."""
         ranks: dict[str, int] = {}

@@ -16,7 +16,8 @@ from ..layers.adapter import Adapter
 from ..layers.base import wide
 from ..layers.bnb import hold_training_layout
 from ..layers.view import LoRALayer
-from ..perturbation import Attachment, Source
+from ..perturbation.attachment import Attachment
+from ..perturbation.source import Source
 
 __all__ = [
     "LossFn",
@@ -101,7 +102,7 @@ class WorstDirection(Source):
     always = True
 
     def __init__(self, layers: list[LoRALayer]):
-        self.layers = {layer.name: layer for layer in layers}
+        super().__init__(layers)
         likes = [layer.all_adapters()[0].A for layer in layers]
         self.at = 1.0
         self.weights = [like.new_zeros(layer.shape).requires_grad_() for layer, like in zip(layers, likes, strict=True)]
@@ -136,9 +137,9 @@ class RandomDirection(Source):
     always = True
 
     def __init__(self, layers: list[LoRALayer], seed: int):
+        super().__init__(layers)
         self.at = 0.0
         self._noise = RowNoise(layers, 1.0, 0.0, "gaussian", 0, seed, always=True)
-        self.layers = self._noise.layers
 
     def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Draw | None:
         draw = self._noise.draw(layer, adapters)

@@ -11,12 +11,15 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
-from . import checks
-from .layers.view import LoRALayer, lora_layers, refuse_fsdp1
-from .perturbation import Attachment, Companions, Source, attachments, trains
-from .wrapper import OptimizerWrapper, chain
+from .. import checks
+from ..layers.view import LoRALayer, lora_layers, refuse_fsdp1
+from ..wrapper import OptimizerWrapper, chain
+from .attachment import Attachment, Companions, attachments
+from .bypass import Watch, held_ids, holds_foreign_tensors
+from .passes import would_perturb
+from .source import Source
 
-__all__ = ["PerturbingOptimizer", "claim", "held_ids", "trainable", "trained_layers"]
+__all__ = ["PerturbingOptimizer", "claim", "held_layers", "trainable", "trained_by"]
 
 logger = logging.getLogger("flatlora")
 
@@ -29,17 +32,21 @@ class PerturbingOptimizer(OptimizerWrapper):
     A copy of the optimizer, made together with its model, is attached to the copy of the model. An optimizer built over
     adapters that another of its kind has trained takes them over; the other one's next step raises.
 
-    A method whose source perturbs all layers that the base optimizer trains sets the three below in its constructor,
-    `_source` over `trained_layers`, and calls `reattach`. Another one overrides `reattach` and `look_at_groups`.
+    A method whose source perturbs all layers that the base optimizer trains sets `_model`, `_adapter` and `_source`,
+    which is over `trained_by`, in its constructor, and calls `reattach`. Another one overrides `reattach` and
+    `look_at_groups`.
     """
 
     _model: nn.Module
     _adapter: str | Iterable[str] | None
     _source: Any
-    _attachment: Attachment | None = None
-    _told_of_mode = _told_of_gradients = False
-    _known: frozenset[int] = frozenset()  # what the groups held when they were looked at last
-    _asleep: tuple[tuple[str, nn.Parameter], ...] = ()  # held adapters that were frozen when this was built
+    _attachment: Any
+    _watch: Any
+
+    def __init__(self, optimizer: Optimizer):
+        super().__init__(optimizer)
+        # Of the instance: a default of the class would hide them from classes that others derive, as Lightning does.
+        self._source = self._attachment = self._watch = None
 
     @classmethod
     def for_model(
@@ -76,11 +83,9 @@ class PerturbingOptimizer(OptimizerWrapper):
         Raises:
             ValueError: as `claim`; nothing is attached then.
         """
-        layers = list(source.layers.values())
-        claim(source, layers, self.base_optimizer)
-        self._attachment = Attachment(self._model, source)
-        self._known = frozenset(held_ids(True, self.base_optimizer))
-        self._asleep = tuple(_frozen_ones(self._model, layers, self.base_optimizer)) if all_trained else ()
+        claim(source, list(source.layers.values()), self.base_optimizer)
+        self._source, self._attachment = source, Attachment(self._model, source)
+        self._watch = Watch(self._kind, self._model, self.base_optimizer, self._attachment, all_trained)
 
     def reattach(self) -> None:
         """Attaches the source of a copied optimizer to the layers of its own model."""
@@ -98,14 +103,13 @@ class PerturbingOptimizer(OptimizerWrapper):
         except ValueError:
             self.param_groups.pop()
             raise
-        self._known = frozenset(held_ids(True, self.base_optimizer))
 
     def look_at_groups(self) -> None:
-        """Called when parameters have come in; ValueError refuses them."""
-        if self._attachment is None or not self._attachment.layers:
+        """Called when parameters have come into the groups, by whatever way; ValueError refuses them."""
+        if not self._attached:
             return
         known, new = self._source.layers, []
-        for layer in _held_layers(lora_layers(self._model, self._adapter), self._adapter, self.base_optimizer):
+        for layer in held_layers(lora_layers(self._model, self._adapter), self._adapter, self.base_optimizer):
             if names := layer.names - (known[layer.name].names if layer.name in known else set()):
                 new.append(LoRALayer(layer.name, layer.module, layer.base, names))
         claim(self._source, new, self.base_optimizer)
@@ -115,45 +119,40 @@ class PerturbingOptimizer(OptimizerWrapper):
             else:
                 known[layer.name] = layer
                 self._attachment.add(layer)
-        if self._adapter is None:
-            self._asleep = tuple(_frozen_ones(self._model, list(known.values()), self.base_optimizer))
+        self._watch.look_at_groups(all_trained=self._adapter is None)
+
+    # --- a step, and what it looks at before anything moves -----------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-        if self._attachment is not None:
-            if self._attachment.superseded:
-                raise RuntimeError(
-                    f"a {type(self).__name__} that was built later perturbs this model now; step that one, or build a "
-                    "new optimizer"
-                )
-            if not self._attachment.used:
-                # Both may have come after this optimizer.
-                refuse_fsdp1(self._model)
-                self.look_at_first_step()
-            self._attachment.used = True
-            self._look_at_mode(self._attachment.layers)
-        if woken := {name for name, p in self._asleep if p.grad is not None}:
-            logger.warning(
-                "adapters %s are trained but not perturbed: they were frozen when the %s was built. Build it again, or "
-                "name them as adapter=...",
-                sorted(woken),
-                type(self).__name__,
+        attachment, watch = self._attachment, self._watch
+        if attachment is not None and attachment.superseded:
+            raise RuntimeError(
+                f"a {self._kind} that was built later perturbs this model now; step that one, or build a new optimizer"
             )
-            self._asleep = ()
-        return super().step(closure, **kwargs)
+        if not self._attached:
+            return super().step(closure, **kwargs)
+        if not attachment.used:
+            # Both may have come after this optimizer.
+            refuse_fsdp1(self._model)
+            self.look_at_first_step()
+        if not held_ids(True, self.base_optimizer) <= watch.known:
+            self.look_at_groups()
+        attachment.used = watch.stepping = True
+        try:
+            return super().step(closure, **kwargs)
+        finally:
+            watch.stepping = False
 
     def look_at_first_step(self) -> None:
         """Called when the first step begins; an error refuses it."""
 
-    def _look_at_mode(self, layers: list[LoRALayer]) -> None:
-        """A step that follows passes in eval mode was taken without the method, and looks as any other."""
-        if layers and not self._told_of_mode and not any(layer.module.training for layer in layers):
-            self._told_of_mode = True
-            logger.warning(
-                "%s.step() found all %d adapted layers in eval mode, in which none is perturbed; call model.train() "
-                "before the passes that train",
-                type(self).__name__,
-                len(layers),
-            )
+    def before_step(self) -> None:
+        if self._attached:
+            self._watch.look_at_parameters()
+            self._watch.look_at_passes()
+
+    def after_step(self) -> None:
+        self._source.next_step()
 
     def miss_gradients(self, effect: str) -> None:
         """A step came without adapter gradients: said once, with its `effect`, or refused where none will ever come.
@@ -162,33 +161,34 @@ class PerturbingOptimizer(OptimizerWrapper):
             RuntimeError: others' tensors have taken the adapters' place in the groups.
         """
         self.refuse_replaced()
-        if not self._told_of_gradients:
-            logger.warning("step() found no adapter gradients: %s", effect)
-            self._told_of_gradients = True
+        self._watch.tell("gradients", "step() found no adapter gradients: %s", effect)
 
     def refuse_replaced(self, *ways_out: str) -> None:
-        """RuntimeError if the groups hold strangers and no perturbed adapter."""
-        layers = list(self._source.layers.values())
-        if self.holds_strangers() and not _held_layers(layers, True, self.base_optimizer):
-            self.refuse_strangers(*ways_out)
+        """RuntimeError if the groups hold others' tensors and no perturbed adapter."""
+        layers, base = list(self._source.layers.values()), self.base_optimizer
+        if holds_foreign_tensors(self._model, base) and not held_layers(layers, True, base):
+            self.refuse_foreign_tensors(*ways_out)
 
-    def refuse_strangers(self, *ways_out: str) -> None:
+    def refuse_foreign_tensors(self, *ways_out: str) -> None:
         ways = ["ZeRO stage 0 in float32 (of adapters alone, stages 1 and 2 save little)", "DDP", "FSDP2", *ways_out]
         raise RuntimeError(
-            f"the adapters' parameters are no longer in the groups of the {type(self).__name__}: copies stand in their "
+            f"the adapters' parameters are no longer in the groups of the {self._kind}: copies stand in their "
             "place, as under DeepSpeed's ZeRO and its fp16 and bf16 modes, and gradients are not as a step will take "
             "them. Use " + ", or ".join(ways)
         )
-
-    def holds_strangers(self) -> bool:
-        """Whether others' tensors have come into the groups, and not by `add_param_group`."""
-        return not held_ids(True, self.base_optimizer) <= self._known
 
     def remove(self) -> None:
         """Takes the perturbation off the model. Idempotent; the optimizer goes on as its base optimizer."""
         if self._attachment is not None:
             self._attachment.remove()
-            self._attachment = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("first_step", "second_step") and self._attached:
+            raise AttributeError(
+                f"{name}() of the {type(self.base_optimizer).__name__} goes past the {self._kind} around it; call "
+                "step(closure), which runs both steps within the method"
+            )
+        return super().__getattr__(name)
 
     # --- what others are told of the perturbation ---------------------------------------------------------------------
 
@@ -196,9 +196,11 @@ class PerturbingOptimizer(OptimizerWrapper):
         """The ε that each layer sees in this step, by layer name; None where it sees none."""
         if self._attachment is None:
             return {}
-        source, layers = self._attachment.source, self._attachment.layers
-        seen = [(a, a.adapters()) for a in layers]
-        return {a.name: source.given(a, adapters) if trains(source, a, adapters) else None for a, adapters in seen}
+        source, found = self._source, {}
+        for layer in self._attachment.layers:
+            adapters = layer.adapters()
+            found[layer.name] = source.given(layer, adapters) if would_perturb(source, layer, adapters) else None
+        return found
 
     @contextmanager
     def perturbed_as(self, perturbation: Any) -> Iterator[None]:
@@ -206,13 +208,13 @@ class PerturbingOptimizer(OptimizerWrapper):
         if self._attachment is None:
             yield
             return
-        source = self._attachment.source
-        before = source.fixed, source.frozen
+        source = self._source
+        before = source.fixed, source.replaying
         try:
-            source.fixed, source.frozen = perturbation, True
+            source.fixed, source.replaying = perturbation, True
             yield
         finally:
-            source.fixed, source.frozen = before
+            source.fixed, source.replaying = before
 
     def unperturbed(self) -> AbstractContextManager[None]:
         return self.perturbed_as({})
@@ -247,7 +249,7 @@ class PerturbingOptimizer(OptimizerWrapper):
         return bool(self._attachment is not None and self._attachment.layers)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_attachment": None, "_was_attached": self._attached}
+        return {**super().__getstate__(), "_attachment": None, "_watch": None, "_was_attached": self._attached}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         attached = state.pop("_was_attached")
@@ -282,10 +284,14 @@ def claim(source: Source, layers: list[LoRALayer], optimizer: Optimizer) -> None
                 continue
             if other in inner or not other.used:
                 whose = "that the given one wraps" if other in inner else "that has not stepped yet"
+                one_each = (
+                    ". The given one holds a single parameter: one optimizer for each, stepped within backward, is not "
+                    "supported, as a step needs the gradients of all layers; build one over all of them"
+                )
                 raise ValueError(
                     f"layer {layer.name!r} is already perturbed by an optimizer of this kind {whose}; call remove() on "
                     "that optimizer, or flatlora.remove_perturbation(model) if it is out of reach, and then build this "
-                    "one"
+                    f"one{one_each if len(held_ids(True, optimizer)) == 1 else ''}"
                 )
             others.append(other)
     for other in others:
@@ -294,17 +300,7 @@ def claim(source: Source, layers: list[LoRALayer], optimizer: Optimizer) -> None
         other.superseded = True
 
 
-def _frozen_ones(model: nn.Module, layers: list[LoRALayer], optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
-    """The adapters that the optimizer holds parameters of and that `layers` leave out."""
-    held = held_ids(True, optimizer)
-    seen = {(layer.name, name) for layer in layers for name in layer.names}
-    for layer in lora_layers(model):
-        for adapter in layer.all_adapters():
-            if (layer.name, adapter.name) not in seen and adapter.A_param is not None and id(adapter.A_param) in held:
-                yield adapter.name, adapter.A_param
-
-
-def trained_layers(model: nn.Module, adapter: str | Iterable[str] | None, optimizer: Optimizer) -> list[LoRALayer]:
+def trained_by(model: nn.Module, adapter: str | Iterable[str] | None, optimizer: Optimizer) -> list[LoRALayer]:
     """The adapted layers of `model`, seen through the adapters that the optimizer trains.
 
     Those are the adapters that it holds parameters of; with ``adapter=None`` they must require a gradient too, which
@@ -314,7 +310,7 @@ def trained_layers(model: nn.Module, adapter: str | Iterable[str] | None, optimi
         ValueError: there are none, or as `lora_layers`.
     """
     layers = lora_layers(model, adapter)
-    found, held = _held_layers(layers, adapter, optimizer), held_ids(adapter, optimizer)
+    found, held = held_layers(layers, adapter, optimizer), held_ids(adapter, optimizer)
     if not found:
         adapters = [a for layer in layers for a in layer.all_adapters()]
         if not any(p.requires_grad for a in adapters for p in (a.A_param, a.B_param) if p is not None):
@@ -327,7 +323,7 @@ def trained_layers(model: nn.Module, adapter: str | Iterable[str] | None, optimi
     return found
 
 
-def _held_layers(layers: list[LoRALayer], adapter: Any, optimizer: Optimizer) -> list[LoRALayer]:
+def held_layers(layers: list[LoRALayer], adapter: Any, optimizer: Optimizer) -> list[LoRALayer]:
     """The layers with adapters that the optimizer trains at present, seen through these; maybe none."""
     held, found = held_ids(adapter, optimizer), []
     for layer in layers:
@@ -335,8 +331,3 @@ def _held_layers(layers: list[LoRALayer], adapter: Any, optimizer: Optimizer) ->
         if names:
             found.append(LoRALayer(layer.name, layer.module, layer.base, frozenset(names)))
     return found
-
-
-def held_ids(adapter: Any, optimizer: Optimizer) -> set[int]:
-    """Identities of the parameters in the groups: all, or, with a falsy `adapter`, those that require a gradient."""
-    return {id(p) for group in optimizer.param_groups for p in group["params"] if adapter or p.requires_grad}

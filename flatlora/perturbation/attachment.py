@@ -1,0 +1,240 @@
+"""What perturbs a model, how it is put on layers, and how it is taken off.
+
+`PerturbedForward` stands in for a layer's `forward` on the instance: it asks which of the attached sources act on this
+pass (`passes.py`), and adds the ε that they give to the layer's product (`products.py`). No weight is ever written to.
+
+Compiled. `torch.compile` traces it like any forward, into plain operations in place of this library's autograd
+functions; whether a layer is perturbed is a matter of its mode and its adapters, on which the graph has guards. What
+changes from step to step is asked for by operators when the graph runs, and so is, in a graph that records no
+gradients, whether a checkpoint runs it. torch.func's transforms take the same path.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+import weakref
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..kernels import operators
+from ..kernels.draw import Draw
+from ..kernels.operators import Noise, Site, traced
+from ..layers.adapter import Adapter
+from ..layers.base import wide
+from ..layers.bnb import hold_training_layout
+from ..layers.view import LoRALayer, fusable
+from .passes import records_gradients, runs_again_with_gradients, would_perturb
+from .products import Terms, beside_output, fused_output
+from .source import Source
+
+__all__ = ["Attachment", "Companions", "attachments", "remove_perturbation"]
+
+logger = logging.getLogger("flatlora")
+
+
+class Attachment:
+    """The layers that a source perturbs, from now until `remove` or until nobody holds the attachment any more.
+
+    Whoever perturbs a model owns its attachment, and layers have no more than a weak reference to it: a perturbation
+    lives as long as its optimizer. A copy of an attachment is None, so that no copy of a model is perturbed.
+
+    Attributes:
+        source: what decides the ε.
+        layers: those that are perturbed; none once it is removed.
+        used: whether a step has been taken with it.
+        superseded: whether another optimizer took its layers over.
+    """
+
+    def __init__(self, model: nn.Module, source: Source):
+        self.source = source
+        self.used = self.superseded = False
+        self.layers: list[LoRALayer] = []
+        self._forwards: list[PerturbedForward] = []
+        self._layout = hold_training_layout(model)
+        for layer in source.layers.values():
+            self.add(layer)
+
+    def add(self, layer: LoRALayer) -> None:
+        forward = _perturbed_forward(layer.module) or PerturbedForward(layer.module)
+        ref = weakref.ref(self, forward.leave_out)
+        forward.entries.append((ref, layer, Site(functools.partial(_asked, ref, layer))))
+        self._forwards.append(forward)
+        self.layers.append(layer)
+
+    def remove(self) -> None:
+        """Takes the source off all layers. Idempotent."""
+        for forward in self._forwards:
+            forward.leave_out(self)
+        self._forwards, self.layers = [], []
+        self._layout.release()
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+class PerturbedForward:
+    """Stands in for a module's `forward` while anything is attached to it."""
+
+    def __init__(self, module: nn.Module):
+        self.module: Any = module
+        self.entries: list[tuple[weakref.ref[Attachment], LoRALayer, Site]] = []
+        forward = module.__dict__.get("forward")
+        # Another library's patch; or, in a copy of a perturbed model, the class's own, which is none.
+        self.patch = None if forward == MethodType(type(module).forward, module) else forward
+        module.forward = self
+        module._replicate_for_data_parallel = _NoReplica(self)  # type: ignore[method-assign]
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        if self.patch is not None:
+            return self.patch(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        extras: list[Draw | Noise | Adapter] = []
+        adapters: list[Adapter] | None = None
+        for ref, layer, site in self.entries:
+            if (attachment := ref()) is None or not (layer.module.training or attachment.source.always):
+                continue
+            adapters = layer.adapters() if adapters is None else adapters
+            source = attachment.source
+            if would_perturb(source, layer, adapters):
+                extra = _in_graph(source, layer, site) if traced() else _in_pass(source, layer, adapters)
+                extras += [] if extra is None else [extra]
+        if not extras or adapters is None:
+            return self.original(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        base = layer.base
+        if self.patch is None and len(args) + len(kwargs) == 1 and fusable(layer, base, adapters, x):
+            return fused_output(layer, base, x, adapters, extras)
+        return beside_output(base, self.original(*args, **kwargs), x, Terms(extras))
+
+    def leave_out(self, gone: Attachment | weakref.ref[Attachment]) -> None:
+        """Does without an attachment from now on, and leaves the module alone where it was the last."""
+        self.entries = [entry for entry in self.entries if entry[0] is not gone and entry[0]() is not gone]
+        self.go_if_idle()
+
+    def go_if_idle(self) -> None:
+        # Under another library's patch it stays in line, as the layer's own forward.
+        if not self.entries and self.module.__dict__.get("forward") is self:
+            del self.module.forward
+            self.module.__dict__.pop("_replicate_for_data_parallel", None)
+            if self.patch is not None:
+                self.module.forward = self.patch
+
+    def __reduce__(self) -> Any:
+        # In a copy or a file the forward of the module's class stands in its place: loading it needs no flatlora.
+        if self.patch is not None:
+            return operator.getitem, ((self.patch,), 0)
+        return getattr, (self.module, "forward")
+
+
+class _NoReplica:
+    """What `nn.DataParallel` is given instead of a replica, which would compute with the original's tensors.
+
+    It is also where the module's `PerturbedForward` is found when others have patched `forward` since.
+    """
+
+    def __init__(self, forward: PerturbedForward):
+        self.forward = forward
+
+    def __call__(self) -> nn.Module:
+        raise RuntimeError(
+            "nn.DataParallel can't replicate a layer that is perturbed: its replicas would compute with the first "
+            "device's weights. Use DistributedDataParallel (torchrun, accelerate launch), or show the process one GPU"
+        )
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.forward.module, "_replicate_for_data_parallel")
+
+
+class Companions(nn.ModuleList):
+    """Modules that a perturbation keeps in the model it is on. Called, it does nothing, as in an `nn.Sequential`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _perturbed_forward(module: nn.Module) -> PerturbedForward | None:
+    """What stands in for the module's forward, also beneath patches that came later."""
+    found = module.__dict__.get("_replicate_for_data_parallel")
+    return found.forward if isinstance(found, _NoReplica) else None
+
+
+def attachments(module: nn.Module) -> list[tuple[Attachment, LoRALayer]]:
+    """What is attached to a module at present, with the layer as each sees it."""
+    forward = _perturbed_forward(module)
+    entries = [] if forward is None else forward.entries
+    return [(attachment, layer) for ref, layer, _ in entries if (attachment := ref()) is not None]
+
+
+def remove_perturbation(model: nn.Module) -> None:
+    """Takes everything that perturbs `model` off it, auxiliaries included. Idempotent.
+
+    Optimizers that did so go on as their base optimizers.
+    """
+    for module in list(checks.module(model).modules()):
+        for attachment, _ in attachments(module):
+            attachment.remove()
+        if (forward := _perturbed_forward(module)) is not None:
+            forward.go_if_idle()
+        for name, child in list(module.named_children()):
+            if isinstance(child, Companions):
+                delattr(module, name)
+
+
+# --- what a pass is given, and what a graph is told -----------------------------------------------------------------
+
+
+def _in_pass(source: Source, layer: LoRALayer, adapters: list[Adapter]) -> Draw | Adapter | None:
+    """The ε of this pass of a layer."""
+    if not records_gradients(source):
+        source.skipped = True
+        return None
+    if torch.is_grad_enabled():
+        source.note_pass(layer, adapters)
+    extra = source.given(layer, adapters)
+    if source.skipped and extra is not None and not source.always:
+        source.skipped = False
+        _tell_of_two_passes(source)
+    return extra
+
+
+def _tell_of_two_passes(source: Source) -> None:
+    if not source.told_of_two_passes:
+        source.told_of_two_passes = True
+        logger.warning(
+            "passes in train mode came first without gradients, which are not perturbed, and now with them, which are. "
+            "That is right for old log-probabilities and the like. Where both make up one loss (GradCache, Cached... "
+            "losses), gradients are wrong: build the optimizer with perturb_no_grad=True"
+        )
+
+
+def _in_graph(source: Source, layer: LoRALayer, site: Site) -> Draw | Noise | Adapter | None:
+    """`source.given` for a graph that runs at many steps."""
+    unrecorded = not (torch.is_grad_enabled() or source.no_grad or source.always)
+    form, like = source.form(layer), layer.all_adapters()[0].A
+    if form is None:
+        extra = source.given(layer)
+        if not (unrecorded and isinstance(extra, Adapter)):
+            return extra
+        form, like = (extra.B.shape, extra.A.shape), extra.A
+    if form == "gaussian":
+        return Noise(*operators.row_noise(site.number, unrecorded, layer.shape[0], like.device, wide(like.device)))
+    B, A = operators.low_rank_factors(site.number, unrecorded, *form, like.device, like.dtype)
+    return Adapter("", A, B, 1.0)
+
+
+def _asked(ref: weakref.ref[Attachment], layer: LoRALayer, unrecorded: bool) -> Draw | tuple[Tensor, Tensor] | None:
+    """What a graph that runs now is told by its `Site`."""
+    if (attachment := ref()) is None or (unrecorded and not runs_again_with_gradients()):
+        return None
+    source, adapters = attachment.source, layer.adapters()
+    source.note_pass(layer, adapters)
+    extra = source.given(layer, adapters)
+    return (extra.B * extra.scaling, extra.A) if isinstance(extra, Adapter) else extra

@@ -1,0 +1,209 @@
+"""What goes past a method that is on a model, noticed before a step is taken without it.
+
+Passes that compute with the adapters and never call their layers, steps of the base optimizer that the wrapper did not
+start, parameters that came or went by hand: each looks as if all were well, and trains as if there were no method.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..layers.view import LoRALayer, lora_layers
+from ..wrapper import chain, only_initialises
+from .attachment import Attachment
+
+__all__ = ["Watch", "held_ids", "holds_foreign_tensors"]
+
+logger = logging.getLogger("flatlora")
+
+_EVERY = 32  # steps after which the adapters are compared again with what the optimizer holds
+
+
+class Watch:
+    """Looks after one attachment of an optimizer's source, from when it is attached.
+
+    Attributes:
+        stepping: whether the wrapper's own step is running.
+        known: identities of the parameters that the groups held when they were looked at last.
+    """
+
+    def __init__(self, kind: str, model: nn.Module, optimizer: Optimizer, attachment: Attachment, all_trained: bool):
+        self.kind, self.model, self.optimizer, self.attachment = kind, model, optimizer, attachment
+        self.stepping = False
+        self._steps = 0
+        self._told: set[str] = set()
+        self._acted: set[str] = set()  # layers that any pass has gone through
+        # Gradients that are older than the attachment say nothing of passes.
+        self._fresh = not any(_gradients(layer) for layer in attachment.layers)
+        self.look_at_groups(all_trained)
+        for base in _bases(optimizer):
+            if getattr(type(base).step, "hooked", False):  # else it knows no step hooks
+                refuse = functools.partial(_refuse_step, weakref.ref(self), weakref.ref(base))
+                base.register_step_pre_hook(refuse)
+
+    def tell(self, what: str, message: str, *values: object) -> None:
+        """A warning, once for each `what`."""
+        if what not in self._told:
+            self._told.add(what)
+            logger.warning(message, *values)
+
+    # --- parameters ---------------------------------------------------------------------------------------------------
+
+    def look_at_groups(self, all_trained: bool) -> None:
+        """Takes the parameters in the groups for known, and, where `all_trained` of them are to be perturbed, notes the
+        adapters that are frozen at present and therefore are not."""
+        self.known = held_ids(True, self.optimizer)
+        self._frozen: list[tuple[str, nn.Parameter]] = list(self._left_out()) if all_trained else []
+
+    def _left_out(self) -> Iterator[tuple[str, nn.Parameter]]:
+        seen = {(layer.name, name) for layer in self.attachment.layers for name in layer.names}
+        for layer in lora_layers(self.model):
+            for adapter in layer.all_adapters():
+                factor = adapter.A_param
+                if (layer.name, adapter.name) not in seen and factor is not None and id(factor) in self.known:
+                    yield adapter.name, factor
+
+    def look_at_parameters(self) -> None:
+        """Tells of adapters that are trained unperturbed, or perturbed and trained by nobody."""
+        if trained := {name for name, p in self._frozen if p.grad is not None}:
+            self.tell(
+                "frozen",
+                "adapters %s are trained but not perturbed: they were frozen when the %s was built. Build it again, or "
+                "name them as adapter=...",
+                sorted(trained),
+                self.kind,
+            )
+        self._steps += 1
+        if self._steps % _EVERY != 1 or holds_foreign_tensors(self.model, self.optimizer):
+            return
+        held = held_ids(True, self.optimizer)
+        new = [layer.name for layer in self.attachment.layers if not held.issuperset(map(id, _trained(layer)))]
+        if new:
+            self.tell(
+                "replaced",
+                "adapters of %d layers (first: %r) hold parameters that the %s does not, so nobody trains them: they "
+                "were replaced after it was built, as by initialize_lora_eva_weights or by deleting and adding an "
+                "adapter, or were left out of its groups. Build the optimizer again",
+                len(new),
+                new[0],
+                self.kind,
+            )
+
+    # --- passes -------------------------------------------------------------------------------------------------------
+
+    def look_at_passes(self) -> None:
+        """Called once a step's gradients are there: did they come through the layers?
+
+        Raises:
+            RuntimeError: in the first step, if none did. Later, and where some did, it is said once.
+        """
+        source, layers = self.attachment.source, self.attachment.layers
+        self._acted |= source.passes.keys()
+        silent = [layer for layer in layers if not source.acts_on(layer)]
+        none_acted = len(silent) == len(layers)
+        if not none_acted:  # a layer may well be out of use for a step, as an expert is
+            silent = [layer for layer in silent if layer.name not in self._acted and not _used_elsewhere(layer, source)]
+        if not silent:
+            return
+        if gone := [layer.name for layer in silent if not layer.all_adapters()]:
+            self.tell(
+                "gone",
+                "the adapters that the %s perturbs are no longer in %d layers (first: %r); build it again over those "
+                "that took their place",
+                self.kind,
+                len(gone),
+                gone[0],
+            )
+        if not any(layer.module.training for layer in silent):
+            how = f"all {len(silent)} adapted" if none_acted else f"{len(silent)} adapted"
+            if none_acted or any(_gradients(layer) for layer in silent):
+                self._tell_of_mode(how)
+            return
+        past = [layer.name for layer in silent if _gradients(layer)]
+        if past:
+            self._refuse_or_tell_of(past, refuse=none_acted and self._fresh and self._steps == 1)
+
+    def _tell_of_mode(self, layers: str) -> None:
+        self.tell(
+            "mode",
+            "%s.step() found %s layers in eval mode, in which none is perturbed; call model.train() before the passes "
+            "that train",
+            self.kind,
+            layers,
+        )
+
+    def _refuse_or_tell_of(self, past: list[str], refuse: bool) -> None:
+        message = (
+            f"{self.kind}.step(): the adapters of {len(past)} layers (first: {past[0]!r}) have gradients, and no pass "
+            "that trains has gone through these layers' forward: something computes with their weights and never "
+            "calls them, so they were not perturbed. Fused kernels do so. For axolotl set lora_mlp_kernel, "
+            "lora_qkv_kernel and lora_o_kernel to false; for Unsloth give its get_peft_model bias='lora_only', or "
+            "lora_dropout > 0 with UNSLOTH_FUSED_LORA_DROPOUT=0 in the environment (read in its source, not run); code "
+            "of your own has to call the layers. Gradients that were set by hand: call optimizer.remove() to go on "
+            "without the method"
+        )
+        if refuse:
+            raise RuntimeError(message)
+        self.tell("passes", "%s", message)
+
+
+def held_ids(adapter: Any, optimizer: Optimizer) -> set[int]:
+    """Identities of the parameters in the groups: all, or, with a falsy `adapter`, those that require a gradient."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"] if adapter or p.requires_grad}
+
+
+def holds_foreign_tensors(model: nn.Module, optimizer: Optimizer) -> bool:
+    """Whether the groups hold tensors that are no parameters of the model, as where others train copies."""
+    return not held_ids(True, optimizer) <= {id(p) for p in model.parameters()}
+
+
+def _trained(layer: LoRALayer) -> list[nn.Parameter]:
+    """The factors of the layer's adapters that get gradients."""
+    factors = [p for adapter in layer.all_adapters() for p in (adapter.A_param, adapter.B_param)]
+    return [p for p in factors if p is not None and p.requires_grad and p.grad is not None]
+
+
+def _gradients(layer: LoRALayer) -> bool:
+    """Whether a factor of the layer's adapters has a gradient that is not zero. The host waits for the device, but only
+    where something is wrong already."""
+    local = [getattr(p.grad, "_local_tensor", p.grad) for p in _trained(layer)]
+    return any(isinstance(grad, Tensor) and bool(grad.any()) for grad in local)
+
+
+def _used_elsewhere(layer: LoRALayer, source: Any) -> bool:
+    """Whether another process may have used a layer that this one did not, as an expert's: if layers called the same
+    are used here. Fused kernels leave out all that are called the same."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_world_size() == 1:
+        return False
+    end = layer.name.rpartition(".")[2]
+    return any(name.rpartition(".")[2] == end for name in source.passes)
+
+
+def _bases(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizer beneath all wrappers, and those that it keeps itself, as Lookahead and SAM do."""
+    inner = list(chain(optimizer))
+    base = inner[-1].base_optimizer if inner else optimizer
+    return [base, *(value for value in vars(base).values() if isinstance(value, Optimizer))]
+
+
+def _refuse_step(watched: weakref.ref[Watch], base: weakref.ref[Optimizer], stepped: Optimizer, *_: Any) -> None:
+    """A step hook on the base: RuntimeError where the wrapper around it did not start the step."""
+    watch = watched()
+    if watch is None or watch.stepping or not watch.attachment.layers or stepped is not base():
+        return
+    if only_initialises(stepped):  # as torch.distributed.checkpoint asks of it
+        return
+    raise RuntimeError(
+        f"{type(stepped).__name__}.step() was called, which goes past the {watch.kind} around it: step that one, or "
+        f"give it to whatever steps (scaler.step, a scheduler, a trainer). optimizer.remove() takes the {watch.kind} "
+        "off the model"
+    )

@@ -1,0 +1,80 @@
+"""Which passes are perturbed: those that train the adapters of an optimizer, and no other.
+
+A layer is perturbed in a forward pass if it is in train mode, an adapter that the optimizer trains is among those that
+it adds, and the pass records gradients. Two kinds of passes record none and are perturbed all the same, as they are run
+again with gradients and make up one loss with the second run:
+
+- The first pass of a reentrant checkpoint, whoever wrote it. It runs within `torch.autograd.Function.apply`, of a
+  function that autograd will call backward: its context has edges into the graph, which that of a checkpoint under
+  `torch.no_grad()` has not. A function with `setup_context` has no context yet; there, what is asked is whether an
+  input requires a gradient. (Code of a checkpointed region that itself switches gradients off can't be told apart from
+  it there; such layers are perturbed in the first pass.)
+- The first pass of sentence-transformers' cached losses (GradCache, arXiv:2101.06983). Of other implementations nothing
+  tells it from a pass that is no part of the loss, such as one for old log-probabilities.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from ..layers.adapter import Adapter
+from ..layers.view import LoRALayer
+from .source import Source
+
+__all__ = ["records_gradients", "runs_again_with_gradients", "would_perturb"]
+
+_APPLY: Any = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+
+def would_perturb(source: Source, layer: LoRALayer, adapters: Iterable[Adapter]) -> bool:
+    """Whether a pass that begins now and records gradients is perturbed; `adapters` are those that the layer adds."""
+    if source.always:
+        return layer.active
+    if not layer.module.training:
+        return False
+    seen = [adapter for adapter in adapters if adapter.name in layer.names]
+    return bool(seen) if source.replaying else any(adapter.trained for adapter in seen)
+
+
+def records_gradients(source: Source) -> bool:
+    """Whether the pass that begins now records gradients, or counts as one that does."""
+    if torch.is_grad_enabled() or source.no_grad or source.always:
+        return True
+    return torch.compiler.is_compiling() or runs_again_with_gradients()  # a graph asks whenever it runs
+
+
+def runs_again_with_gradients() -> bool:
+    """Whether a pass without gradients is the first of two, of which the second has them; see the top of this file."""
+    within: FrameType | None = None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        # Code is looked at before variables, which Python copies for whoever reads them.
+        if frame.f_code is _APPLY and within is not None and _will_run_backward(frame, within):
+            return True
+        if frame.f_code.co_name == "embed_minibatch" and _caches_gradients(frame):
+            return True
+        within, frame = frame, frame.f_back
+    return False
+
+
+def _will_run_backward(apply: FrameType, forward: FrameType) -> bool:
+    """Whether autograd will call backward of the function whose `apply` is running, and within it `forward`."""
+    names, variables = forward.f_code.co_varnames, forward.f_locals
+    first: Any = variables.get(names[0]) if names else None
+    if isinstance(first, tuple) and first:  # a decorator's *args
+        first = first[0]
+    if isinstance(first, FunctionCtx):
+        return bool(first.next_functions)  # type: ignore[attr-defined]
+    return any(isinstance(value, Tensor) and value.requires_grad for value in apply.f_locals["args"])
+
+
+def _caches_gradients(frame: FrameType) -> bool:
+    module = frame.f_globals.get("__name__", "")
+    return module.startswith("sentence_transformers.") and frame.f_locals.get("with_grad") is False

@@ -1,0 +1,168 @@
+"""The product of a layer's input with its perturbed weight, ``x·(W' + ε)ᵀ``, and its exact gradients.
+
+It is fused with the layer's own products where the layer is plain LoRA over a known base, and added beside the layer's
+own `forward` in every other case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import operators
+from ..kernels.blocks import How, add_blocks
+from ..kernels.draw import Draw, draw_gaussian, draw_low_rank
+from ..kernels.low_rank import Added, Plan, added, autocasts, cast, compute_dtype
+from ..kernels.operators import Noise, traced
+from ..layers.adapter import Adapter, stored_blocks
+from ..layers.base import BaseWeight
+from ..layers.view import LoRALayer
+
+__all__ = ["Terms", "beside_output", "fused_output"]
+
+
+class Terms:
+    """What is added to a layer's weight in one pass, sorted once by how it is multiplied.
+
+    Attributes:
+        gaussian: noise that is added to the weight (m, n) itself.
+        in_graph: the same in a graph, its seed in a tensor.
+        learned: low-rank adapters that get gradients.
+        low_rank: noise in two factors.
+        constant: low-rank adapters that get no gradients.
+        blocks: grids of them.
+    """
+
+    def __init__(self, terms: Iterable[Draw | Noise | Adapter]):
+        self.gaussian: list[Draw] = []
+        self.in_graph: list[Noise] = []
+        self.learned: list[Adapter] = []
+        self.low_rank: list[Draw] = []
+        self.constant: list[Adapter] = []
+        self.blocks: list[Adapter] = []
+        for term in terms:
+            if isinstance(term, Noise):
+                self.in_graph.append(term)
+            elif isinstance(term, Draw):
+                (self.gaussian if term.kind == "gaussian" else self.low_rank).append(term)
+            elif term.A.dim() == 4:
+                self.blocks.append(term)
+            else:
+                (self.learned if term.A.requires_grad or term.B.requires_grad else self.constant).append(term)
+
+    def plan(
+        self, n: int, dtype: torch.dtype, weight: Callable[[Any], Tensor] | None, in_place: bool
+    ) -> tuple[Plan, list[Tensor]]:
+        """What `Added` is told of the low-rank terms, and the factors that it learns."""
+        scalings = (
+            *(a.scaling for a in self.learned),
+            *(1.0 for _ in self.low_rank),
+            *(a.scaling for a in self.constant),
+        )
+        constant = (
+            *(draw_low_rank(draw, n, dtype) for draw in self.low_rank),
+            *((cast(adapter.B, dtype), cast(adapter.A, dtype)) for adapter in self.constant),
+        )
+        fading = tuple(adapter.fading for adapter in self.learned)
+        factors = [factor for adapter in self.learned for factor in (adapter.A, adapter.B)]
+        return Plan(dtype, scalings, constant, fading, weight, in_place), factors
+
+
+def fused_output(
+    layer: LoRALayer, base: BaseWeight, x: Tensor, adapters: list[Adapter], extras: list[Draw | Noise | Adapter]
+) -> Tensor:
+    """The output of a layer that `fusable` admits, its base's product and all low-rank terms in one function."""
+    # `add_update` adds adapters to whatever base output; dropout acts on an adapter's own input.
+    add_update = layer.module.add_update if hasattr(type(layer.module), "add_update") else None
+    undropped = [] if add_update else [adapter for adapter in adapters if isinstance(adapter.dropout, nn.Identity)]
+    out = _base_output(base, x, Terms([*undropped, *extras]))
+    if add_update:
+        return add_update(out, x, True)
+    if len(undropped) < len(adapters):
+        # Dropout draws from the global stream: cast before it as PEFT does, so that it draws the same.
+        if base.kind == "float" or not autocasts(x):
+            x = x.to(adapters[0].A.dtype)
+        for adapter in adapters:
+            if adapter.dropout is not None and not isinstance(adapter.dropout, nn.Identity):
+                out = _add(base, out, adapter.dropout(x), Terms([adapter]), in_place=True)
+    return out
+
+
+def beside_output(base: BaseWeight, out: Tensor, x: Tensor, terms: Terms) -> Tensor:
+    """`out`, which the layer's own forward made of x, and `terms` beside it."""
+    dtype = compute_dtype(x, out.dtype)
+    return _add(base, _plus_noise(out, base, x, terms, dtype), x, terms, _noisy(base, terms, dtype, alone=True))
+
+
+def _base_output(base: BaseWeight, x: Tensor, terms: Terms) -> Tensor:
+    """The base layer's output and `terms`."""
+    weight = base.float_weight() if base.kind == "float" else None
+    like = weight.dtype if weight is not None else getattr(base.module, "compute_dtype", None) or x.dtype
+    dtype = compute_dtype(x, like)
+    bias = getattr(base.module, "bias", None)
+    if traced():
+        if weight is None or not terms.in_graph:
+            return _add(base, _plus_noise(base.module(x), base, x, terms, dtype), x, terms)
+        out = _plus_noise(None, base, x, terms, dtype, weight)
+        return _add(base, out if bias is None else out + bias.to(dtype), x, terms)
+    if noisy := _noisy(base, terms, dtype):
+        return _add(base, None, x, terms, noisy, weight, bias)
+    if weight is not None:
+        return _add(base, None, x, terms, lambda stored: cast(stored, dtype), weight, bias)
+    out = base.module(x)
+    # Autograd forbids writing to views, such as bitsandbytes' outputs.
+    return _add(base, out, x, terms, in_place=not out._is_view())
+
+
+def _noisy(
+    base: BaseWeight, terms: Terms, dtype: torch.dtype, alone: bool = False
+) -> Callable[[Tensor | None], Tensor] | None:
+    """What makes W0 + ε, or ε `alone`, from the stored weight or, without one, from the quantised; None without ε."""
+
+    def make(weight: Tensor | None) -> Tensor:
+        if weight is None and not alone:
+            weight = base.dense(dtype)
+        for draw in terms.gaussian:
+            weight = draw_gaussian(draw, base.shape[1], weight, dtype)
+        assert weight is not None
+        return weight
+
+    return make if terms.gaussian else None
+
+
+def _plus_noise(
+    out: Any, base: BaseWeight, x: Tensor, terms: Terms, dtype: torch.dtype, weight: Tensor | None = None
+) -> Any:
+    """``out + x·(weight + Σ ε)ᵀ`` over the noises of a graph, in `dtype`; each part may be missing."""
+    for noise in terms.in_graph:
+        noised = weight, noise.std, noise.seed, base.shape[1]
+        if not operators.transformed():
+            product = operators.noisy_product(x.to(dtype), *noised, False)
+        else:
+            product = x.to(dtype) @ operators.noisy_weight(*noised, dtype).t()
+        out, weight = product if out is None else out + product.to(out.dtype), None
+    return out
+
+
+def _add(
+    base: BaseWeight,
+    out: Tensor | None,
+    x: Tensor,
+    terms: Terms,
+    make_weight: Callable[[Any], Tensor] | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    in_place: bool = False,
+) -> Tensor:
+    """`Added` of the low-rank `terms`, and of grids of blocks; `make_weight` makes W out of the others."""
+    like = terms.learned[0].A if terms.learned else x if out is None else out
+    dtype = compute_dtype(x, like.dtype)
+    if out is None or make_weight or terms.learned or terms.low_rank or terms.constant:
+        plan, factors = terms.plan(base.shape[1], dtype, make_weight, in_place)
+        out = (added if traced() else Added.apply)(plan, out, x, weight, bias, *factors)
+    for block in terms.blocks:
+        out = add_blocks(How(block.scaling, dtype), x, *stored_blocks(block.A, block.B), out)
+    return out

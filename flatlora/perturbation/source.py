@@ -1,0 +1,117 @@
+"""What decides the ε of layers, and what it knows of the passes that saw it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from ..kernels.draw import Draw
+from ..layers.adapter import Adapter
+from ..layers.view import LoRALayer
+
+__all__ = ["Source", "held_names"]
+
+Names = tuple[str, ...]
+
+
+class Source:
+    """Decides the ε of layers. A method derives from it and overrides `draw`.
+
+    Attributes:
+        layers: those that it perturbs, by name.
+        always: perturb in eval mode, in passes without gradients and under merged adapters too: for measuring.
+        no_grad: perturb passes in train mode that record no gradients too.
+        replaying: perturb beside adapters that require no gradient at present: someone runs a pass again as it was.
+        fixed: what layers get, by name, instead of what `draw` gives them; None for `draw`'s.
+        passes: of each layer perturbed in passes with gradients since the last step, the adapters that these passes
+            added, by those among them that the layer is seen through.
+        acted: the layers among them in the step before.
+        skipped: whether a pass in train mode has gone unperturbed since the last step, as it recorded no gradients.
+        told_of_two_passes: whether the user knows that such a pass was followed by one that is perturbed.
+    """
+
+    always = False
+    no_grad = False
+    replaying = False
+
+    def __init__(self, layers: Iterable[LoRALayer]):
+        self.layers = {layer.name: layer for layer in layers}
+        self.fixed: dict[str, Draw | Adapter | None] | None = None
+        self.passes: dict[str, dict[Names, Names]] = {}
+        self.acted: frozenset[str] = frozenset()
+        self.skipped = self.told_of_two_passes = self._keeping = False
+
+    def form(self, layer: LoRALayer) -> Literal["gaussian"] | tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """What a graph that runs at many steps may count on: Gaussian noise, or the shapes of an ε's factors B and A.
+
+        None where `draw` can be traced instead: it gives the same parameters at every step.
+        """
+        return None
+
+    def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Draw | Adapter | None:
+        """The ε for this forward of `layer`, drawn or as an adapter; None for none. The same for a whole step.
+
+        An adapter whose factors require gradients gets them. One made of a grid of blocks must not require any.
+        `adapters`: what ``layer.adapters()`` has just returned, where the caller has asked.
+        """
+        raise NotImplementedError
+
+    def given(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Draw | Adapter | None:
+        """The ε that `layer` gets at present where it is perturbed."""
+        if self.fixed is None:
+            return self.draw(layer, adapters)
+        if self._keeping and layer.name not in self.fixed:
+            self.fixed[layer.name] = self.draw(layer, adapters)
+        return self.fixed.get(layer.name)
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Within the context a layer keeps the first ε that it gets, wherever its weights are moved."""
+        before = self.fixed, self._keeping
+        if self.fixed is None:
+            self.fixed, self._keeping = {}, True
+        try:
+            yield
+        finally:
+            self.fixed, self._keeping = before
+
+    # --- passes and steps -------------------------------------------------------------------------------------------
+
+    def note_pass(self, layer: LoRALayer, adapters: list[Adapter]) -> None:
+        """Called in each pass that is perturbed and records gradients."""
+        kinds = self.passes.setdefault(layer.name, {})
+        kinds[held_names(layer, adapters)] = tuple(dict.fromkeys(adapter.name for adapter in adapters))
+
+    def acts_on(self, layer: LoRALayer) -> bool:
+        """Whether a pass that trains has gone through the layer since the last step."""
+        return layer.name in self.passes
+
+    def with_gradients(self) -> dict[Names, dict[str, list[Adapter]]]:
+        """The adapters of layers with gradients, as the passes of this step added them, by layer name.
+
+        Passes that added other adapters of `layers` stand apart, by these adapters' names: each has a gradient of its
+        own. A layer without a pass, as where gradients were set by hand, stands with all adapters that have one.
+        """
+        found: dict[Names, dict[str, list[Adapter]]] = {}
+        for layer in self.layers.values():
+            for kind, names in self.passes.get(layer.name, {(): ()}).items():
+                adapters = layer.adapters_named(names) if names else [a for a in layer.all_adapters() if a.has_grads]
+                if any(a.has_grads and a.name in layer.names for a in adapters):
+                    found.setdefault(kind or held_names(layer, adapters), {})[layer.name] = adapters
+        return found
+
+    def read_gradients(self) -> bool:
+        """Notes what the next step's ε needs of the gradients at hand; whether there are any."""
+        return True
+
+    def next_step(self) -> None:
+        """Goes on to the ε of the next step."""
+        self.acted = frozenset(self.passes)
+        self.passes = {}
+        self.skipped = False
+
+
+def held_names(layer: LoRALayer, adapters: Iterable[Adapter]) -> Names:
+    """The names of `adapters` that the layer is seen through."""
+    return tuple(dict.fromkeys(adapter.name for adapter in adapters if adapter.name in layer.names))
