@@ -42,13 +42,13 @@ pytestmark = [
 def draws(monkeypatch):
     """The seed of every Gaussian ε that is formed, in order."""
     seeds = []
-    draw = flatlora.perturbation.draw_gaussian
+    draw = flatlora.perturbation.products.draw_gaussian
 
     def recorded(what, *args):
         seeds.append(what.seed)
         return draw(what, *args)
 
-    monkeypatch.setattr(flatlora.perturbation, "draw_gaussian", recorded)
+    monkeypatch.setattr(flatlora.perturbation.products, "draw_gaussian", recorded)
     return seeds
 
 

@@ -273,13 +273,13 @@ def test_all_evaluations_of_a_closure_see_one_noise(monkeypatch):
     model = lora_mlp()
     optimizer = ggpo(model, torch.optim.LBFGS(trained(model), max_iter=4), sigma=0.1, beta=10.0)
     seen = []
-    draw = flatlora.perturbation.draw_gaussian
+    draw = flatlora.perturbation.products.draw_gaussian
 
     def recorded(what, *args):
         seen.append((what.seed, what.std.clone()))
         return draw(what, *args)
 
-    monkeypatch.setattr(flatlora.perturbation, "draw_gaussian", recorded)
+    monkeypatch.setattr(flatlora.perturbation.products, "draw_gaussian", recorded)
     evaluations = []
 
     def closure():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import checks
-from ..perturbation.bypass import held_ids, holds_foreign_tensors
+from ..perturbation.bypass import held_ids
 from ..perturbation.optimizer import PerturbingOptimizer, trainable, trained_by
 from ..wrapper import chain
 from .auxiliary import (
@@ -293,8 +293,9 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             self._watch.look_at_groups(all_trained=True)
 
     def look_at_first_step(self) -> None:
-        base, ours = self.base_optimizer, set(map(id, self.perturbation_parameters()))
-        if holds_foreign_tensors(self._model, base) and not ours <= held_ids(True, base):
+        ours = {id(p) for p in self.perturbation_parameters()}
+        foreign = self._watch is None or self._watch.holds_foreign_tensors()
+        if foreign and not ours <= held_ids(True, self.base_optimizer):
             self.refuse_foreign_tensors()  # which would be turned, or not, and are not what ρ bounds
 
     def _check_groups(self) -> None:

@@ -20,7 +20,7 @@ from ..layers.view import LoRALayer, lora_layers
 from ..wrapper import chain, only_initialises
 from .attachment import Attachment
 
-__all__ = ["Watch", "held_ids", "holds_foreign_tensors"]
+__all__ = ["Watch", "held_ids"]
 
 logger = logging.getLogger("flatlora")
 
@@ -32,7 +32,8 @@ class Watch:
 
     Attributes:
         stepping: whether the wrapper's own step is running.
-        known: identities of the parameters that the groups held when they were looked at last.
+        seen: identities of the parameters that the groups held when they were looked at last.
+        known: of those that the user gave to the optimizer.
     """
 
     def __init__(self, kind: str, model: nn.Module, optimizer: Optimizer, attachment: Attachment, all_trained: bool):
@@ -41,9 +42,8 @@ class Watch:
         self._steps = 0
         self._told: set[str] = set()
         self._acted: set[str] = set()  # layers that any pass has gone through
-        # Gradients that are older than the attachment say nothing of passes.
-        self._fresh = not any(_gradients(layer) for layer in attachment.layers)
         self.look_at_groups(all_trained)
+        self.known = self.seen
         for base in _bases(optimizer):
             if getattr(type(base).step, "hooked", False):  # else it knows no step hooks
                 refuse = functools.partial(_refuse_step, weakref.ref(self), weakref.ref(base))
@@ -58,9 +58,11 @@ class Watch:
     # --- parameters ---------------------------------------------------------------------------------------------------
 
     def look_at_groups(self, all_trained: bool) -> None:
-        """Takes the parameters in the groups for known, and, where `all_trained` of them are to be perturbed, notes the
-        adapters that are frozen at present and therefore are not."""
-        self.known = held_ids(True, self.optimizer)
+        """Notes the parameters in the groups, and, where `all_trained` of them are to be perturbed, the adapters that
+        are frozen at present and therefore are not."""
+        self.seen = held_ids(True, self.optimizer)
+        # Gradients that are there already tell nothing of passes under this perturbation.
+        self._excused = any(_gradients(layer) for layer in self.attachment.layers)
         self._frozen: list[tuple[str, nn.Parameter]] = list(self._left_out()) if all_trained else []
 
     def _left_out(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -68,8 +70,14 @@ class Watch:
         for layer in lora_layers(self.model):
             for adapter in layer.all_adapters():
                 factor = adapter.A_param
-                if (layer.name, adapter.name) not in seen and factor is not None and id(factor) in self.known:
+                if (layer.name, adapter.name) not in seen and factor is not None and id(factor) in self.seen:
                     yield adapter.name, factor
+
+    def holds_foreign_tensors(self) -> bool:
+        """Whether the groups hold tensors that the user did not give, and that are no parameters of the model: copies,
+        which others train in their place."""
+        ours = {id(p) for p in self.model.parameters()}
+        return not held_ids(True, self.optimizer) <= self.known | ours
 
     def look_at_parameters(self) -> None:
         """Tells of adapters that are trained unperturbed, or perturbed and trained by nobody."""
@@ -82,7 +90,7 @@ class Watch:
                 self.kind,
             )
         self._steps += 1
-        if self._steps % _EVERY != 1 or holds_foreign_tensors(self.model, self.optimizer):
+        if self._steps % _EVERY != 1 or self.holds_foreign_tensors():
             return
         held = held_ids(True, self.optimizer)
         new = [layer.name for layer in self.attachment.layers if not held.issuperset(map(id, _trained(layer)))]
@@ -105,6 +113,9 @@ class Watch:
         Raises:
             RuntimeError: in the first step, if none did. Later, and where some did, it is said once.
         """
+        if self._excused:
+            self._excused = False
+            return
         source, layers = self.attachment.source, self.attachment.layers
         self._acted |= source.passes.keys()
         silent = [layer for layer in layers if not source.acts_on(layer)]
@@ -129,7 +140,7 @@ class Watch:
             return
         past = [layer.name for layer in silent if _gradients(layer)]
         if past:
-            self._refuse_or_tell_of(past, refuse=none_acted and self._fresh and self._steps == 1)
+            self._refuse_or_tell_of(past, refuse=none_acted and self._steps == 1)
 
     def _tell_of_mode(self, layers: str) -> None:
         self.tell(
@@ -158,11 +169,6 @@ class Watch:
 def held_ids(adapter: Any, optimizer: Optimizer) -> set[int]:
     """Identities of the parameters in the groups: all, or, with a falsy `adapter`, those that require a gradient."""
     return {id(p) for group in optimizer.param_groups for p in group["params"] if adapter or p.requires_grad}
-
-
-def holds_foreign_tensors(model: nn.Module, optimizer: Optimizer) -> bool:
-    """Whether the groups hold tensors that are no parameters of the model, as where others train copies."""
-    return not held_ids(True, optimizer) <= {id(p) for p in model.parameters()}
 
 
 def _trained(layer: LoRALayer) -> list[nn.Parameter]:

@@ -15,7 +15,7 @@ from .. import checks
 from ..layers.view import LoRALayer, lora_layers, refuse_fsdp1
 from ..wrapper import OptimizerWrapper, chain
 from .attachment import Attachment, Companions, attachments
-from .bypass import Watch, held_ids, holds_foreign_tensors
+from .bypass import Watch, held_ids
 from .passes import would_perturb
 from .source import Source
 
@@ -103,6 +103,8 @@ class PerturbingOptimizer(OptimizerWrapper):
         except ValueError:
             self.param_groups.pop()
             raise
+        if self._watch is not None:
+            self._watch.known = self._watch.known | held_ids(True, self.base_optimizer)
 
     def look_at_groups(self) -> None:
         """Called when parameters have come into the groups, by whatever way; ValueError refuses them."""
@@ -135,7 +137,7 @@ class PerturbingOptimizer(OptimizerWrapper):
             # Both may have come after this optimizer.
             refuse_fsdp1(self._model)
             self.look_at_first_step()
-        if not held_ids(True, self.base_optimizer) <= watch.known:
+        if not held_ids(True, self.base_optimizer) <= watch.seen:
             self.look_at_groups()
         attachment.used = watch.stepping = True
         try:
@@ -166,7 +168,7 @@ class PerturbingOptimizer(OptimizerWrapper):
     def refuse_replaced(self, *ways_out: str) -> None:
         """RuntimeError if the groups hold others' tensors and no perturbed adapter."""
         layers, base = list(self._source.layers.values()), self.base_optimizer
-        if holds_foreign_tensors(self._model, base) and not held_layers(layers, True, base):
+        if self._watch.holds_foreign_tensors() and not held_layers(layers, True, base):
             self.refuse_foreign_tensors(*ways_out)
 
     def refuse_foreign_tensors(self, *ways_out: str) -> None:
