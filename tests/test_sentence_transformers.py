@@ -83,3 +83,33 @@ def test_an_optimizer_over_the_loss_trains_its_weights_too(tmp_path):
     optimizer = create_ggpo_optimizer(loss, torch.optim.AdamW, lr=1e-3, sigma=0.1)
     trainer_of(model, loss, tmp_path, optimizers=(optimizer, None)).train()
     assert float(loss.weight.detach()) != 1 and float(optimizer.metrics()["noise_to_weight"]) > 0
+
+
+@pytest.mark.parametrize("build", [GGPOOptimizer, LoRASAMOptimizer, BiLoRAOptimizer])
+def test_a_cached_loss_has_the_gradients_of_the_plain_one(build, caplog):
+    """Its embeddings are computed without gradients first: at the same perturbation."""
+    losses = pytest.importorskip("sentence_transformers.losses")
+    found = []
+    for kind in ("plain", "cached"):
+        model = encoder()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # attention has its own from here too
+        params = [p for name, p in model.named_parameters() if "lora_" in name]
+        strong = {"sigma": 0.3, "seed": 1} if build is GGPOOptimizer else {"rho": 0.5}
+        if build is BiLoRAOptimizer:
+            optimizer = build.for_model(model, torch.optim.SGD, params=params, lr=1e-2, seed=1, **strong)
+        else:
+            optimizer = build(torch.optim.SGD(params, lr=1e-2), model, **strong)
+        plain = MultipleNegativesRankingLoss(model)
+        loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3) if kind == "cached" else plain
+        features = [model.tokenize(list(side)) for side in zip(*PAIRS, strict=True)]
+        for step in range(3):
+            model.zero_grad()
+            (plain if step < 2 else loss)([dict(one) for one in features], None).backward()
+            if step < 2:
+                optimizer.step()
+        found.append([p.grad.clone() for p in params])
+    plain_grad, cached_grad = (torch.cat([grad.flatten() for grad in grads]) for grads in found)
+    assert float((plain_grad - cached_grad).norm() / plain_grad.norm()) < 1e-4
+    assert not [record for record in caplog.records if record.name == "flatlora"]
