@@ -172,6 +172,8 @@ class LoRASAMOptimizer(PerturbingOptimizer):
     24 paired seeds that were run after all was fixed), and below it on the movies. A running mean of gradients did
     worse, ``D·A + B·C`` no better.
 
+    `flatlora.reference.lorasam_perturbation` is ε in a few lines.
+
     Layers are perturbed in the passes that train them and in no other, as by `GGPOOptimizer`. GraLoRA's blocks are
     projected each on its own. A step whose gradients are not finite, or all zero, leaves ε as it was. Under a base
     optimizer with ``maximize=True`` ε goes downhill.

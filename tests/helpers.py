@@ -10,13 +10,13 @@ from models import VOCAB, llama, quantise
 from models import quantised as quantised
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from reference import expected_std as expected_std
-from reference import projected as projected
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from flatlora.kernels.draw import draw_gaussian, draw_low_rank
+from flatlora.reference import ggpo_std as expected_std  # noqa: F401
+from flatlora.reference import projected as projected
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")

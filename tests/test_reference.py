@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import models
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from helpers import MLP, applied_weight, peft
 from torch import nn
 
 import flatlora
+from flatlora import reference
 
 N, HIDDEN, M = 16, 24, 12
 TARGETS = ["up", "down"]
@@ -76,9 +76,7 @@ def test_ggpo_takes_the_step_of_its_reference_and_goes_on_with_its_row_deviation
         torch.optim.SGD(trained(model), lr=0.1), model, sigma=0.2, beta=3.0, noise=noise, seed=5
     )
     before = layers(model)
-    assert_close(
-        optimizer.row_std().values(), [reference.expected_std(reference.lora(*layer), 0.2) for layer in before]
-    )
+    assert_close(optimizer.row_std().values(), [reference.ggpo_std(reference.lora(*layer), 0.2) for layer in before])
 
     weights = [noisy_weight(module) for module in modules(model)]
     eps = [W - reference.lora(*layer) for W, layer in zip(weights, before, strict=True)]
@@ -91,10 +89,26 @@ def test_ggpo_takes_the_step_of_its_reference_and_goes_on_with_its_row_deviation
 
     tangent = [reference.projected(g, B, A) for g, (_, A, B, _) in zip(G, before, strict=True)]
     expected = [
-        reference.expected_std(reference.lora(*layer), 0.2, 3.0, T)
-        for layer, T in zip(layers(model), tangent, strict=True)
+        reference.ggpo_std(reference.lora(*layer), 0.2, 3.0, T) for layer, T in zip(layers(model), tangent, strict=True)
     ]
     assert_close(optimizer.row_std().values(), expected)
+
+
+def test_lorasam_takes_the_steps_of_its_reference():
+    model = model_of()
+    optimizer = flatlora.LoRASAMOptimizer(torch.optim.SGD(trained(model), lr=0.1), model, rho=0.3)
+    eps = [torch.zeros_like(W0) for W0, *_ in layers(model)]
+    for _ in range(3):
+        before = layers(model)
+        for module, layer, e in zip(modules(model), before, eps, strict=True):
+            torch.testing.assert_close(noisy_weight(module), reference.lora(*layer) + e, rtol=1e-9, atol=1e-12)
+        model(**batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        new, G = reference.ggpo_step(loss, before, eps, lr=0.1)
+        for module, expected in zip(modules(model), new, strict=True):
+            assert_close(factors(module), expected)
+        eps = reference.lorasam_perturbation(G, before, 0.3)
 
 
 def noisy_weight(module):

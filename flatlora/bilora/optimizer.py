@@ -38,7 +38,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     ``W0 + s1·B1·A1 + s2·B2·A2``: one forward and one backward give both sides their gradients. A step turns the sign of
     the ascent groups' gradients (8-bit optimizers have no `maximize`), lets the base optimizer move everything, turns
     the signs back, and clips the auxiliaries together: with ``c = sqrt(Σ_layers ‖s2·B2·A2‖_F²)``, every B2 and A2 is
-    multiplied by ``sqrt(ρ/c)`` if ``c > ρ``.
+    multiplied by ``sqrt(ρ/c)`` if ``c > ρ``. `flatlora.reference.bilora_step` is that in a few lines.
 
     As an adversary the auxiliary is weak (`examples/results.md`): it raised the next batch's loss by a fiftieth of what
     that batch's gradient does at the same norm, by a third or less of what the last gradient's projection does, which

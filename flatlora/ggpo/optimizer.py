@@ -30,6 +30,7 @@ class GGPOOptimizer(PerturbingOptimizer):
     where ``W' = W0 + s·B·A`` and G is the last step's weight gradient, which LoRA never forms. ``‖W'_i‖`` is exact; for
     ``‖G_i‖`` stands the norm of row i of G's orthogonal projection on the tangent space ``{B·X + Y·A}``, all of G that
     the gradients of A and B determine. With ``beta=0`` this is the noise of Flat-LoRA (arXiv:2409.14396).
+    `flatlora.reference.ggpo_step` is the method in a few lines.
 
     A layer is perturbed in the passes that train it and in no other: in train mode, while gradients are recorded, and
     while an adapter that the optimizer holds and that requires a gradient is active. Evaluation, generation, reference

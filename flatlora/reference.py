@@ -1,7 +1,7 @@
-"""Every method in float64 as its equations stand: dense, slow, and written without the library.
+"""Every method as its equations stand: dense, slow, without the rest of the library. Read this first.
 
 A layer has a frozen ``W0`` (m, n), factors ``A`` (r, n) and ``B`` (m, r), and a scaling s. ``loss`` is a function of
-the list of the layers' effective weights.
+the list of the layers' effective weights. The tests compare the library with these functions, in float64.
 """
 
 from __future__ import annotations
@@ -11,7 +11,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+__all__ = [
+    "bidora_hypergradient",
+    "bilora_step",
+    "dora",
+    "ggpo_std",
+    "ggpo_step",
+    "gralora_delta",
+    "lora",
+    "lorasam_perturbation",
+    "orthogonality",
+    "projected",
+]
+
 Loss = Callable[[Sequence[Tensor]], Tensor]
+Layer = tuple[Tensor, Tensor, Tensor, float]  # W0, A, B, s
+Pairs = list[tuple[Tensor, Tensor]]  # A, B
 
 
 def lora(W0: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
@@ -29,7 +44,7 @@ def dora(W0: Tensor, A: Tensor, B: Tensor, s: float, mu: Tensor, norm_moves: boo
 # --- GGPO (arXiv:2502.14538, Eq. 6-8) -----------------------------------------------------------------------------
 
 
-def expected_std(weight: Tensor, sigma: float, beta: float = 0.0, grad: Tensor | None = None) -> Tensor:
+def ggpo_std(weight: Tensor, sigma: float, beta: float = 0.0, grad: Tensor | None = None) -> Tensor:
     """Standard deviation of each row of ε, per element: σ/√n · sqrt(‖W'_i‖² + β‖G_i‖²)."""
     row_sq = weight.square().sum(1)
     if grad is not None:
@@ -44,31 +59,40 @@ def projected(grad: Tensor, B: Tensor, A: Tensor) -> Tensor:
     return P_B @ grad + grad @ P_A - P_B @ grad @ P_A
 
 
-def ggpo_step(loss: Loss, layers: list[tuple[Tensor, Tensor, Tensor, float]], eps: list[Tensor], lr: float):
-    """One SGD step on A and B with the gradients at W' + ε. Returns the new (A, B) and each layer's G there."""
+def ggpo_step(loss: Loss, layers: list[Layer], eps: list[Tensor], lr: float) -> tuple[Pairs, tuple[Tensor, ...]]:
+    """One SGD step on A and B with the gradients at W' + ε: the new (A, B), and each layer's G there.
+
+    LoRASAM's step is the same, with another ε.
+    """
     weights = [lora(*layer).requires_grad_() for layer in layers]
     G = torch.autograd.grad(loss([W + e for W, e in zip(weights, eps, strict=True)]), weights)
     new = [(A - lr * s * B.t() @ g, B - lr * s * g @ A.t()) for (_, A, B, s), g in zip(layers, G, strict=True)]
     return new, G
 
 
+# --- LoRASAM --------------------------------------------------------------------------------------------------------
+
+
+def lorasam_perturbation(grads: Sequence[Tensor], layers: list[Layer], rho: float) -> list[Tensor]:
+    """ε of the next step from each layer's G in this one: ρ·P(G), of norm ρ over all layers."""
+    tangent = [projected(G, B, A) for G, (_, A, B, _) in zip(grads, layers, strict=True)]
+    norm = torch.stack([T.square().sum() for T in tangent]).sum().sqrt()
+    return [rho * T / norm for T in tangent]
+
+
 # --- Bi-LoRA (arXiv:2508.19564, Eq. 7-9) --------------------------------------------------------------------------
 
 
 def bilora_step(
-    loss: Loss,
-    layers: list[tuple[Tensor, Tensor, Tensor, float]],
-    auxiliary: list[tuple[Tensor, Tensor, float]],
-    lr: float,
-    rho: float,
-):
+    loss: Loss, layers: list[Layer], auxiliary: list[tuple[Tensor, Tensor, float]], lr: float, rho: float
+) -> tuple[Pairs, Pairs]:
     """One SGD step: the primaries descend, the auxiliaries ascend and are clipped together. The new (A, B) of each."""
     weights = [lora(*layer) + s2 * B2 @ A2 for layer, (A2, B2, s2) in zip(layers, auxiliary, strict=True)]
     weights = [W.requires_grad_() for W in weights]
     G = torch.autograd.grad(loss(weights), weights)
     primary = [(A - lr * s * B.t() @ g, B - lr * s * g @ A.t()) for (_, A, B, s), g in zip(layers, G, strict=True)]
     ascended = [(A + lr * s * B.t() @ g, B + lr * s * g @ A.t(), s) for (A, B, s), g in zip(auxiliary, G, strict=True)]
-    c = sum((s * B @ A).square().sum() for A, B, s in ascended).sqrt()
+    c = torch.stack([(s * B @ A).square().sum() for A, B, s in ascended]).sum().sqrt()
     factor = (rho / c).sqrt() if c > rho else 1.0
     return primary, [(A * factor, B * factor) for A, B, _ in ascended]
 
