@@ -73,6 +73,12 @@ class Watch:
                 if (layer.name, adapter.name) not in seen and factor is not None and id(factor) in self.seen:
                     yield adapter.name, factor
 
+    def found_new_parameters(self) -> bool:
+        """Whether parameters of the model have come into the groups since they were looked at last, by whatever way."""
+        held = held_ids(True, self.optimizer)
+        new, self.seen = held - self.seen, held
+        return bool(new) and not new.isdisjoint(map(id, self.model.parameters()))
+
     def holds_foreign_tensors(self) -> bool:
         """Whether the groups hold tensors that the user did not give, and that are no parameters of the model: copies,
         which others train in their place."""

@@ -137,7 +137,7 @@ class PerturbingOptimizer(OptimizerWrapper):
             # Both may have come after this optimizer.
             refuse_fsdp1(self._model)
             self.look_at_first_step()
-        if not held_ids(True, self.base_optimizer) <= watch.seen:
+        if watch.found_new_parameters():
             self.look_at_groups()
         attachment.used = watch.stepping = True
         try:
