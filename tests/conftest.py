@@ -22,6 +22,7 @@ ON_DEVICES = {
     "test_method_bitsandbytes",
     "test_reference",
     "test_cuda",
+    "test_accelerators",
 }
 CUDA = pytest.param(
     "cuda",

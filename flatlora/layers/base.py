@@ -14,15 +14,44 @@ from ..kernels.low_rank import autocasts
 
 __all__ = ["BaseWeight", "FloatBase", "OpaqueBase", "hooked", "whole", "wide"]
 
-_BLOCK = 1 << 26  # elements of a base weight that are upcast at a time
+_BLOCK = 1 << 22  # elements of a base weight that are upcast at a time
 _CPU_BLOCK = 1 << 18  # on a CPU, in whose cache they stay
 _OWN = (nn.Parameter, Tensor)
 _UNITS = 128  # unit vectors that an opaque layer is applied to at a time
+_float64 = {"cpu": True, "cuda": True, "meta": True, "mps": False}  # other kinds of device are tried once
 
 
 def wide(device: torch.device) -> torch.dtype:
     """The dtype for small sums and r×r algebra: float64 wherever the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float64 if _has_float64(device.type) else torch.float32
+
+
+@torch.compiler.assume_constant_result
+def _has_float64(kind: str) -> bool:
+    if kind not in _float64:
+        try:
+            torch.ones(1, dtype=torch.float64, device=kind).add_(1)  # a kernel is needed: some allocate, and no more
+            _float64[kind] = True
+        except (RuntimeError, TypeError):
+            _float64[kind] = False
+    return _float64[kind]
+
+
+def mixes(weight: Tensor, x: Tensor) -> bool:
+    """Whether `mixed_product` can multiply them, for which torch has a kernel from version 2.8 on, for CUDA alone."""
+    if torch.version.cuda is None or not weight.is_cuda or not hasattr(torch.ops.aten.mm, "dtype"):
+        return False
+    return weight.dtype == torch.bfloat16 and x.dtype == torch.float32
+
+
+def mixed_product(weight: Tensor, x: Tensor) -> Tensor:
+    """``weight·xᵀ`` in float32 for a bfloat16 weight (m, n) and a float32 x (r, n), without a float32 copy of the
+    weight: x is the sum of two bfloat16 tensors up to 2⁻¹⁷ of each element, and their products are summed in float32.
+    """
+    high = x.to(weight.dtype)
+    low = (x - high).to(weight.dtype)
+    product = torch.mm(weight, torch.cat([high, low]).t(), out_dtype=torch.float32)
+    return product.unflatten(1, (2, -1)).sum(1)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -218,6 +247,8 @@ class FloatBase(BaseWeight):
         weight = whole(self.float_weight().detach())
         if weight.dtype == x.dtype:
             return weight[:, columns] @ x.t()
+        if mixes(weight, x):
+            return mixed_product(weight[:, columns], x)
         return torch.cat([block[:, columns] @ x.t() for block in self._row_blocks(x.dtype)])
 
     def _row_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.draw import refuse_capture
 from .adapter import Adapter
 from .base import whole
 from .view import LoRALayer
 
-__all__ = ["BaseNorms", "Stack", "by_block", "row_dot", "stacks", "weight_sq"]
+__all__ = ["BaseNorms", "Stack", "by_block", "row_dot", "stacks", "together", "weight_sq"]
 
-_MOST = 1 << 19  # elements of the adapters of layers that are computed together
+_MOST = 1 << 24  # elements of the adapters of layers that are computed together
+_CPU_MOST = 1 << 19  # on a CPU, in whose cache they stay
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Stack:
         return list(zip(*self.adapters, strict=True))
 
 
+def together(elements: int, device: torch.device) -> int:
+    """How many layers whose adapters have that many elements are computed together on `device`."""
+    return max(1, (_CPU_MOST if device.type == "cpu" else _MOST) // max(1, elements))
+
+
 def stacks(layers: Iterable[LoRALayer], known: Mapping[str, list[Adapter]] | None = None) -> Iterator[Stack]:
     """Layers of one form together, as many as have a bounded size; `known`: their adapters by name, if just read."""
     alike: dict[tuple, list[tuple[LoRALayer, list[Adapter]]]] = {}
@@ -43,8 +50,9 @@ def stacks(layers: Iterable[LoRALayer], known: Mapping[str, list[Adapter]] | Non
         forms = tuple((a.name, a.k, a.rank, a.scaling, a.A.dtype, a.magnitude is None, a.has_grads) for a in adapters)
         device = adapters[0].A.device if adapters else layer.base.device
         alike.setdefault((layer.shape, device, layer.names, forms), []).append((layer, adapters))
-    for (shape, _, _, forms), group in alike.items():
-        most = max(1, _MOST // max(1, sum(shape) * sum(rank for _, _, rank, *_ in forms)))
+    for (shape, device, _, forms), group in alike.items():
+        refuse_capture(device)
+        most = together(sum(shape) * sum(rank for _, _, rank, *_ in forms), device)
         for i in range(0, len(group), most):
             part = group[i : i + most]
             yield Stack([layer for layer, _ in part], [adapters for _, adapters in part])
