@@ -9,12 +9,15 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from methods import PERTURBING, adapted, batch, every_method, sgd
+from methods import PERTURBING, adapted, batch, every_method, gralora, llama, lora, sgd
+from models import quantised
 from torch import nn
 
+from flatlora import lora_layers
 from flatlora.kernels.draw import Draw, draw_gaussian, draw_low_rank, refuse_capture
 from flatlora.layers import base
 from flatlora.layers.kinds import base_weight
+from flatlora.layers.stack import base_products, stacks
 from flatlora.streams import RandomStreams, private_streams
 
 # --- float64 --------------------------------------------------------------------------------------------------------
@@ -50,40 +53,52 @@ def test_a_graph_gets_the_dtype_as_a_constant(device, monkeypatch):
 
 
 @pytest.fixture
-def mixed_kernel(device, monkeypatch):
+def mixing(device, monkeypatch):
     """On a CPU, the kernel that CUDA has."""
-    if device.type == "cuda":
-        yield
-        return
     if not hasattr(torch.ops.aten.mm, "dtype"):
         pytest.skip("torch has the kernel from version 2.8 on")
     library = torch.library.Library("aten", "IMPL")
-    library.impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), "CPU")
-    monkeypatch.setattr(base, "mixes", lambda weight, x: (weight.dtype, x.dtype) == (torch.bfloat16, torch.float32))
+    if device.type == "cpu":
+        library.impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), "CPU")
+        mixes = property(lambda base: base.module.weight.dtype == torch.bfloat16)
+        monkeypatch.setattr(base.FloatBase, "mixes", mixes)
     yield
     library._destroy()
 
 
-@pytest.mark.parametrize("columns", [slice(None), slice(64, 192)])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_a_bf16_weight_is_multiplied_without_a_float32_copy(transposed, columns, device, mixed_kernel, monkeypatch):
-    linear = nn.Linear(160, 256) if transposed else nn.Linear(256, 160)
-    module = linear.to(device, torch.bfloat16).requires_grad_(False)
-    stored = base_weight(module, (160, 256), transposed)
-    weight, x = stored.float_weight()[:, columns].double(), torch.randn(5, 256, device=device)[:, columns]
+@pytest.mark.parametrize("adapt", [lora, gralora])
+def test_a_bf16_base_is_multiplied_without_a_float32_copy(adapt, device, mixing, monkeypatch):
+    """As a whole, and in blocks."""
+    torch.manual_seed(0)
+    model = adapt(llama(64, num_hidden_layers=2).to(torch.bfloat16), r=4, dropout=0.0).to(device)
+    layers = lora_layers(model)
+    stack = next(stack for stack in stacks(layers) if len(stack.layers) == 2)
+    grid = stack.adapters[0][0].k
+    assert grid == (2 if adapt is gralora else 1)
+    a = torch.stack([adapters[0].blocks(grid)[0] for adapters in stack.adapters]).float() * 1.1
     monkeypatch.setattr(base.FloatBase, "_row_blocks", None)
-    found, expected = stored.apply_rows(x, columns), weight @ x.double().t()
-    assert found.dtype == torch.float32 and found.shape == (160, 5)
+    found = base_products(stack.layers, a)
+    weights = torch.stack([layer.base.dense(torch.float64) for layer in stack.layers])
+    blocks = weights.unflatten(2, (grid, -1)).unflatten(1, (grid, -1)).transpose(2, 3)
+    expected, rounded = blocks @ a.double().mT, blocks @ a.bfloat16().double().mT
+    assert found.dtype == torch.float32 and found.shape == expected.shape
     assert (found.double() - expected).norm() < 1e-5 * expected.norm()
-    rounded = weight @ x.bfloat16().double().t()  # what one bfloat16 number in the place of two would give
-    assert (rounded - expected).norm() > 1e-4 * expected.norm()
+    assert (rounded - expected).norm() > 1e-4 * expected.norm()  # by one bfloat16 number in the place of two
 
 
-def test_other_products_are_not_mixed(device):
-    weight, x = (torch.ones(2, 2, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    assert base.mixes(weight, x) == (device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype"))
-    assert not base.mixes(weight.cpu(), x.cpu())
-    assert not base.mixes(weight.half(), x) and not base.mixes(weight, x.double()) and not base.mixes(weight, weight)
+def test_bf16_rows_have_products_that_are_not_rounded(device, mixing):
+    linear = nn.Linear(96, 80).to(device, torch.bfloat16)
+    stored, x = base_weight(linear, (96, 80), True), torch.randn(3, 80, device=device).bfloat16()
+    found, expected = stored.apply_rows(x), stored.dense(torch.float64) @ x.double().t()
+    assert found.dtype == torch.float32 and (found.double() - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_only_a_bf16_weight_on_cuda_mixes(device):
+    kernel = device.type == "cuda" and hasattr(torch.ops.aten.mm, "dtype")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        stored = base_weight(nn.Linear(4, 4).to(device, dtype), (4, 4))
+        assert stored.mixes == (kernel and dtype == torch.bfloat16)
+    assert not base_weight(quantised(nn.Linear(64, 64), "nf4"), (64, 64)).mixes
 
 
 # --- random streams ---------------------------------------------------------------------------------------------------

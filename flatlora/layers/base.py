@@ -18,6 +18,8 @@ _BLOCK = 1 << 22  # elements of a base weight that are upcast at a time
 _CPU_BLOCK = 1 << 18  # on a CPU, in whose cache they stay
 _OWN = (nn.Parameter, Tensor)
 _UNITS = 128  # unit vectors that an opaque layer is applied to at a time
+# Whether torch multiplies bfloat16 on a GPU with a result in float32: NVIDIA's alone, from version 2.8 on.
+_MIXES = torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype")
 _float64 = {"cpu": True, "cuda": True, "meta": True, "mps": False}  # other kinds of device are tried once
 
 
@@ -35,23 +37,6 @@ def _has_float64(kind: str) -> bool:
         except (RuntimeError, TypeError):
             _float64[kind] = False
     return _float64[kind]
-
-
-def mixes(weight: Tensor, x: Tensor) -> bool:
-    """Whether `mixed_product` can multiply them, for which torch has a kernel from version 2.8 on, for CUDA alone."""
-    if torch.version.cuda is None or not weight.is_cuda or not hasattr(torch.ops.aten.mm, "dtype"):
-        return False
-    return weight.dtype == torch.bfloat16 and x.dtype == torch.float32
-
-
-def mixed_product(weight: Tensor, x: Tensor) -> Tensor:
-    """``weight·xᵀ`` in float32 for a bfloat16 weight (m, n) and a float32 x (r, n), without a float32 copy of the
-    weight: x is the sum of two bfloat16 tensors up to 2⁻¹⁷ of each element, and their products are summed in float32.
-    """
-    high = x.to(weight.dtype)
-    low = (x - high).to(weight.dtype)
-    product = torch.mm(weight, torch.cat([high, low]).t(), out_dtype=torch.float32)
-    return product.unflatten(1, (2, -1)).sum(1)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -101,6 +86,11 @@ class BaseWeight(ABC):
     @abstractmethod
     def plain(self) -> bool:
         """Whether the module computes ``x·W0ᵀ + bias`` and nothing else, as far as its class tells."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether products with bfloat16 rows are as in float32: neither the sums nor the result are rounded."""
+        return False
 
     @property
     def trainable(self) -> bool:
@@ -224,6 +214,11 @@ class FloatBase(BaseWeight):
         fits = x.dtype == self.module.weight.dtype or autocasts(x)
         return fits and super().fusable(x)
 
+    @property
+    def mixes(self) -> bool:
+        weight = self.module.weight
+        return _MIXES and weight.is_cuda and weight.dtype == torch.bfloat16
+
     def float_weight(self) -> Tensor:
         weight: Tensor = self.module.weight
         return weight.t() if self.transposed else weight
@@ -246,9 +241,8 @@ class FloatBase(BaseWeight):
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
         weight = whole(self.float_weight().detach())
         if weight.dtype == x.dtype:
-            return weight[:, columns] @ x.t()
-        if mixes(weight, x):
-            return mixed_product(weight[:, columns], x)
+            factors = weight[:, columns], x.t()
+            return torch.mm(*factors, out_dtype=torch.float32) if self.mixes else torch.mm(*factors)
         return torch.cat([block[:, columns] @ x.t() for block in self._row_blocks(x.dtype)])
 
     def _row_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -93,7 +93,7 @@ def weight_sq(stack: Stack, norms: BaseNorms) -> tuple[Tensor, dict[str, Tensor]
     grid = math.lcm(*(same[0].k for same in columns))
     factors = [stacked_blocks(same, grid) for same in columns]
     a = torch.cat([a_k for a_k, _ in factors], 3)
-    crossed = torch.stack([layer.base.apply_blocks(own) for layer, own in zip(stack.layers, a, strict=True)])  # W0·Aᵀ
+    crossed = base_products(stack.layers, a)
     # Sums of r products need no more than float32; they go to ‖W0_i‖², of many more, which is wider.
     dtype = torch.promote_types(a.dtype, torch.float32)
     a, crossed = a.to(dtype), crossed.to(dtype)
@@ -117,6 +117,21 @@ def weight_sq(stack: Stack, norms: BaseNorms) -> tuple[Tensor, dict[str, Tensor]
     b = torch.cat(b_parts, 4)
     cross = 2 * by_block(base_factor, grid) * crossed
     return base_factor.square() * base_sq + row_dot(b, cross + b @ (a @ a.mT)), row_factors
+
+
+def base_products(layers: Iterable[LoRALayer], a: Tensor) -> Tensor:
+    """``W0·Aᵀ`` (L, g, g, m/g, q) of layers, for rows a (L, g, g, q, n/g).
+
+    A bfloat16 W0 is not upcast where the device mixes dtypes: a is the sum of two bfloat16 tensors, up to 2⁻¹⁷ of each
+    element, and their products are summed in float32.
+    """
+    bases = [layer.base for layer in layers]
+    split = a.dtype == torch.float32 and all(base.mixes for base in bases)
+    if split:
+        high = a.bfloat16()
+        a = torch.cat([high, (a - high).bfloat16()], 3)
+    products = torch.stack([base.apply_blocks(own) for base, own in zip(bases, a, strict=True)])
+    return products.unflatten(4, (2, -1)).sum(4) if split else products
 
 
 def stacked_blocks(same: Iterable[Adapter], grid: int) -> tuple[Tensor, Tensor]:
