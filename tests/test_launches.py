@@ -81,7 +81,7 @@ def test_a_step_launches_no_more_kernels_than_a_gpu_waits_for(name, shapes):
     assert launching.count <= MOST[shapes]
 
 
-# How many launches forward and backward of a layer take beyond those of PEFT's LoRA, which has 12 in float32 and 17 over
+# How many launches forward and backward of a layer take beyond those of PEFT's LoRA: 12 in float32, and 17 over
 # bfloat16; GGPO's product W0·Aᵀ is among them. No more than that: lower a number when the method has got cheaper.
 MORE = {
     "float32": {"GGPO gaussian": 5, "GGPO low_rank": 5, "LoRASAM": 2, "Bi-LoRA": 5},
