@@ -156,8 +156,8 @@ def fill(model: nn.Module, seed: int = 0) -> None:
     """Makes the factors that start at zero nonzero, so that every term of a method takes part from the first step."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=0.05, generator=generator)
+        if "lora_B" in name:  # drawn on the CPU: over a quantised base adapters are on the device already
+            p.data.copy_(nn.init.normal_(torch.empty_like(p, device="cpu"), std=0.05, generator=generator))
 
 
 def adamw(params: Any) -> Optimizer:

@@ -86,7 +86,8 @@ def test_a_step_that_the_scaler_skips_changes_nothing(method, device):
 @every_method(among=IN_A_LOOP)
 def test_it_trains_a_bf16_model_by_a_paged_8_bit_optimizer(method, device):
     bnb = pytest.importorskip("bitsandbytes")
-    model = adapted(method, width=128, r=32).to(torch.bfloat16)
+    pages = device.type == "cuda"  # states of 100,000 elements and more
+    model = adapted(method, **({"width": 1024, "r": 128} if pages else {"width": 128, "r": 32})).to(torch.bfloat16)
     optimizer = method.start(model, lambda params: bnb.optim.PagedAdamW8bit(params, lr=1e-3))
 
     def loop(i):
@@ -97,6 +98,8 @@ def test_it_trains_a_bf16_model_by_a_paged_8_bit_optimizer(method, device):
         return float(loss.detach())
 
     assert_trains(model, method, optimizer, loop)
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    assert any(getattr(moment, "is_paged", False) for moment in moments) == pages
 
 
 @every_method(among=IN_A_LOOP)

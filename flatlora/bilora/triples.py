@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.base import whole, wide
+from ..layers.stack import together
 from ..layers.view import plain_name
 
 __all__ = ["named", "norm_of"]
 
 Triple = tuple[Tensor, Tensor, float]
-
-_MOST = 1 << 19  # elements of the auxiliaries of layers that are computed together
 
 
 def named(model: nn.Module, triples: Sequence[Triple]) -> dict[str, Triple]:
@@ -50,7 +49,7 @@ def norm_of(triples: dict[str, Triple]) -> Tensor:
         alike.setdefault((scaling, a.shape, b.shape, a.dtype, b.dtype, a.device), []).append((a, b))
     squares = []
     for (scaling, *_), group in alike.items():
-        most = max(1, _MOST // max(1, group[0][0].numel() + group[0][1].numel()))
+        most = together(group[0][0].numel() + group[0][1].numel(), group[0][0].device)
         for i in range(0, len(group), most):
             a, b = (torch.stack(same).to(wide(same[0].device)) for same in zip(*group[i : i + most], strict=True))
             squares.append(scaling**2 * ((b.mT @ b) * (a @ a.mT)).sum())

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "draw_gaussian", "draw_low_rank"]
+__all__ = ["Draw", "draw_gaussian", "draw_low_rank", "refuse_capture"]
 
 _BLOCK = 1 << 24  # elements drawn at a time
 _CPU_BLOCK = 1 << 16  # on a CPU, in whose cache they stay
@@ -42,9 +42,20 @@ class Draw:
     rank: int = 0
 
 
+def refuse_capture(device: torch.device) -> None:
+    """RuntimeError while a CUDA graph is captured on `device`: what is decided on the host is not part of the graph."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured, and each replay would see the perturbation of the capture, whatever step "
+            "it is of; capture neither passes that are perturbed nor optimizer.step(), or use torch.compile, which "
+            "leaves the perturbation out of its graphs"
+        )
+
+
 def _generator(draw: Draw) -> torch.Generator | None:
     if draw.std.is_meta:  # shapes alone, and there are no generators of them
         return None
+    refuse_capture(draw.std.device)
     return torch.Generator(draw.std.device).manual_seed(draw.seed)
 
 

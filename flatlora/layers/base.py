@@ -14,15 +14,29 @@ from ..kernels.low_rank import autocasts
 
 __all__ = ["BaseWeight", "FloatBase", "OpaqueBase", "hooked", "whole", "wide"]
 
-_BLOCK = 1 << 26  # elements of a base weight that are upcast at a time
+_BLOCK = 1 << 22  # elements of a base weight that are upcast at a time
 _CPU_BLOCK = 1 << 18  # on a CPU, in whose cache they stay
 _OWN = (nn.Parameter, Tensor)
 _UNITS = 128  # unit vectors that an opaque layer is applied to at a time
+# Whether torch multiplies bfloat16 on a GPU with a result in float32: NVIDIA's alone, from version 2.8 on.
+_MIXES = torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype")
+_float64 = {"cpu": True, "cuda": True, "meta": True, "mps": False}  # other kinds of device are tried once
 
 
 def wide(device: torch.device) -> torch.dtype:
     """The dtype for small sums and r×r algebra: float64 wherever the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float64 if _has_float64(device.type) else torch.float32
+
+
+@torch.compiler.assume_constant_result
+def _has_float64(kind: str) -> bool:
+    if kind not in _float64:
+        try:
+            torch.ones(1, dtype=torch.float64, device=kind).add_(1)  # a kernel is needed: some allocate, and no more
+            _float64[kind] = True
+        except (RuntimeError, TypeError):
+            _float64[kind] = False
+    return _float64[kind]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -72,6 +86,11 @@ class BaseWeight(ABC):
     @abstractmethod
     def plain(self) -> bool:
         """Whether the module computes ``x·W0ᵀ + bias`` and nothing else, as far as its class tells."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether products with bfloat16 rows are as in float32: neither the sums nor the result are rounded."""
+        return False
 
     @property
     def trainable(self) -> bool:
@@ -195,6 +214,11 @@ class FloatBase(BaseWeight):
         fits = x.dtype == self.module.weight.dtype or autocasts(x)
         return fits and super().fusable(x)
 
+    @property
+    def mixes(self) -> bool:
+        weight = self.module.weight
+        return _MIXES and weight.is_cuda and weight.dtype == torch.bfloat16
+
     def float_weight(self) -> Tensor:
         weight: Tensor = self.module.weight
         return weight.t() if self.transposed else weight
@@ -217,7 +241,8 @@ class FloatBase(BaseWeight):
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
         weight = whole(self.float_weight().detach())
         if weight.dtype == x.dtype:
-            return weight[:, columns] @ x.t()
+            factors = weight[:, columns], x.t()
+            return torch.mm(*factors, out_dtype=torch.float32) if self.mixes else torch.mm(*factors)
         return torch.cat([block[:, columns] @ x.t() for block in self._row_blocks(x.dtype)])
 
     def _row_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:

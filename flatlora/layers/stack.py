@@ -14,13 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.draw import refuse_capture
 from .adapter import Adapter
 from .base import whole
 from .view import LoRALayer
 
-__all__ = ["BaseNorms", "Stack", "by_block", "row_dot", "stacks", "weight_sq"]
+__all__ = ["BaseNorms", "Stack", "by_block", "row_dot", "stacks", "together", "weight_sq"]
 
-_MOST = 1 << 19  # elements of the adapters of layers that are computed together
+_MOST = 1 << 24  # elements of the adapters of layers that are computed together
+_CPU_MOST = 1 << 19  # on a CPU, in whose cache they stay
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Stack:
         return list(zip(*self.adapters, strict=True))
 
 
+def together(elements: int, device: torch.device) -> int:
+    """How many layers whose adapters have that many elements are computed together on `device`."""
+    return max(1, (_CPU_MOST if device.type == "cpu" else _MOST) // max(1, elements))
+
+
 def stacks(layers: Iterable[LoRALayer], known: Mapping[str, list[Adapter]] | None = None) -> Iterator[Stack]:
     """Layers of one form together, as many as have a bounded size; `known`: their adapters by name, if just read."""
     alike: dict[tuple, list[tuple[LoRALayer, list[Adapter]]]] = {}
@@ -43,8 +50,9 @@ def stacks(layers: Iterable[LoRALayer], known: Mapping[str, list[Adapter]] | Non
         forms = tuple((a.name, a.k, a.rank, a.scaling, a.A.dtype, a.magnitude is None, a.has_grads) for a in adapters)
         device = adapters[0].A.device if adapters else layer.base.device
         alike.setdefault((layer.shape, device, layer.names, forms), []).append((layer, adapters))
-    for (shape, _, _, forms), group in alike.items():
-        most = max(1, _MOST // max(1, sum(shape) * sum(rank for _, _, rank, *_ in forms)))
+    for (shape, device, _, forms), group in alike.items():
+        refuse_capture(device)
+        most = together(sum(shape) * sum(rank for _, _, rank, *_ in forms), device)
         for i in range(0, len(group), most):
             part = group[i : i + most]
             yield Stack([layer for layer, _ in part], [adapters for _, adapters in part])
@@ -85,7 +93,7 @@ def weight_sq(stack: Stack, norms: BaseNorms) -> tuple[Tensor, dict[str, Tensor]
     grid = math.lcm(*(same[0].k for same in columns))
     factors = [stacked_blocks(same, grid) for same in columns]
     a = torch.cat([a_k for a_k, _ in factors], 3)
-    crossed = torch.stack([layer.base.apply_blocks(own) for layer, own in zip(stack.layers, a, strict=True)])  # W0·Aᵀ
+    crossed = base_products(stack.layers, a)
     # Sums of r products need no more than float32; they go to ‖W0_i‖², of many more, which is wider.
     dtype = torch.promote_types(a.dtype, torch.float32)
     a, crossed = a.to(dtype), crossed.to(dtype)
@@ -109,6 +117,21 @@ def weight_sq(stack: Stack, norms: BaseNorms) -> tuple[Tensor, dict[str, Tensor]
     b = torch.cat(b_parts, 4)
     cross = 2 * by_block(base_factor, grid) * crossed
     return base_factor.square() * base_sq + row_dot(b, cross + b @ (a @ a.mT)), row_factors
+
+
+def base_products(layers: Iterable[LoRALayer], a: Tensor) -> Tensor:
+    """``W0·Aᵀ`` (L, g, g, m/g, q) of layers, for rows a (L, g, g, q, n/g).
+
+    A bfloat16 W0 is not upcast where the device mixes dtypes: a is the sum of two bfloat16 tensors, up to 2⁻¹⁷ of each
+    element, and their products are summed in float32.
+    """
+    bases = [layer.base for layer in layers]
+    split = a.dtype == torch.float32 and all(base.mixes for base in bases)
+    if split:
+        high = a.bfloat16()
+        a = torch.cat([high, (a - high).bfloat16()], 3)
+    products = torch.stack([base.apply_blocks(own) for base, own in zip(bases, a, strict=True)])
+    return products.unflatten(4, (2, -1)).sum(4) if split else products
 
 
 def stacked_blocks(same: Iterable[Adapter], grid: int) -> tuple[Tensor, Tensor]:

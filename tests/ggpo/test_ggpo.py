@@ -414,7 +414,7 @@ def test_row_std_after_several_steps(form, base):
 @pytest.mark.parametrize("together", [1, 1 << 19])
 def test_layers_of_many_forms_each_have_their_own_rows(together, monkeypatch):
     """Ranks, scalings and shapes differ from layer to layer, and one layer's gradient may be missing."""
-    monkeypatch.setattr(stack, "_MOST", together)
+    monkeypatch.setattr(stack, "_CPU_MOST", together)
     patterns = {"rank_pattern": {"q_proj": 2, "gate_proj": 3}, "alpha_pattern": {"v_proj": 3}}
     model = tiny_llama(torch.float64, layers=3, **patterns)
     optimizer = ggpo(model, sigma=0.1, beta=5.0)

@@ -1,0 +1,195 @@
+"""What differs between kinds of accelerators: float64, mixed products, random streams, the capture of CUDA graphs.
+
+Tests are run on a CUDA device too; without one, what a device would do is put in its place.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from methods import PERTURBING, adapted, batch, every_method, gralora, llama, lora, sgd
+from models import quantised
+from torch import nn
+
+from flatlora import lora_layers
+from flatlora.kernels.draw import Draw, draw_gaussian, draw_low_rank, refuse_capture
+from flatlora.layers import base
+from flatlora.layers.kinds import base_weight
+from flatlora.layers.stack import base_products, stacks
+from flatlora.streams import RandomStreams, private_streams
+
+# --- float64 --------------------------------------------------------------------------------------------------------
+
+
+def test_a_kind_of_device_is_asked_for_float64_once(device, monkeypatch):
+    monkeypatch.setattr(base, "_float64", dict(base._float64))
+    asked = []
+
+    def ones(*size, device, **options):
+        asked.append(device)
+        if device == "hpu":
+            raise RuntimeError("double is not supported on this device")
+        return torch.zeros(1)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    for _ in range(2):
+        assert base.wide(torch.device("xpu", 1)) == torch.float64
+        assert base.wide(torch.device("hpu")) == torch.float32
+        assert base.wide(torch.device("mps")) == torch.float32
+        assert base.wide(torch.device("cuda", 1)) == base.wide(device) == torch.float64
+    assert asked == ["xpu", "hpu"]
+
+
+def test_a_graph_gets_the_dtype_as_a_constant(device, monkeypatch):
+    monkeypatch.setattr(base, "_float64", {})  # as for a kind that has not been asked
+    torch._dynamo.reset()
+    widened = torch.compile(lambda x: x.to(base.wide(x.device)), backend="eager", fullgraph=True)
+    assert widened(torch.ones(2, device=device)).dtype == torch.float64
+
+
+# --- products of bfloat16 weights and float32 -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixing(device, monkeypatch):
+    """On a CPU, the kernel that CUDA has."""
+    if not hasattr(torch.ops.aten.mm, "dtype") or (device.type == "cuda" and torch.version.cuda is None):
+        pytest.skip("torch has the kernel from version 2.8 on, and not for ROCm")
+    library = torch.library.Library("aten", "IMPL")
+    if device.type == "cpu":
+        library.impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), "CPU")
+        mixes = property(lambda base: base.module.weight.dtype == torch.bfloat16)
+        monkeypatch.setattr(base.FloatBase, "mixes", mixes)
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("adapt", [lora, gralora])
+def test_a_bf16_base_is_multiplied_without_a_float32_copy(adapt, device, mixing, monkeypatch):
+    """As a whole, and in blocks."""
+    torch.manual_seed(0)
+    model = adapt(llama(64, num_hidden_layers=2).to(torch.bfloat16), r=4, dropout=0.0).to(device)
+    layers = lora_layers(model)
+    stack = next(stack for stack in stacks(layers) if len(stack.layers) == 2)
+    grid = stack.adapters[0][0].k
+    assert grid == (2 if adapt is gralora else 1)
+    a = torch.stack([adapters[0].blocks(grid)[0] for adapters in stack.adapters]).float() * 1.1
+    monkeypatch.setattr(base.FloatBase, "_row_blocks", None)
+    found = base_products(stack.layers, a)
+    weights = torch.stack([layer.base.dense(torch.float64) for layer in stack.layers])
+    blocks = weights.unflatten(2, (grid, -1)).unflatten(1, (grid, -1)).transpose(2, 3)
+    expected, rounded = blocks @ a.double().mT, blocks @ a.bfloat16().double().mT
+    assert found.dtype == torch.float32 and found.shape == expected.shape
+    assert (found.double() - expected).norm() < 1e-5 * expected.norm()
+    assert (rounded - expected).norm() > 1e-4 * expected.norm()  # by one bfloat16 number in the place of two
+
+
+def test_bf16_rows_have_products_that_are_not_rounded(device, mixing):
+    linear = nn.Linear(96, 80).to(device, torch.bfloat16)
+    stored, x = base_weight(linear, (96, 80), True), torch.randn(3, 80, device=device).bfloat16()
+    found, expected = stored.apply_rows(x), stored.dense(torch.float64) @ x.double().t()
+    assert found.dtype == torch.float32 and (found.double() - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_only_a_bf16_weight_on_cuda_mixes(device):
+    kernel = device.type == "cuda" and torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        stored = base_weight(nn.Linear(4, 4).to(device, dtype), (4, 4))
+        assert stored.mixes == (kernel and dtype == torch.bfloat16)
+    assert not base_weight(quantised(nn.Linear(64, 64), "nf4"), (64, 64)).mixes
+
+
+# --- random streams ---------------------------------------------------------------------------------------------------
+
+
+class OneDevice:
+    """A module such as `torch.mps`, with one stream."""
+
+    count, current = 1, 0
+
+    def __init__(self):
+        self.generators = [torch.Generator().manual_seed(i) for i in range(self.count)]
+
+    def get_rng_state(self, device):
+        return self.generators[device.index or 0].get_state()
+
+    def set_rng_state(self, state, device):
+        self.generators[device.index or 0].set_state(state)
+
+    def manual_seed(self, seed):
+        self.generators[self.current].manual_seed(seed)
+
+    def draw(self):
+        return [float(torch.rand((), generator=generator)) for generator in self.generators]
+
+
+class TwoDevices(OneDevice):
+    """A module such as `torch.xpu`, of whose devices one is the current one."""
+
+    count = 2
+
+    @contextmanager
+    def device(self, device):
+        before, self.current = self.current, device.index or 0
+        yield
+        self.current = before
+
+
+def test_the_streams_of_any_accelerator_are_held_and_put_back(device, monkeypatch):
+    modules = {"xpu": TwoDevices(), "mps": OneDevice()}
+    monkeypatch.setattr(torch, "get_device_module", lambda device: modules[device.type])
+    devices = [torch.device(name) for name in ("xpu:0", "xpu:1", "mps", "cpu", "meta")]
+    streams = RandomStreams(devices)
+    first = [module.draw() for module in modules.values()]
+    streams.restore()
+    with private_streams(5, devices):
+        private = [number for module in modules.values() for number in module.draw()]
+    assert [module.draw() for module in modules.values()] == first
+    assert private == [float(torch.rand((), generator=torch.Generator().manual_seed(5)))] * 3
+
+
+def test_a_device_without_a_stream_that_is_known_is_an_error(device, monkeypatch):
+    with pytest.raises(RuntimeError, match=r"torch\.lazy"):
+        RandomStreams([torch.device("lazy")])
+
+
+def test_private_streams_are_those_of_a_seed(device):
+    before = torch.rand(3, device=device)
+    with private_streams(3, [device]):
+        first = torch.rand(3, device=device)
+    after = torch.rand(3, device=device)
+    torch.manual_seed(0)
+    assert torch.equal(before, torch.rand(3, device=device)) and torch.equal(after, torch.rand(3, device=device))
+    torch.manual_seed(3)
+    assert torch.equal(first, torch.rand(3, device=device))
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+def test_noise_is_not_captured(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    refuse_capture(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="CUDA graph is being captured"):
+        refuse_capture(torch.device("cuda", 1))
+    if device.type == "cuda":
+        std = torch.ones(4, device=device)
+        with pytest.raises(RuntimeError, match="CUDA graph is being captured"):
+            draw_gaussian(Draw("gaussian", std, 1), 3, None, torch.float32)
+        with pytest.raises(RuntimeError, match="CUDA graph is being captured"):
+            draw_low_rank(Draw("low_rank", std, 1, 2), 3, torch.float32)
+
+
+@every_method(among=[method for method in PERTURBING if method.name != "Bi-LoRA"])
+def test_a_step_is_not_captured(method, device):
+    if device.type != "cuda":
+        pytest.skip("needs a CUDA device")
+    model = adapted(method)
+    optimizer = method.start(model, sgd)
+    data = batch(0)
+    model(**data).loss.backward()
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="CUDA graph is being captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
