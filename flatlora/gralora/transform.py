@@ -6,7 +6,6 @@ import logging
 import warnings
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,17 +13,14 @@ from torch import nn
 
 from .. import checks
 from ..perturbation import remove_perturbation
+from .contents import Before, gralora_layers, records, saved_modules
 from .layer import GraLoRALinear
+from .pretrained import declare, withdraw
 from .targets import check_blocks, check_numbers, find_saved, find_targets
 
 __all__ = ["apply_gralora", "merge_gralora", "unload_gralora"]
 
 logger = logging.getLogger("flatlora")
-
-
-def gralora_layers(model: nn.Module) -> dict[str, GraLoRALinear]:
-    """The GraLoRA layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GraLoRALinear)}
 
 
 def _adapted(model: nn.Module) -> dict[str, GraLoRALinear]:
@@ -36,14 +32,6 @@ def _adapted(model: nn.Module) -> dict[str, GraLoRALinear]:
             f"{type(model).__name__} has no GraLoRA layers; call apply_gralora(model, target_modules) first"
         )
     return layers
-
-
-@dataclass
-class _Before:
-    """What `unload_gralora` puts back beside the base layers; held by the module that `apply_gralora` was given."""
-
-    trainable: set[str]
-    modules: dict[str, nn.Module] = field(default_factory=dict)
 
 
 def apply_gralora(
@@ -100,7 +88,7 @@ def check_fresh(model: nn.Module) -> None:
 
 def install(model: nn.Module, targets: dict[str, nn.Module], saved: list[str], **settings: Any) -> nn.Module:
     """The transform itself, once everything has been checked."""
-    before = _Before({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+    before = Before({name for name, parameter in model.named_parameters() if parameter.requires_grad})
     before.modules = {name: model.get_submodule(name) for name in saved}
     layers: dict[str, GraLoRALinear] = {}
     try:
@@ -119,6 +107,7 @@ def install(model: nn.Module, targets: dict[str, nn.Module], saved: list[str], *
     for name, module in copies.items():
         model.set_submodule(name, module.requires_grad_(True))
     model._before_gralora = before  # type: ignore[assignment]
+    declare(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     logger.info(
@@ -129,24 +118,6 @@ def install(model: nn.Module, targets: dict[str, nn.Module], saved: list[str], *
         100 * trained / total,
     )
     return model
-
-
-def _records(model: nn.Module) -> dict[str, tuple[nn.Module, _Before]]:
-    """The modules that `apply_gralora` was given, by name in `model`, which may be a wrapper around them."""
-    return {
-        name: (module, module.__dict__["_before_gralora"])
-        for name, module in model.named_modules()
-        if "_before_gralora" in module.__dict__
-    }
-
-
-def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that `apply_gralora` found where copies of them are trained whole, by full name."""
-    return {
-        f"{prefix}.{name}" if prefix else name: module
-        for prefix, (_, before) in _records(model).items()
-        for name, module in before.modules.items()
-    }
 
 
 def unload_gralora(model: nn.Module) -> nn.Module:
@@ -215,9 +186,10 @@ def _take_off(model: nn.Module, name: str, layer: GraLoRALinear) -> None:
 
 def _forget(model: nn.Module) -> nn.Module:
     """Ends a model's time with GraLoRA, once the layers are off: what was trainable before is so again."""
-    for module, before in _records(model).values():
+    for module, before in records(model).values():
         _set_trainable(module, before.trainable)
         del module._before_gralora
+        withdraw(module)
     return model
 
 
