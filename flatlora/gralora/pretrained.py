@@ -21,20 +21,28 @@ from .disk import write_adapter, write_weights
 
 __all__ = ["declare", "withdraw"]
 
-_FLAG = "_hf_peft_config_loaded"
-_OWN = (_FLAG, "save_pretrained")
+_FLAG, _HOOK = "_hf_peft_config_loaded", "_quiet_about_frozen"
 
 
 def declare(model: nn.Module) -> None:
     """Has a transformers model say that it has adapters, and save them; does nothing to any other module."""
     if hasattr(type(model), _FLAG):
-        model.__dict__.update({_FLAG: True, "save_pretrained": partial(_save_pretrained, model)})
+        hook = model.register_load_state_dict_post_hook(_quiet_about_frozen)
+        model.__dict__.update({_FLAG: True, "save_pretrained": partial(_save_pretrained, model), _HOOK: hook})
 
 
 def withdraw(model: nn.Module) -> None:
     """Undoes `declare`."""
-    for name in _OWN:
-        model.__dict__.pop(name, None)
+    if _HOOK in model.__dict__:
+        model.__dict__.pop(_HOOK).remove()
+        del model.__dict__[_FLAG], model.__dict__["save_pretrained"]
+
+
+def _quiet_about_frozen(model: nn.Module, keys: Any) -> None:
+    """A checkpoint that has all that is trained lacks nothing; the Trainer would list the whole base as missing."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    if set(keys.missing_keys) == frozen:
+        keys.missing_keys.clear()
 
 
 def _save_pretrained(

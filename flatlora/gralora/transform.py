@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
@@ -147,7 +148,8 @@ def merge_gralora(model: nn.Module) -> nn.Module:
 
     Float weights become ``W0 + ΔW``, rounded once. 4-bit and 8-bit weights are dequantised, added to and quantised
     again with their own settings, which is not exact; that is said in one warning. Modules that were trained whole
-    stay as trained. The weights are new tensors: what else holds the old ones keeps them. Whatever perturbs the model,
+    stay as trained. The weights are new tensors: what else holds the old ones keeps them, and a warning says where a
+    model's own tie (of its input embeddings and its head) comes undone. Whatever perturbs the model,
     such as GGPO's noise or an auxiliary of Bi-LoRA, comes off first. Should memory run out on the way, each layer is
     either merged or adapted still, the model computes what it did, and another call merges the rest.
 
@@ -170,6 +172,12 @@ def merge_gralora(model: nn.Module) -> nn.Module:
             "quantisation error. To merge exactly, load the adapter on the float model",
             stacklevel=2,
         )
+    if untied := _untied(model, layers):
+        warnings.warn(
+            f"the weights of {', '.join(untied)} were tied to those of other modules, and are not once merged; set "
+            "model.config.tie_word_embeddings = False before saving, or loading ties them again, without the update",
+            stacklevel=2,
+        )
     remove_perturbation(model)
     for name, layer in layers.items():
         base, delta = layer.base, layer.delta_weight()
@@ -177,6 +185,13 @@ def merge_gralora(model: nn.Module) -> nn.Module:
         base.write(base.dense(dtype) + delta.to(base.device))
         _take_off(model, name, layer)
     return _forget(model)
+
+
+def _untied(model: nn.Module, layers: dict[str, GraLoRALinear]) -> list[str]:
+    """The layers, and modules that are trained whole, whose own weights merging leaves in place of shared ones."""
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    whole = [name for name, one in saved_modules(model).items() if any(id(p) in holders for p in one.parameters())]
+    return [name for name, layer in layers.items() if holders[id(layer.base_layer.weight)] > 1] + whole
 
 
 def _take_off(model: nn.Module, name: str, layer: GraLoRALinear) -> None:
