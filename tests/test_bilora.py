@@ -55,7 +55,7 @@ def lora_net(dtype=torch.float64, seed=0, sizes=SIZES, base="float", **config):
 
 
 def primary(model):
-    return [p for name, p in model.named_parameters() if "lora_" in name]
+    return [p for name, p in model.named_parameters() if "lora_" in name and "ascent_branches" not in name]
 
 
 def groups(model, aux):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 
+import accelerate
 import pytest
 import torch
 import transformers
 from ecosystem import adamw, adapters, difference, frozen, tiny_llama, tokens
-from peft import LoraConfig
+from peft import GraloraConfig, LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from flatlora import BiLoRAOptimizer, GGPOOptimizer, LoRASAMOptimizer
@@ -139,6 +140,45 @@ def test_the_policy_alone_is_perturbed(build, reference, wrap, tmp_path):
     assert {off for grad, _, off in seen if not grad} == {False}
     assert any(name == reference for _, name, _ in seen)
     assert not any(off for _, name, off in seen if name == reference) and optimizer is not None
+
+
+def sent_to_vllm(model):
+    """The names under which TRL sends the weights of `model`, by each of its loops that runs without processes."""
+    generation = pytest.importorskip("trl.generation.vllm_generation")
+    grpo = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
+    loop = object.__new__(generation.VLLMGeneration)
+    loop.model, loop.accelerator = model, accelerate.Accelerator(cpu=True)
+    loop._dist = generation.DistributedBackend(loop.accelerator)
+    loop.mode, loop.enable_sleep_mode, loop._weight_metadata = "server", False, None
+    sent = []
+    loop.vllm_client = type(
+        "Client",
+        (),
+        {
+            "update_named_params": lambda self, metadata, params: sent.extend(name for name, _ in params),
+            "reset_prefix_cache": lambda self: None,
+        },
+    )()
+    loop.sync_weights()
+    assert [name for name, *_ in loop._weight_metadata] == sent
+    return sent, [name for name, _ in grpo._iter_vllm_named_params(model)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [LoraConfig, GraloraConfig])
+def test_no_name_of_the_auxiliary_is_sent_to_vllm(kind, training):
+    torch.manual_seed(0)
+    base = tiny_llama().unload()
+    names = [name for name, _ in base.named_parameters()]
+    model = get_peft_model(base, kind(r=4, target_modules=["q_proj", "down_proj"])).train(training)
+    optimizer = BiLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=1e-2, rho=1.0)
+    for _ in range(2):
+        model.train()(input_ids=tokens(0), labels=tokens(0)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.train(training)
+    assert optimizer.perturbation_norm() > 0
+    assert sent_to_vllm(model) == (names, names)
 
 
 @pytest.mark.filterwarnings("ignore")

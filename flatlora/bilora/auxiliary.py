@@ -27,9 +27,11 @@ __all__ = [
     "primary_ranks",
 ]
 
-# What lies in a layer under this name is its auxiliary: there, FSDP2 shards and gathers it with the layer's adapters.
-# Earlier versions of PEFT save whatever has "lora_" in its key, so this has not.
-NAME = "ascent_branches"
+# An auxiliary lies in its layer, where FSDP2 shards and gathers it with the layer's adapters. Its name begins as those
+# of the layer's adapters do, since that is what loops over `named_parameters` leave out that send merged weights
+# elsewhere, as TRL's do to vLLM, and what PEFT neither freezes nor takes for a part of the base.
+NAME = "lora_ascent_branches"
+NAME_IN_GRALORA = "gralora_ascent_branches"
 
 # What an auxiliary's gradients are multiplied by until its optimizer steps. Whoever measures or clips the gradients of
 # all parameters then sees the primary's norm, up to a part in 10^12, and yet finds the auxiliary's for DDP, GradScaler
@@ -158,7 +160,8 @@ def attach_auxiliary(
     for auxiliary in auxiliaries:
         registered = Auxiliaries([auxiliary])
         registered.attachment = attachment
-        auxiliary.layer.module.add_module(NAME, registered)
+        module = auxiliary.layer.module
+        module.add_module(NAME_IN_GRALORA if hasattr(module, "gralora_A") else NAME, registered)
     return [p for auxiliary in auxiliaries for p in (auxiliary.A, auxiliary.B)]
 
 
@@ -193,10 +196,11 @@ def detach_auxiliary(model: nn.Module) -> None:
         for attachment, _ in attachments(module):
             if isinstance(attachment.source, Ascent):
                 attachment.remove()
-        if isinstance(auxiliaries := module._modules.get(NAME), Auxiliaries):
-            if auxiliaries.attachment is not None:
-                auxiliaries.attachment.remove()
-            delattr(module, NAME)
+        for name, auxiliaries in list(module.named_children()):
+            if isinstance(auxiliaries, Auxiliaries):
+                if auxiliaries.attachment is not None:
+                    auxiliaries.attachment.remove()
+                delattr(module, name)
 
 
 def attached_auxiliaries(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CONFIG", "FORMER", "WEIGHTS", "read_adapter", "write_adapter"]
+__all__ = ["CONFIG", "FORMER", "WEIGHTS", "read_adapter", "write_adapter", "write_weights"]
 
 logger = logging.getLogger("flatlora")
 
@@ -73,6 +73,16 @@ def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tenso
     finally:
         for file in (new_config, new_weights):
             file.unlink(missing_ok=True)
+
+
+def write_weights(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes `tensors` to `file`, in place of what it holds."""
+    new = file.with_name(f"{file.name}.{_rank()}.tmp")
+    try:
+        _write(new, _safetensors().torch.save(tensors, metadata={"format": "pt"}))
+        os.replace(new, file)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _replace(folder: Path, new_config: Path, new_weights: Path) -> None:

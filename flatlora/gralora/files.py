@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,26 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..layers.base import whole
 from ..layers.kinds import linear_base
 from ..layers.view import plain_name
+from .contents import PREFIX, SHAPES, adapter, gralora_layers, saved_modules, settings_of
 from .disk import read_adapter, write_adapter
 from .layer import GraLoRALinear
 from .targets import check_blocks, check_numbers, find_saved, inside
-from .transform import check_fresh, gralora_layers, install, saved_modules
+from .transform import check_fresh, install
 
 __all__ = ["load_gralora", "save_gralora"]
 
 logger = logging.getLogger("flatlora")
 
-_PREFIX = "base_model.model."
 _NUMBERS = ("r", "gralora_k", "alpha", "hybrid_r")
-_SHAPES = {  # of a layer (m, n)
-    "gralora_A": lambda m, n, r, k, hybrid_r: (k, n // k, r),
-    "gralora_B": lambda m, n, r, k, hybrid_r: (k, r, m // k),
-    "gralora_A_general.weight": lambda m, n, r, k, hybrid_r: (hybrid_r, n),
-    "gralora_B_general.weight": lambda m, n, r, k, hybrid_r: (m, hybrid_r),
-}
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------
@@ -54,69 +46,7 @@ def save_gralora(model: nn.Module, dir: str | Path) -> None:
         TypeError: `model` is not a module.
         ImportError: safetensors is missing.
     """
-    layers = {plain_name(name): layer for name, layer in gralora_layers(checks.module(model)).items()}
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no GraLoRA layers; there is nothing to save")
-    settings = _common_settings(layers)
-    tensors = {
-        f"{_PREFIX}{name}.{key}": value
-        for name, layer in layers.items()
-        for key, value in layer.state_dict(keep_vars=True).items()
-        if key in _SHAPES
-    }
-    saved = {plain_name(name): model.get_submodule(name) for name in saved_modules(model)}
-    for name, module in saved.items():
-        for key, value in module.state_dict(keep_vars=True).items():
-            tensors[f"{_PREFIX}{name}.{key}"] = value
-    # Copies, as safetensors takes no two tensors that share memory.
-    copies = {key: whole(value.detach()).cpu().clone().contiguous() for key, value in tensors.items()}
-    write_adapter(Path(dir), _config(model, layers, settings, list(saved)), copies)
-
-
-def _common_settings(layers: dict[str, GraLoRALinear]) -> dict[str, Any]:
-    found = {name: {**_settings(layer), "gralora_dropout": _dropout(layer)} for name, layer in layers.items()}
-    common = next(iter(found.values()))
-    for name, settings in found.items():
-        if settings != common:
-            raise ValueError(f"layer {name!r} has {settings}, others {common}; PEFT's format holds one of each")
-    return common
-
-
-def _settings(layer: GraLoRALinear) -> dict[str, Any]:
-    """In the words of PEFT's `GraloraConfig`."""
-    return {"r": layer.r, "gralora_k": layer.k, "alpha": layer.alpha, "hybrid_r": layer.hybrid_r}
-
-
-def _words(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same in the words of `apply_gralora`."""
-    return {"k" if key == "gralora_k" else key: value for key, value in settings.items()}
-
-
-def _dropout(layer: GraLoRALinear) -> float:
-    return getattr(layer.dropout, "p", 0.0)
-
-
-def _config(
-    model: nn.Module, layers: dict[str, GraLoRALinear], settings: dict[str, Any], saved: list[str]
-) -> dict[str, Any]:
-    names = {plain_name(name) for name, _ in model.named_modules()}
-    # PEFT adapts whatever ends in a name of the list; where that would be more, a regular expression says it exactly.
-    exact = not any(other.endswith(f".{name}") for other in names - layers.keys() for name in layers)
-    return {
-        "peft_type": "GRALORA",
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        **settings,
-        "target_modules": list(layers) if exact else "|".join(map(re.escape, layers)),
-        "modules_to_save": saved or None,
-        "fan_in_fan_out": any(type(layer.base_layer).__name__ == "Conv1D" for layer in layers.values()),
-        "bias": "none",
-        "init_weights": True,
-        "inference_mode": True,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "revision": None,
-        "task_type": None,
-    }
+    write_adapter(Path(dir), *adapter(model))
 
 
 # --- loading --------------------------------------------------------------------------------------------------------
@@ -160,8 +90,13 @@ def load_gralora(model: nn.Module, dir: str | Path) -> nn.Module:
         install(model, bases, saved, **_words(settings), dropout=config.get("gralora_dropout", 0.0))
     own = {plain_name(key): value for key, value in model.state_dict(keep_vars=True).items()}
     for key, value in tensors.items():
-        own[key.removeprefix(_PREFIX)].copy_(value)
+        own[key.removeprefix(PREFIX)].copy_(value)
     return model
+
+
+def _words(settings: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's words in those of `apply_gralora`."""
+    return {"k" if key == "gralora_k" else key: value for key, value in settings.items()}
 
 
 def _check_config(config: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -186,7 +121,7 @@ def _by_layer(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]],
     by_layer: dict[str, dict[str, Tensor]] = {}
     others = {}
     for stored, value in tensors.items():
-        key = stored.removeprefix(_PREFIX)
+        key = stored.removeprefix(PREFIX)
         if key != stored and key in tensors:
             raise ValueError(f"the adapter has weights for {key!r} twice, as {key!r} and as {stored!r}")
         name, found, part = key.rpartition(".gralora_")
@@ -221,9 +156,9 @@ def _bases_of_present(
             "base"
         )
     for name, layer in layers.items():
-        if _settings(layer) != settings:
+        if settings_of(layer) != settings:
             raise ValueError(
-                f"the adapter has {settings}, layer {name!r} of the model {_settings(layer)}. Call "
+                f"the adapter has {settings}, layer {name!r} of the model {settings_of(layer)}. Call "
                 "unload_gralora(model) and load on the base"
             )
     return {name: layer.base_layer for name, layer in layers.items()}
@@ -238,7 +173,7 @@ def _check_layers(
         if base.weight.device.type == "meta":
             raise ValueError(f"layer {name!r} is on the meta device, which holds no values; load the base model first")
         m, n = linear_base(base).shape  # type: ignore[union-attr]
-        expected = {part: shape(m, n, r, k, hybrid_r) for part, shape in _SHAPES.items()}
+        expected = {part: shape(m, n, r, k, hybrid_r) for part, shape in SHAPES.items()}
         if not hybrid_r:
             expected = {part: shape for part, shape in expected.items() if "general" not in part}
         found = {part: tuple(value.shape) for part, value in by_layer[name].items()}

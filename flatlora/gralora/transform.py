@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,17 +14,14 @@ from torch import nn
 
 from .. import checks
 from ..perturbation.attachment import remove_perturbation
+from .contents import Before, gralora_layers, records, saved_modules
 from .layer import GraLoRALinear
+from .pretrained import declare, withdraw
 from .targets import check_blocks, check_numbers, find_saved, find_targets
 
 __all__ = ["apply_gralora", "merge_gralora", "unload_gralora"]
 
 logger = logging.getLogger("flatlora")
-
-
-def gralora_layers(model: nn.Module) -> dict[str, GraLoRALinear]:
-    """The GraLoRA layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GraLoRALinear)}
 
 
 def _adapted(model: nn.Module) -> dict[str, GraLoRALinear]:
@@ -36,14 +33,6 @@ def _adapted(model: nn.Module) -> dict[str, GraLoRALinear]:
             f"{type(model).__name__} has no GraLoRA layers; call apply_gralora(model, target_modules) first"
         )
     return layers
-
-
-@dataclass
-class _Before:
-    """What `unload_gralora` puts back beside the base layers; held by the module that `apply_gralora` was given."""
-
-    trainable: set[str]
-    modules: dict[str, nn.Module] = field(default_factory=dict)
 
 
 def apply_gralora(
@@ -100,7 +89,7 @@ def check_fresh(model: nn.Module) -> None:
 
 def install(model: nn.Module, targets: dict[str, nn.Module], saved: list[str], **settings: Any) -> nn.Module:
     """The transform itself, once everything has been checked."""
-    before = _Before({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+    before = Before({name for name, parameter in model.named_parameters() if parameter.requires_grad})
     before.modules = {name: model.get_submodule(name) for name in saved}
     layers: dict[str, GraLoRALinear] = {}
     try:
@@ -119,6 +108,7 @@ def install(model: nn.Module, targets: dict[str, nn.Module], saved: list[str], *
     for name, module in copies.items():
         model.set_submodule(name, module.requires_grad_(True))
     model._before_gralora = before  # type: ignore[assignment]
+    declare(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     logger.info(
@@ -129,24 +119,6 @@ def install(model: nn.Module, targets: dict[str, nn.Module], saved: list[str], *
         100 * trained / total,
     )
     return model
-
-
-def _records(model: nn.Module) -> dict[str, tuple[nn.Module, _Before]]:
-    """The modules that `apply_gralora` was given, by name in `model`, which may be a wrapper around them."""
-    return {
-        name: (module, module.__dict__["_before_gralora"])
-        for name, module in model.named_modules()
-        if "_before_gralora" in module.__dict__
-    }
-
-
-def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that `apply_gralora` found where copies of them are trained whole, by full name."""
-    return {
-        f"{prefix}.{name}" if prefix else name: module
-        for prefix, (_, before) in _records(model).items()
-        for name, module in before.modules.items()
-    }
 
 
 def unload_gralora(model: nn.Module) -> nn.Module:
@@ -176,7 +148,8 @@ def merge_gralora(model: nn.Module) -> nn.Module:
 
     Float weights become ``W0 + ΔW``, rounded once. 4-bit and 8-bit weights are dequantised, added to and quantised
     again with their own settings, which is not exact; that is said in one warning. Modules that were trained whole
-    stay as trained. The weights are new tensors: what else holds the old ones keeps them. Whatever perturbs the model,
+    stay as trained. The weights are new tensors: what else holds the old ones keeps them, and a warning says where a
+    model's own tie (of its input embeddings and its head) comes undone. Whatever perturbs the model,
     such as GGPO's noise or an auxiliary of Bi-LoRA, comes off first. Should memory run out on the way, each layer is
     either merged or adapted still, the model computes what it did, and another call merges the rest.
 
@@ -199,6 +172,12 @@ def merge_gralora(model: nn.Module) -> nn.Module:
             "quantisation error. To merge exactly, load the adapter on the float model",
             stacklevel=2,
         )
+    if untied := _untied(model, layers):
+        warnings.warn(
+            f"the weights of {', '.join(untied)} were tied to those of other modules, and are not once merged; set "
+            "model.config.tie_word_embeddings = False before saving, or loading ties them again, without the update",
+            stacklevel=2,
+        )
     remove_perturbation(model)
     for name, layer in layers.items():
         base, delta = layer.base, layer.delta_weight()
@@ -208,6 +187,13 @@ def merge_gralora(model: nn.Module) -> nn.Module:
     return _forget(model)
 
 
+def _untied(model: nn.Module, layers: dict[str, GraLoRALinear]) -> list[str]:
+    """The layers, and modules that are trained whole, whose own weights merging leaves in place of shared ones."""
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    whole = [name for name, one in saved_modules(model).items() if any(id(p) in holders for p in one.parameters())]
+    return [name for name, layer in layers.items() if holders[id(layer.base_layer.weight)] > 1] + whole
+
+
 def _take_off(model: nn.Module, name: str, layer: GraLoRALinear) -> None:
     layer._layout.release()
     model.set_submodule(name, layer.base_layer.train(layer.training))
@@ -215,9 +201,10 @@ def _take_off(model: nn.Module, name: str, layer: GraLoRALinear) -> None:
 
 def _forget(model: nn.Module) -> nn.Module:
     """Ends a model's time with GraLoRA, once the layers are off: what was trainable before is so again."""
-    for module, before in _records(model).values():
+    for module, before in records(model).values():
         _set_trainable(module, before.trainable)
         del module._before_gralora
+        withdraw(module)
     return model
 
 
