@@ -7,7 +7,6 @@ import random
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 
@@ -28,22 +27,17 @@ class RandomStreams:
     def __init__(self, devices: Iterable[torch.device] = ()):
         self._cpu = torch.get_rng_state()
         others = [device for device in devices if device.type not in ("cpu", "meta")]
-        self._devices = [(device, _module(device).get_rng_state(device)) for device in others]
+        self._devices = [(device, torch.get_device_module(device).get_rng_state(device)) for device in others]
         self._python = random.getstate()
         self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
 
     def restore(self) -> None:
         torch.set_rng_state(self._cpu)
         for device, state in self._devices:
-            _module(device).set_rng_state(state, device)
+            torch.get_device_module(device).set_rng_state(state, device)
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)
-
-
-def _module(device: torch.device) -> Any:
-    """`torch.cuda`, `torch.mps` or whichever has the random stream of a device; RuntimeError if none is known."""
-    return torch.get_device_module(device)
 
 
 @contextmanager
@@ -54,8 +48,8 @@ def private_streams(seed: int, devices: Iterable[torch.device] = ()) -> Iterator
     try:
         torch.default_generator.manual_seed(seed)
         for device, _ in before._devices:
-            module = _module(device)
-            with module.device(device) if hasattr(module, "device") else nullcontext():  # there is but one of MPS
+            module = torch.get_device_module(device)
+            with module.device(device) if hasattr(module, "device") else nullcontext():  # MPS has but one
                 module.manual_seed(seed)
         random.seed(seed)
         if before._numpy is not None:

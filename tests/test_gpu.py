@@ -74,6 +74,18 @@ def test_a_part_that_fails_is_noted_and_the_others_are_run(gpu, tmp_path, monkey
     assert a_run.faults == ["tiny fp32, 8 tokens: LoRASAM"]
 
 
+def test_times_are_kept_where_kernels_cannot_be_counted(gpu, tmp_path, monkeypatch):
+    def kernels(step, ids):
+        raise RuntimeError("no counters")
+
+    monkeypatch.setattr(gpu, "kernels", kernels)
+    a_run = run_of(gpu, tmp_path)
+    gpu.costs(a_run, gpu.Cell("tiny", 8, "fp32"), ["PEFT LoRA"])
+    found = json.loads((tmp_path / "gpu.json").read_text())["tiny fp32, 8 tokens"]["PEFT LoRA"]
+    assert found["ms"] > 0 and found["kernels"] == "RuntimeError: no counters"
+    assert a_run.faults[0] == "tiny fp32, 8 tokens: PEFT LoRA: kernels"
+
+
 def test_a_wrong_result_is_a_fault(gpu, tmp_path, monkeypatch):
     a_run = run_of(gpu, tmp_path)
     assert max(gpu.one_layer(a_run, "PEFT LoRA", "fp32").values()) < 1e-5

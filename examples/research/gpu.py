@@ -452,7 +452,13 @@ def cost(run: Run, name: str, base: nn.Module, ids: Tensor, cell: Cell) -> dict[
     device, host = zip(*times, strict=True)
     found |= {"ms": round(statistics.median(device), 3), "fastest ms": round(min(device), 3), "steps": len(times)}
     found["host ms"] = round(statistics.median(host), 3)
-    return found | kernels(step, ids) | (waits(step, ids) if run.cuda else {})
+    for measure in (kernels, waits) if run.cuda else (kernels,):
+        try:
+            found |= measure(step, ids)
+        except Exception as error:  # such as a profiler that may not look; the times are kept
+            run.faults.append(f"{cell.name}: {name}: {measure.__name__}")
+            found[measure.__name__] = f"{type(error).__name__}: {error}"[:500]
+    return found
 
 
 def waits(step: Step, ids: Tensor) -> dict[str, Any]:
