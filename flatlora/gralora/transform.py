@@ -49,6 +49,8 @@ def apply_gralora(
     """Replaces linear layers of `model` by `GraLoRALinear` over them and freezes everything else.
 
     Apply it before DDP, FSDP or `torch.compile` wrap the model. If anything is wrong, nothing has been changed.
+    A transformers model then counts as one with adapters: the Trainer trains it quantised too and resumes it, and
+    `save_pretrained`, checkpoints and the Hub get the adapters alone, as `save_gralora` writes them.
 
     Args:
         model: any module with linear layers inside.

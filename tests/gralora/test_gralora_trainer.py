@@ -94,8 +94,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_and_its_adapter_loads(kind, opti
     assert torch.equal(logits(load_gralora(base(folder, kind), last).eval()), expected)
     theirs = PeftModel.from_pretrained(base(folder, kind), last).eval()
     assert torch.allclose(logits(theirs), expected, atol=1e-5)
-    through_transformers = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32).eval()
     if kind == "float":  # the file names the base, not how it was quantised
+        through_transformers = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32).eval()
         assert torch.allclose(logits(through_transformers), expected, atol=1e-5)
 
 
@@ -207,6 +207,10 @@ def test_other_modules_are_told_nothing(folder):
     assert "save_pretrained" not in vars(around[0])
 
 
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="with a CUDA build of torch, TRL asks triton for a driver, and there is no GPU",
+)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_trl_trains_it_and_resumes_to_the_bit(kind, folder, tmp_path):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
