@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..kernels import operators
-from ..kernels.draw import Draw
+from ..kernels.draw import Draw, refuse_capture
 from ..kernels.operators import Noise, Site, traced
 from ..layers.adapter import Adapter
 from ..layers.base import wide
@@ -109,6 +109,7 @@ class PerturbedForward:
         if not extras or adapters is None:
             return self.original(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
+        refuse_capture(x.device)
         base = layer.base
         if self.patch is None and len(args) + len(kwargs) == 1 and fusable(layer, base, adapters, x):
             return fused_output(layer, base, x, adapters, extras)
