@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .. import checks
 from ..streams import derived_seed
-from ..wrapper import OptimizerWrapper, chain
+from ..wrapper import OptimizerWrapper, chain, load_base
 from .data import Batches, check_position
 from .levels import check_optimizer_state, shapes_of
 from .loop import LoopWatch
@@ -103,7 +103,7 @@ class PhaseTwo:
                 batches.load_state_dict(self._batches.state_dict())
         if self._loaded is not None:
             check_optimizer_state(self._loaded["optimizer"], self._loaded["shapes"], optimizer)
-            optimizer.load_state_dict(self._loaded["optimizer"])
+            load_base(optimizer, self._loaded["optimizer"])
         self._batches, self._optimizer, self._loaded = batches, optimizer, None
 
     @contextmanager
@@ -158,7 +158,7 @@ class PhaseTwo:
         if state is not None:
             checks.state_fields("retrain", state, "position", "optimizer", "shapes")
             check_position("dataloader", state["position"])
-            checks.state_fields("retrain optimizer's", state["optimizer"], "state", "param_groups")
+            checks.state_fields("retrain optimizer's", state["optimizer"])
 
     def load_state_dict(self, phase: int, state: dict[str, Any] | None) -> None:
         self._batches, self._optimizer, self._loaded = None, None, state

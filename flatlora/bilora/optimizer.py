@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from .. import checks
 from ..perturbing import PerturbingOptimizer, held_ids, trainable, trained_layers
-from ..wrapper import chain
+from ..wrapper import chain, saved_groups
 from .auxiliary import (
     Ascent,
     Auxiliaries,
@@ -342,7 +342,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().check_state_dict(state_dict)
-        groups = state_dict["param_groups"], self.param_groups
+        groups = saved_groups(state_dict) or [], self.param_groups
         theirs, ours = ([bool(group.get("ascent")) for group in of] for of in groups)
         if theirs != ours:
             raise ValueError(

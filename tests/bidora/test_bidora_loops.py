@@ -75,6 +75,24 @@ def test_a_loop_that_gave_nothing():
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 
+def test_a_shallow_copy_is_the_same_optimizer():
+    """And takes neither the loop's batches nor the model from the one that it was made of."""
+
+    def train(copied: bool) -> dict[str, Tensor]:
+        model = peft_net(dropout=0.2)
+        torch.manual_seed(1)
+        optimizer = BilevelOptimizer(*levels(model), model, None, [net_batch()] * 3, unroll_steps=2)
+        for i in range(6):
+            model(**net_batch()).loss.backward()
+            stepped = copy.copy(optimizer) if copied and i % 3 < 2 else optimizer
+            stepped.step()
+            stepped.zero_grad()
+        assert len(model._forward_hooks) == 1 and optimizer.last_step.val_loss is not None
+        return state_of(model)
+
+    assert same(train(False), train(True))
+
+
 @pytest.mark.slow
 def test_trainer_evaluates_saves_and_resumes(tmp_path):
     from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
