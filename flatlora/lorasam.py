@@ -38,7 +38,7 @@ class Uphill(Source):
         self.layers = {layer.name: layer for layer in layers}
         self.rho, self.no_grad = rho, no_grad
         self.direction: dict[str, tuple[Tensor, Tensor]] = {}
-        self.gradient_norm = torch.zeros(())
+        self.gradient_norm = torch.zeros((), dtype=torch.float32)
         self._next: dict[str, tuple[Tensor, Tensor]] = {}
         self._norms = BaseNorms()
 

@@ -45,9 +45,9 @@ def reset_directions(model: nn.Module, adapter: str | Iterable[str] | None, seed
     for _, A, B in _dora_adapters(model, adapter):
         if isinstance(A, nn.Parameter):
             A.zero_()
-            B.copy_(torch.randn(B.shape, generator=generator, device="cpu"))
+            B.copy_(torch.randn(B.shape, generator=generator, dtype=torch.float32, device="cpu"))
             continue
-        start = torch.empty(whole(A.weight).shape, device="cpu")
+        start = torch.empty(whole(A.weight).shape, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         A.weight.copy_(start)
         for p in B.parameters():

@@ -129,7 +129,9 @@ def grads_of(params: Iterable[Tensor]) -> Values:
 def norm_of(values: Values) -> Tensor:
     """The norm of all values together."""
     norms = [value.norm() for value in values.values()]
-    return torch.stack([norm.to(norms[0]) for norm in norms]).norm() if norms else torch.zeros((), device="cpu")
+    if not norms:
+        return torch.zeros((), dtype=torch.float32, device="cpu")
+    return torch.stack([norm.to(norms[0]) for norm in norms]).norm()
 
 
 @torch.no_grad()
