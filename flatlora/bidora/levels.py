@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from typing import Any
 
 from torch import Tensor
@@ -131,19 +133,18 @@ class TwoLevels(Method, Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         self.check_state_dict(state_dict)
-        before = [copy.deepcopy(level.state_dict()) for level in self.inner_optimizers()]
+        levels = self.inner_optimizers()
+        before = [copy.deepcopy(level.state_dict()) for level in levels]
         try:
-            self._load_levels(*self._split(state_dict))
+            for level, state in zip(levels, self._split(state_dict), strict=True):
+                load_base(level, state)
         except BaseException:  # of a base optimizer's own checks
-            self._load_levels(*before)
+            for level, state in zip(levels, before, strict=True):
+                level.load_state_dict(state)
             raise
         self.load_method_state(state_dict[STATE_KEY][type(self).__name__]["own"])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _load_levels(self, lower: dict[str, Any], upper: dict[str, Any]) -> None:
-        load_base(self.lower, lower)
-        load_base(self.upper, upper)
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError if a level or the method would refuse the state. Changes nothing."""
@@ -161,21 +162,19 @@ class TwoLevels(Method, Optimizer):
             _check_wrappers(level, state)
         self.check_method_state(own["own"])
 
-    def _split(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _split(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """The states of the lower and of the upper in one of both."""
-        own, groups, state = state_dict[STATE_KEY][type(self).__name__], state_dict["param_groups"], state_dict["state"]
+        own, groups, found = state_dict[STATE_KEY][type(self).__name__], state_dict["param_groups"], []
         cut = len(self.lower.param_groups)
         offset = _count(groups[:cut])
-        lower = {i: s for i, s in state.items() if i < offset}
-        upper = {i - offset: s for i, s in state.items() if i >= offset}
-        parts = {"lower": (lower, groups[:cut]), "upper": (upper, _shifted(groups[cut:], -offset))}
-        found = [
-            own[name]
-            if name in own.get("of_own_form", ())
-            else {**own[name], "state": numbered | own[name].get("state", {}), "param_groups": its_groups}
-            for name, (numbered, its_groups) in parts.items()
-        ]
-        return found[0], found[1]
+        for name, part, first, end in (("lower", groups[:cut], 0, offset), ("upper", groups[cut:], offset, math.inf)):
+            if name in own.get("of_own_form", ()):
+                found.append(own[name])
+                continue
+            state = {i - first: one for i, one in state_dict["state"].items() if first <= i < end}
+            state |= own[name].get("state", {})
+            found.append({**own[name], "state": state, "param_groups": _shifted(part, -first)})
+        return found
 
 
 def directions_of(lower: Optimizer) -> Values:
@@ -214,14 +213,14 @@ def _check_wrappers(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
 
 
 def _check_groups(groups: list[dict[str, Any]] | None, shapes: Any, optimizer: Optimizer) -> None:
-    theirs, ours = ([len(group["params"]) for group in found or ()] for found in (groups, optimizer.param_groups))
-    if theirs != ours and groups is not None:
+    theirs: Any = [len(group["params"]) for group in groups or ()]
+    ours: Any = [len(group["params"]) for group in optimizer.param_groups]
+    if groups is None or theirs == ours:
+        theirs, ours = shapes, shapes_of(optimizer)
+    if theirs != ours:
         raise ValueError(
-            f"the state_dict is of another model: its groups have {theirs} parameters, this optimizer's {ours}"
-        )
-    if shapes != (expected := shapes_of(optimizer)):
-        raise ValueError(
-            f"the state_dict is of another model: its parameters have the shapes {shapes}, this optimizer's {expected}"
+            f"the state_dict is of another model: the sizes of its groups or parameters are {theirs}, this optimizer's "
+            f"{ours}"
         )
 
 
@@ -235,11 +234,8 @@ def _shifted(groups: list[dict[str, Any]], by: int) -> list[dict[str, Any]]:
 
 def _numbered_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
     """The groups with numbers for parameters, as torch's `state_dict` has them."""
-    found: list[dict[str, Any]] = []
-    for group in optimizer.param_groups:
-        start = _count(found)
-        found.append({**group, "params": list(range(start, start + len(group["params"])))})
-    return found
+    numbers = itertools.count()
+    return [{**group, "params": [next(numbers) for _ in group["params"]]} for group in optimizer.param_groups]
 
 
 def _rest(state_dict: dict[str, Any]) -> dict[str, Any]:
