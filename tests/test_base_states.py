@@ -48,9 +48,10 @@ BASES = {
     "Magma": lambda params: kozistr.Magma(adamw(params)),
     "SAM": lambda params: kozistr.SAM(params, SGD, lr=0.05, momentum=0.9),
     "LookSAM": lambda params: kozistr.LookSAM(params, SGD, lr=0.05, momentum=0.9),
+    "WSAM": lambda params: kozistr.WSAM(torch.nn.Identity(), params, SGD, lr=0.05, momentum=0.9),
     "FriendlySAM": lambda params: kozistr.FriendlySAM(params, SGD, lr=0.05, momentum=0.9),
 }
-WITH_CLOSURE = ("SAM", "LookSAM", "FriendlySAM")  # of two passes, which no method of one pass goes with
+WITH_CLOSURE = ("SAM", "LookSAM", "WSAM", "FriendlySAM")  # of two passes, which no method of one pass goes with
 OF_OWN_FORM = ("Lookahead", "Lookahead, pullback", "ScheduleFreeWrapper")
 
 METHODS = {
