@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from flatlora import BilevelOptimizer, direction_parameters, lora_layers, magnitude_parameters, split_dataset
-from flatlora.bidora.updates import Updates, correlation
+from flatlora.bidora.parameters import correlation, update_changes
 
 CHECKPOINTS = 4
 
@@ -103,7 +103,7 @@ class Texts:
 
 def changes(model: nn.Module) -> Tensor:
     """ΔM and ΔD of every adapted layer."""
-    return Updates(lora_layers(model)).changes()
+    return update_changes(lora_layers(model))
 
 
 def summary(points: list[Tensor]) -> str:

@@ -39,7 +39,7 @@ class LastGradient(Source):
         super().__init__(layers)
         self.rho, self.no_grad, self.maximizes = rho, no_grad, False
         self.direction: dict[tuple[str, Names], tuple[Tensor, Tensor]] = {}
-        self.gradient_norm = torch.zeros(())
+        self.gradient_norm = torch.zeros((), dtype=torch.float32)
         self._next: dict[tuple[str, Names], tuple[Tensor, Tensor]] = {}
         self._norms = BaseNorms()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,6 +33,12 @@ class Method:
     def inner_optimizers(self) -> list[Optimizer]:
         """The optimizers that this one steps."""
         raise NotImplementedError
+
+    def __copy__(self) -> Any:
+        """The same optimizer as another object, which shares all that it has; `copy.deepcopy` makes another one."""
+        twin = object.__new__(type(self))
+        twin.__dict__ = self.__dict__
+        return twin
 
     def metrics(self) -> dict[str, Tensor]:
         """The method's few scalars at present, by name, still on their device: reading them is what costs a sync."""
@@ -186,12 +192,12 @@ class OptimizerWrapper(Method, Optimizer):
         """
         self.check_state_dict(state_dict)
         base_state, own = self._parts(state_dict)
-        self.base_optimizer.load_state_dict(base_state)
+        load_base(self.base_optimizer, base_state)
         self.load_method_state(own)
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError if a method in the chain of wrappers would refuse the state. Changes nothing."""
-        checks.state_fields("base", state_dict, "state", "param_groups")
+        check_base_state(self.base_optimizer, state_dict)
         base_state, own = self._parts(state_dict)
         if own is not None:
             self.check_method_state(own)
@@ -274,6 +280,35 @@ def _whole(grad: Any) -> Tensor:
 def _is_zero(lr: Any) -> bool:
     """Whether it is 0 for all that the host knows."""
     return not (isinstance(lr, Tensor) and lr.device.type != "cpu") and lr == 0
+
+
+def check_base_state(base: Optimizer, state: Any) -> None:
+    """ValueError unless `state` has what torch's `load_state_dict` reads, if `base` loads its state by that.
+
+    Others have states of their own form, such as pytorch_optimizer's `Lookahead`, and check them themselves.
+    """
+    as_torch = type(base).load_state_dict is Optimizer.load_state_dict
+    checks.state_fields("base", state, *(("state", "param_groups") if as_torch else ()))
+
+
+def load_base(base: Optimizer, state: dict[str, Any]) -> None:
+    """The base optimizer's `load_state_dict`, with a ValueError for what its state lacks."""
+    try:
+        base.load_state_dict(state)
+    except KeyError as missing:
+        raise ValueError(
+            f"the state_dict has no {missing}, which {type(base).__name__} looks for; load one that the same optimizer "
+            "wrote"
+        ) from missing
+
+
+def saved_groups(state: Any) -> list[dict[str, Any]] | None:
+    """The parameter groups in an optimizer's state, or in that of the optimizer which it wraps; None without any."""
+    if not isinstance(state, Mapping):
+        return None
+    if "param_groups" in state:
+        return state["param_groups"]
+    return next((found for part in state.values() if (found := saved_groups(part)) is not None), None)
 
 
 def chain(optimizer: Optimizer) -> Iterator[OptimizerWrapper]:

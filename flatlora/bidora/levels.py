@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import checks
-from ..wrapper import STATE_KEY, Method, chain
+from ..wrapper import STATE_KEY, Method, chain, check_base_state, load_base, saved_groups
 from .passes import Values, parameters_of
 
 __all__ = ["TwoLevels", "check_optimizer_state", "directions_of", "shapes_of", "step_sizes"]
@@ -100,17 +102,23 @@ class TwoLevels(Method, Optimizer):
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """``state`` and ``param_groups`` numbered through both levels, and ``["flatlora"][class name]``."""
+        """``state`` and ``param_groups`` numbered through both levels, and ``["flatlora"][class name]``.
+
+        A level whose `state_dict()` has another form is in the latter as it is, and of the former has its groups alone.
+        """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        lower, upper = self.lower.state_dict(), self.upper.state_dict()
-        offset = _count(lower["param_groups"])
-        own = {"lower": _rest(lower), "upper": _rest(upper), "shapes": shapes_of(self), "own": self.method_state()}
-        merged = {
-            "state": {**lower["state"], **{offset + i: state for i, state in upper["state"].items()}},
-            "param_groups": [*lower["param_groups"], *_shifted(upper["param_groups"], offset)],
-            STATE_KEY: {type(self).__name__: own},
-        }
+        own: dict[str, Any] = {"shapes": shapes_of(self), "own": self.method_state()}
+        merged: dict[str, Any] = {"state": {}, "param_groups": [], STATE_KEY: {type(self).__name__: own}}
+        for name, level in (("lower", self.lower), ("upper", self.upper)):
+            state, offset = level.state_dict(), _count(merged["param_groups"])
+            if not {"state", "param_groups"} <= state.keys():
+                own["of_own_form"] = [*own.get("of_own_form", ()), name]
+                own[name], numbered, groups = state, {}, _numbered_groups(level)
+            else:
+                own[name], numbered, groups = _rest(state), state["state"], state["param_groups"]
+            merged["state"] |= {offset + i: one for i, one in numbered.items() if isinstance(i, int)}
+            merged["param_groups"] += _shifted(groups, offset)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             merged = post_hook(self, merged) or merged
         return merged
@@ -125,19 +133,18 @@ class TwoLevels(Method, Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
         self.check_state_dict(state_dict)
-        before = [copy.deepcopy(level.state_dict()) for level in self.inner_optimizers()]
+        levels = self.inner_optimizers()
+        before = [copy.deepcopy(level.state_dict()) for level in levels]
         try:
-            self._load_levels(*self._split(state_dict))
+            for level, state in zip(levels, self._split(state_dict), strict=True):
+                load_base(level, state)
         except BaseException:  # of a base optimizer's own checks
-            self._load_levels(*before)
+            for level, state in zip(levels, before, strict=True):
+                level.load_state_dict(state)
             raise
         self.load_method_state(state_dict[STATE_KEY][type(self).__name__]["own"])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _load_levels(self, lower: dict[str, Any], upper: dict[str, Any]) -> None:
-        self.lower.load_state_dict(lower)
-        self.upper.load_state_dict(upper)
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError if a level or the method would refuse the state. Changes nothing."""
@@ -155,17 +162,19 @@ class TwoLevels(Method, Optimizer):
             _check_wrappers(level, state)
         self.check_method_state(own["own"])
 
-    def _split(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _split(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """The states of the lower and of the upper in one of both."""
-        own, groups, state = state_dict[STATE_KEY][type(self).__name__], state_dict["param_groups"], state_dict["state"]
+        own, groups, found = state_dict[STATE_KEY][type(self).__name__], state_dict["param_groups"], []
         cut = len(self.lower.param_groups)
         offset = _count(groups[:cut])
-        lower = {i: s for i, s in state.items() if i < offset}
-        upper = {i - offset: s for i, s in state.items() if i >= offset}
-        return (
-            {"state": lower, "param_groups": groups[:cut], **own["lower"]},
-            {"state": upper, "param_groups": _shifted(groups[cut:], -offset), **own["upper"]},
-        )
+        for name, part, first, end in (("lower", groups[:cut], 0, offset), ("upper", groups[cut:], offset, math.inf)):
+            if name in own.get("of_own_form", ()):
+                found.append(own[name])
+                continue
+            state = {i - first: one for i, one in state_dict["state"].items() if first <= i < end}
+            state |= own[name].get("state", {})
+            found.append({**own[name], "state": state, "param_groups": _shifted(part, -first)})
+        return found
 
 
 def directions_of(lower: Optimizer) -> Values:
@@ -186,8 +195,7 @@ def shapes_of(optimizer: Optimizer) -> list[list[list[int]]]:
 
 def check_optimizer_state(state_dict: Any, shapes: Any, optimizer: Optimizer) -> None:
     """ValueError unless the state is of parameters with these shapes, and of the optimizer's kind of wrapper."""
-    checks.state_fields(type(optimizer).__name__, state_dict, "state", "param_groups")
-    _check_groups(state_dict["param_groups"], shapes, optimizer)
+    _check_groups(saved_groups(state_dict), shapes, optimizer)
     _check_wrappers(optimizer, state_dict)
 
 
@@ -195,22 +203,24 @@ def _check_wrappers(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """ValueError if a wrapper around the base optimizer would refuse the state, or has gone since it was written."""
     if (outermost := next(chain(optimizer), None)) is not None:
         outermost.check_state_dict(state_dict)
-    elif methods := state_dict.get(STATE_KEY):
+        return
+    check_base_state(optimizer, state_dict)
+    if methods := state_dict.get(STATE_KEY):
         raise ValueError(
             f"the state_dict was written by {', '.join(methods)} and this optimizer is {type(optimizer).__name__} "
             "alone; build the same optimizer as the checkpoint's before loading"
         )
 
 
-def _check_groups(groups: list[dict[str, Any]], shapes: Any, optimizer: Optimizer) -> None:
-    theirs, ours = ([len(group["params"]) for group in found] for found in (groups, optimizer.param_groups))
+def _check_groups(groups: list[dict[str, Any]] | None, shapes: Any, optimizer: Optimizer) -> None:
+    theirs: Any = [len(group["params"]) for group in groups or ()]
+    ours: Any = [len(group["params"]) for group in optimizer.param_groups]
+    if groups is None or theirs == ours:
+        theirs, ours = shapes, shapes_of(optimizer)
     if theirs != ours:
         raise ValueError(
-            f"the state_dict is of another model: its groups have {theirs} parameters, this optimizer's {ours}"
-        )
-    if shapes != (expected := shapes_of(optimizer)):
-        raise ValueError(
-            f"the state_dict is of another model: its parameters have the shapes {shapes}, this optimizer's {expected}"
+            f"the state_dict is of another model: the sizes of its groups or parameters are {theirs}, this optimizer's "
+            f"{ours}"
         )
 
 
@@ -222,5 +232,14 @@ def _shifted(groups: list[dict[str, Any]], by: int) -> list[dict[str, Any]]:
     return [{**group, "params": [i + by for i in group["params"]]} for group in groups]
 
 
+def _numbered_groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The groups with numbers for parameters, as torch's `state_dict` has them."""
+    numbers = itertools.count()
+    return [{**group, "params": [next(numbers) for _ in group["params"]]} for group in optimizer.param_groups]
+
+
 def _rest(state_dict: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state_dict.items() if key not in ("state", "param_groups")}
+    """What is left of a state without groups and what is kept by a parameter's number, as TRAC's state by name."""
+    rest = {key: value for key, value in state_dict.items() if key not in ("state", "param_groups")}
+    named = {key: value for key, value in state_dict["state"].items() if not isinstance(key, int)}
+    return {**rest, "state": named} if named else rest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,12 +38,7 @@ class _Hook:
             getattr(watch, self._method)(*args)
 
     def __reduce__(self) -> Any:
-        return _copied_hook, ()
-
-
-def _copied_hook() -> Any:
-    """What stands in a copy of a watched model."""
-    return _nothing
+        return functools.partial, (_nothing,)  # in a copy of a watched model
 
 
 def _nothing(*args: Any) -> None: ...

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -13,26 +14,65 @@ from torch.optim import Optimizer
 
 from .. import checks
 from ..layers.bnb import hold_training_layout
+from ..layers.stack import BaseNorms
 from ..streams import derived_seed, shared_seed
 from ..wrapper import chain, only_initialises
-from .arguments import check_levels, check_options, warn_of_shared_data
 from .data import Batches
-from .levels import TwoLevels, directions_of, step_sizes
+from .levels import directions_of, step_sizes
 from .loop import LoopWatch
 from .orthogonality import add_orthogonality_gradient
-from .parameters import trained_layers
-from .passes import LossPass, Values, batch_pass, finite, frozen, grads_of, moved, norm_of, parameters_of, traceless
-from .perturbations import current_perturbations, perturbed_as, unperturbed
-from .phase_two import PhaseTwo
-from .ranks import average_gradients, begin_alike, whole_model
-from .records import BilevelStep, Hypergradient, LowerPoint, TrainLoss, ValLoss
-from .snapshot import undone_on_error
-from .updates import Updates
+from .parameters import check_levels, correlation, trained_layers, update_changes
+from .passes import (
+    LossPass,
+    Values,
+    average_gradients,
+    batch_pass,
+    begin_alike,
+    finite,
+    frozen,
+    grads_of,
+    moved,
+    norm_of,
+    parameters_of,
+    together,
+    traceless,
+    undone_on_error,
+    whole_model,
+)
+from .phase_two import TwoPhases
 
 __all__ = ["BilevelOptimizer", "BilevelStep"]
 
 
-class BilevelOptimizer(TwoLevels):
+@dataclass(frozen=True)
+class BilevelStep:
+    """What one iteration saw.
+
+    Attributes:
+        train_loss: L_tr(V, μ) of the last lower step, without γ·R.
+        val_loss: L_val(V', μ) before the upper step; None where a call of `step()` did not reach the upper level.
+        lower_grad_norm: ‖∇_V (L_tr + γ·R)‖ as the last lower step took it.
+        upper_grad_norm: norm of the hypergradient; None as `val_loss`.
+    """
+
+    train_loss: float
+    val_loss: float | None
+    lower_grad_norm: float
+    upper_grad_norm: float | None
+
+
+@dataclass(frozen=True)
+class TrainPoint:
+    """Where a lower step begins: V, what perturbs the model there, L_tr with its passes, and ∂_μ L_tr where taken."""
+
+    V: Values
+    perturbations: list[Any]
+    passes: list[LossPass]
+    loss: Tensor
+    magnitude_grads: Values
+
+
+class BilevelOptimizer(TwoPhases):
     """Trains directions V on one dataloader and magnitudes μ on another, by gradients through the inner step.
 
     BiDoRA (arXiv:2410.09758, Eq. 6-9 and Algorithm 1; the difference is Eq. 8 of DARTS, arXiv:1806.09055) solves
@@ -50,15 +90,16 @@ class BilevelOptimizer(TwoLevels):
     the perturbation is no part of V. L_val is that of the unperturbed model. R, which lacks μ, is in no difference.
 
     PEFT treats DoRA's norm ``‖W0 + s·B·A‖`` as a constant in backward. ∂_μ is exact all the same, and the difference
-    moves the norm along with V: the second term is the exact derivative of ∂_μ L_tr along v. But v lacks the part of
-    ∇_V L_val through the norm, and so does the gradient that made V': the hypergradient is that of the loss with v
-    so defined, not the full derivative of ``L_val(V'(μ), μ)``.
+    moves the norm along with V, so the second term is the exact derivative of ∂_μ L_tr along v. But v, as the gradient
+    that made V', lacks the part through the norm: this is not the full derivative of ``L_val(V'(μ), μ)``.
 
-    The random streams end a step as if its lower passes alone had run. If anything in a step fails, or a loss is not
-    finite, everything is as before `step()`: parameters, gradients, both optimizers' states and groups, random streams
-    and positions in the data, so that the next call tries the same again. What a base optimizer keeps outside of its
-    `state` and `param_groups` can't be put back. Under bfloat16 rounding drowns the difference: keep A, B and μ in
-    float32, as PEFT does, and compute in float32.
+    The random streams end a step as if its lower passes alone had run. A loss or gradient that is not finite is refused
+    before the level's optimizer moves. If that or anything else in a step fails, everything is as before `step()`:
+    parameters, gradients, both optimizers' states and groups, random streams and positions in the data, so that the
+    next call tries the same again. What a base optimizer keeps outside of its `state` and `param_groups` can't be put
+    back. The copies that this takes are about 1 % of a step's time and, under Adam, four times the trained parameters.
+
+    Under bfloat16 rounding drowns the difference: keep A, B and μ in float32, as PEFT does, and compute in float32.
 
     Several processes each run their share of every batch, as a `DistributedSampler` in each loader (it is told the
     epoch) deals it out. Losses and all gradients are averaged over them; they begin with rank 0's parameters. DDP need
@@ -72,8 +113,10 @@ class BilevelOptimizer(TwoLevels):
             such as the Hugging Face Trainer, runs forward and backward itself and calls `step()`; see below.
         val_dataloader: batches of the upper level.
         loss_fn: ``loss_fn(model, batch)`` returns a scalar tensor; by default ``model(**batch).loss``.
-        xi: ξ ≥ 0, or ``"lr"`` for the learning rate of each of the lower's groups. 0 drops the second term and its
-            passes, which is a different method: alternating first-order updates.
+        xi: ξ ≥ 0, or ``"lr"`` for the learning rate of each of the lower's groups, which is DARTS' own ξ: its V' is one
+            gradient step. 1, as in BiDoRA's code, takes V* by the implicit function theorem instead, with the identity
+            for the inverse Hessian of L_tr, and so does not shrink with the learning rate. 0 drops the second term and
+            its passes, which is a different method: alternating first-order updates.
         unroll_steps: lower steps per upper step.
         difference: ``"central"``, with an error in e², two more passes; or ``"forward"``, with an error in e, one more,
             as it reuses the lower pass.
@@ -116,25 +159,33 @@ class BilevelOptimizer(TwoLevels):
     ):
         super().__init__(lower, upper)
         model = whole_model(checks.module(model))
-        check_options(loss_fn, xi, unroll_steps, difference, epsilon, orthogonality)
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"loss_fn must be callable as loss_fn(model, batch), got {loss_fn!r}")
+        if isinstance(xi, str) and xi != "lr":
+            raise ValueError(f"xi must be a number >= 0 or 'lr', got {xi!r}")
+        self.xi: float | Literal["lr"] = "lr" if isinstance(xi, str) else checks.number("xi", xi)
+        self.unroll_steps = checks.integer("unroll_steps", unroll_steps, 1)
+        self.difference = checks.option("difference", difference, ("central", "forward"))
+        self.epsilon = checks.number("epsilon", epsilon, above=0)  # to leave the second-order term out, one sets xi=0
+        self.orthogonality = checks.number("orthogonality", orthogonality)
         check_levels(lower, upper, model, adapter)
-        warn_of_shared_data(train_dataloader, val_dataloader)
-        self.model, self.loss_fn, self.adapter, self.difference = model, loss_fn, adapter, difference
-        self.xi: float | Literal["lr"] = "lr" if isinstance(xi, str) else float(xi)
-        self.unroll_steps, self.epsilon, self.orthogonality = int(unroll_steps), float(epsilon), float(orthogonality)
-        self.last_step: BilevelStep | None = None  # for loops that do not hand out what step() returns
+        if train_dataloader is val_dataloader is not None:
+            warnings.warn(
+                "the same object is both train_dataloader and val_dataloader, so magnitudes are trained on the data of "
+                "the directions; split the data, for example with flatlora.split_dataset",
+                stacklevel=2,
+            )
+        self.model, self.loss_fn, self.adapter = model, loss_fn, adapter
         self._seed = shared_seed()
         begin_alike([*parameters_of(lower), *parameters_of(upper)])
         self._train = None if train_dataloader is None else Batches(train_dataloader, "train_dataloader", self._seed)
         self._val = Batches(val_dataloader, "val_dataloader", self._seed)
         self._lower_steps = 0
         self._norms: dict[str, Tensor] = {}
-        layers = trained_layers(model, adapter, directions_of(lower), needed=orthogonality > 0)
-        self._layers = layers if orthogonality > 0 else []
-        self._updates = Updates(layers)
+        self._adapted = trained_layers(model, adapter, directions_of(lower), needed=orthogonality > 0)
+        self._layers, self._base_norms = self._adapted if orthogonality > 0 else [], BaseNorms()
         self._layout = hold_training_layout(model)
         self._watch = LoopWatch(model, upper) if self._train is None else None
-        self._phase_two = PhaseTwo(self.lower, self.upper, model, adapter, self._watch)
 
     # --- the method -----------------------------------------------------------------------------------------------
 
@@ -156,103 +207,89 @@ class BilevelOptimizer(TwoLevels):
             raise RuntimeError("retrain() has begun the second phase and frozen the magnitudes; call retrain() again")
         if closure is not None and self._watch is None:
             raise ValueError("step() runs the training batches itself; a closure needs train_dataloader=None")
-        lower_steps, norms = self._lower_steps, dict(self._norms)
-        try:
-            with undone_on_error(self.model, (self.lower, self.upper), (self._train, self._val), self._watch):
-                if closure is not None:
-                    with torch.enable_grad():
-                        closure()
-                self.last_step = self._iterate()
-        except BaseException:
-            self._lower_steps, self._norms = lower_steps, norms
-            raise
-        if self._watch is not None:
-            self._watch.clear()
-        return self.last_step
+        with undone_on_error(self.model, (self.lower, self.upper), (self._train, self._val), self._watch):
+            if closure is not None:
+                with torch.enable_grad():
+                    closure()
+            return self._iterate()
 
     def _iterate(self) -> BilevelStep:
+        steps = self._lower_steps
         for _ in range(self.unroll_steps if self._watch is None else 1):
-            at = self._lower_loss()
-            seen = self._lower_step(at)
-        if self._watch is not None and self._lower_steps % self.unroll_steps:
-            return seen
-        val = self._val_loss(self._val.next())
-        return self._upper_step(seen, val, self._hypergradient(at, val))
+            at = self._train_point(None if self._train is None else [self._pass(self._train.next(), "training")])
+            norms = {"lower_grad_norm": norm_of(grads_of(at.V))}
+            train_loss, lower_grad_norm = finite("training", at.loss, *norms.values())
+            self.lower.step()  # V becomes V', along ∇_V (L_tr + γ·R)
+            steps += 1
+        val_loss = upper_grad_norm = None
+        if self._watch is None or steps % self.unroll_steps == 0:
+            loss, direct, v = self._val_gradients(self._val.next(), steps)
+            implicit = self._second_order(at, v)
+            for p, grad in zip(self._magnitudes(), self._hypergradient(direct, implicit), strict=True):
+                p.grad = grad
+            norms["hypergradient_norm"] = norm = norm_of(grads_of(self._magnitudes()))
+            norms |= {"first_order_norm": norm_of(direct), "second_order_norm": norm_of(implicit)}
+            val_loss, upper_grad_norm = finite("validation", loss, norm)
+            self.upper.step()  # μ moves along its hypergradient
+        if self._watch is not None:
+            self._watch.clear()
+        self._lower_steps, self._norms = steps, self._norms | norms
+        return BilevelStep(train_loss, val_loss, lower_grad_norm, upper_grad_norm)
 
-    def _lower_loss(self) -> LowerPoint:
-        """L_tr(V, μ), with ∇_V of it in `.grad`."""
-        if self._train is not None:
-            return self._here(self._take([self._pass(self._train.next(), "training")]))
-        passes, value = self._watch.train_loss()  # type: ignore[union-attr]  # the loop has been through it
-        return self._here(self._seen(passes, average_gradients(self.model, value)))
-
-    def _take(self, passes: list[LossPass]) -> TrainLoss:
-        # The forward difference subtracts ∂_μ of this very pass; the central one has no use for it.
-        wanted = self.difference == "forward" and self.xi != 0
-        with nullcontext() if wanted else frozen(self._magnitudes()):
-            return self._seen(passes, self._backward(passes))
-
-    def _seen(self, passes: list[LossPass], value: Tensor) -> TrainLoss:
-        loss = TrainLoss(passes, value, grads_of(self._magnitudes()))
+    def _train_point(self, passes: list[LossPass] | None) -> TrainPoint:
+        """L_tr(V, μ) over the passes, or over those that the loop has made; ``∇_V (L_tr + γ·R)`` is in `.grad`."""
+        if passes is None:
+            passes, value = self._watch.train_loss()  # type: ignore[union-attr]
+            loss = average_gradients(self.model, value)
+        else:
+            # The forward difference subtracts ∂_μ of this very pass; the central one has no use for it.
+            reused = self.difference == "forward" and self.xi != 0
+            with nullcontext() if reused else frozen(self._magnitudes()):
+                loss = self._backward(passes)
+        magnitude_grads = grads_of(self._magnitudes())
         self.upper.zero_grad()
-        return loss
-
-    def _here(self, loss: TrainLoss) -> LowerPoint:
-        return LowerPoint(directions_of(self.lower), current_perturbations(self.lower), loss)
-
-    def _lower_step(self, at: LowerPoint) -> BilevelStep:
-        """V becomes V', by a step of `lower` along ``∇_V (L_tr + γ·R)``."""
         add_orthogonality_gradient(self._layers, self.orthogonality)
-        self._norms["lower_grad_norm"] = norm = norm_of(grads_of(at.V))
-        train_loss, grad_norm = finite("training", at.loss.value, norm)
-        self.lower.step()
-        self._lower_steps += 1
-        return BilevelStep(train_loss, None, grad_norm, None)
+        perturbations = [wrapper.current_perturbation() for wrapper in chain(self.lower)]
+        return TrainPoint(directions_of(self.lower), perturbations, passes, loss, magnitude_grads)
 
-    def _val_loss(self, batch: Any) -> ValLoss:
-        """L_val(V', μ) of the unperturbed model, and its gradients."""
+    def _val_gradients(self, batch: Any, steps: int) -> tuple[Tensor, Values, Values]:
+        """L_val(V', μ) of the unperturbed model after so many lower steps, ∂_μ of it, and ``v = ∇_V L_val``."""
         # Dropout in this pass draws from a seed of its own, or it would shift the stream of the lower passes.
-        seed = derived_seed(self._seed, "validation", self._lower_steps)
-        with traceless(self.model, seed, self._watch), unperturbed(chain(self.lower)):
-            value = self._backward([self._pass(batch, "validation")])
-            return ValLoss(value, grads_of(self._magnitudes()), grads_of(parameters_of(self.lower)))
+        seed = derived_seed(self._seed, "validation", steps)
+        lifted = together(wrapper.unperturbed() for wrapper in chain(self.lower))
+        with traceless(self.model, seed, self._watch), lifted:
+            loss = self._backward([self._pass(batch, "validation")])
+            return loss, grads_of(self._magnitudes()), grads_of(parameters_of(self.lower))
 
-    def _upper_step(self, seen: BilevelStep, val: ValLoss, hypergradient: Hypergradient) -> BilevelStep:
-        """μ takes a step of `upper` along its hypergradient."""
-        for p in self._magnitudes():
-            p.grad = hypergradient.of(p)
-        norm = norm_of(grads_of(self._magnitudes()))
-        val_loss, grad_norm = finite("validation", val.value, norm)
-        self.upper.step()
-        self._norms |= {"hypergradient_norm": norm, **hypergradient.norms()}
-        return replace(seen, val_loss=val_loss, upper_grad_norm=grad_norm)
-
-    def _hypergradient(self, at: LowerPoint, val: ValLoss) -> Hypergradient:
-        """``∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v``"""
-        return Hypergradient(val.magnitude_grads, self._second_order(at, val.v) if self.xi != 0 else {})
-
-    def _second_order(self, at: LowerPoint, v: Values) -> Values:
-        """``ξ·∇²_{μV} L_tr(V, μ)·v`` by finite difference around V.
+    def _second_order(self, at: TrainPoint, v: Values) -> Values:
+        """``ξ·∇²_{μV} L_tr(V, μ)·v`` by finite difference around V; nothing where ξ is 0.
 
         ξ may differ between groups, so the difference is taken along ``u = ξ·v``, at ``V ± epsilon·u/‖u‖``.
         """
-        V, xi = at.V, step_sizes(self.lower, self.xi)
-        u = {p: xi[p] * v[p] for p in V if p in v}
+        if self.xi == 0:
+            return {}
+        xi = step_sizes(self.lower, self.xi)
+        u = {p: xi[p] * v[p] for p in at.V if p in v}
         length = norm_of(u)
         e = torch.where(length > 0, self.epsilon / length, 0.0)  # v may vanish, and so may a learning rate
 
         def magnitude_grads(e: Tensor) -> Values:
             """``∂_μ L_tr(V + e·u, μ)``"""
-            with moved({p: value + e.to(value) * u[p] if p in u else value for p, value in V.items()}):
-                self._backward(at.loss.passes)
+            with moved({p: value + e.to(value) * u[p] if p in u else value for p, value in at.V.items()}):
+                self._backward(at.passes)
             return grads_of(self._magnitudes())
 
-        aside, as_then = traceless(self.model, watch=self._watch), perturbed_as(self.lower, at.perturbations)
-        with aside, as_then, frozen(parameters_of(self.lower)):
+        as_then = together(w.perturbed_as(p) for w, p in zip(chain(self.lower), at.perturbations, strict=True))
+        with traceless(self.model, watch=self._watch), as_then, frozen(parameters_of(self.lower)):
             ahead = magnitude_grads(e)
-            behind = at.loss.magnitude_grads if self.difference == "forward" else magnitude_grads(-e)
+            behind = at.magnitude_grads if self.difference == "forward" else magnitude_grads(-e)
         per_e = length / (self.epsilon if self.difference == "forward" else 2 * self.epsilon)
         return {p: (ahead[p] - behind[p]) * per_e.to(ahead[p]) for p in ahead if p in behind}
+
+    def _hypergradient(self, direct: Values, implicit: Values) -> list[Tensor]:
+        """``∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v`` of every magnitude, 0 of one that a loss does not have."""
+        zero = torch.zeros_like
+        return [direct.get(p, zero(p)) - implicit.get(p, zero(p)) for p in self._magnitudes()]
 
     def hypergradient(self, train_batch: Any, val_batch: Any, *, virtual_step: bool = True) -> list[Tensor]:
         """``∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v`` at the present V, which stays; nothing at all is changed.
@@ -271,53 +308,19 @@ class BilevelOptimizer(TwoLevels):
         """
         passes = [self._pass(train_batch, "training")]
         with traceless(self.model, watch=self._watch):
-            at = self._here(self._take(passes))
-            add_orthogonality_gradient(self._layers, self.orthogonality)
-            finite("training", at.loss.value)
+            at = self._train_point(passes)
+            finite("training", at.loss)
             xi, grads = step_sizes(self.lower, self.xi), grads_of(at.V)
         after = {p: value - xi[p] * grads[p] if p in grads and virtual_step else value for p, value in at.V.items()}
         with moved(after):
-            val = self._val_loss(val_batch)
-        finite("validation", val.value)
-        return list(map(self._hypergradient(at, val).of, self._magnitudes()))
+            loss, direct, v = self._val_gradients(val_batch, self._lower_steps)
+        finite("validation", loss)
+        return self._hypergradient(direct, self._second_order(at, v))
 
-    # --- phase two ------------------------------------------------------------------------------------------------
-
-    def retrain(self, dataloader: Any, steps: int, *, optimizer: Optimizer, scheduler: Any = None) -> list[float]:
-        """Phase two: μ is frozen, A and B begin anew, and `optimizer` trains the directions on ``L + γ·R``.
-
-        The first call ends phase one. Called again it goes on where it stopped, so that checkpoints can be taken in
-        between; `state_dict` then covers `optimizer` and the position in `dataloader` too. With ``steps=0`` it freezes
-        and re-initialises alone, for a loop of your own. The perturbations of `lower` are off, but for those that
-        `optimizer` makes too or whose parameters it holds.
-
-        Args:
-            dataloader: batches of all the data, both splits together; cycled like the others.
-            steps: number of optimizer steps to make now, one batch each.
-            optimizer: a new optimizer of the directions. It must not hold magnitudes.
-            scheduler: stepped after every step of `optimizer`.
-
-        Returns:
-            The loss of each step.
-
-        Raises:
-            ValueError: a model without magnitudes, `optimizer` holds some, an empty dataloader, a dataloader or an
-                `optimizer` other than the checkpoint's, a loss that is not a finite scalar. Everything is as before
-                the step that failed; if it was the first of all, phase one has not ended.
-            TypeError: an argument of the wrong type.
-        """
-        return self._phase_two.run(dataloader, steps, optimizer, scheduler, self._seed, self._retrain_backward)
-
-    def _retrain_backward(self, batch: Any) -> Tensor:
-        """``∇_V (L + γ·R)`` into `.grad`; returns L."""
+    def retrain_gradients(self, batch: Any) -> Tensor:
         loss = self._backward([self._pass(batch, "training")])
         add_orthogonality_gradient(self._layers, self.orthogonality)
         return loss
-
-    @property
-    def phase(self) -> int:
-        """1, or 2 once `retrain` has begun."""
-        return self._phase_two.phase
 
     # --- what others see ------------------------------------------------------------------------------------------
 
@@ -327,9 +330,11 @@ class BilevelOptimizer(TwoLevels):
         ``lower_grad_norm``: ``‖∇_V (L_tr + γ·R)‖`` of the last lower step.
         ``hypergradient_norm``: of the last upper step, and of its terms ``first_order_norm``, the direct one, and
         ``second_order_norm``, the implicit one through V', ξ included.
-        ``update_correlation``: of layers' ΔM and ΔD, see `Updates`; from −1, as full fine-tuning tends to, to 1.
+        ``update_correlation``: Pearson's r of the adapters' ΔM and ΔD, how far μ and V are from the pretrained weights
+        (DoRA, arXiv:2402.09353, Eq. 3-4); from −1, as full fine-tuning tends to, to 1; 0 where one of them is constant.
         """
-        return {**self._norms, **(self._updates.metrics() if self._lower_steps else {})}
+        changes = update_changes(self._adapted if self._lower_steps else [], self._base_norms)
+        return {**self._norms, **({"update_correlation": correlation(changes)} if changes.shape[1] > 1 else {})}
 
     def remove(self) -> None:
         """Takes everything off the model. Idempotent; the levels are left as they are."""
@@ -343,7 +348,7 @@ class BilevelOptimizer(TwoLevels):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if state["_watch"]:  # a copy watches its own model
-            self._watch = self._phase_two.watch = LoopWatch(self.model, self.upper)
+            self._watch = LoopWatch(self.model, self.upper)
             self._watch.on = self.phase == 1
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -360,7 +365,7 @@ class BilevelOptimizer(TwoLevels):
             "lower_steps": self._lower_steps,
             "train": None if self._train is None else self._train.state_dict(),
             "val": self._val.state_dict(),
-            "retrain": self._phase_two.state_dict(),
+            "retrain": self.phase_state(),
         }
 
     def check_method_state(self, state: dict[str, Any]) -> None:
@@ -370,7 +375,7 @@ class BilevelOptimizer(TwoLevels):
         if self._train is not None and state["train"] is not None:
             self._train.check_state_dict(state["train"])
         self._val.check_state_dict(state["val"])
-        self._phase_two.check_state_dict(state["phase"], state["retrain"])
+        self.check_phase(state["phase"], state["retrain"])
 
     def load_method_state(self, state: dict[str, Any] | None) -> None:
         assert state is not None  # `load_state_dict` refuses a checkpoint without it
@@ -378,7 +383,7 @@ class BilevelOptimizer(TwoLevels):
         if self._train is not None and state["train"] is not None:
             self._train.load_state_dict(state["train"])
         self._val.load_state_dict(state["val"])
-        self._phase_two.load_state_dict(state["phase"], state["retrain"])
+        self.load_phase(state["phase"], state["retrain"])
 
     # --- passes ---------------------------------------------------------------------------------------------------
 

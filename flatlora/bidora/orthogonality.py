@@ -9,37 +9,25 @@ from ..layers.adapter import Adapter
 from ..layers.base import BaseWeight, whole
 from ..layers.view import LoRALayer
 
-__all__ = ["add_orthogonality_gradient", "orthogonality"]
-
-
-@torch.no_grad()
-def orthogonality(layers: list[LoRALayer]) -> Tensor:
-    """``R = mean ‖DᵀD − I‖_F`` over the layers' adapters, D (m, n) being ``W0 + s·B·A`` with columns of norm one.
-
-    BiDoRA, arXiv:2410.09758, Eq. 5. A column that is zero is left out.
-    """
-    return torch.stack([_layer_term(layer.base, adapter)[0] for layer, adapter in _adapters(layers)]).mean()
+__all__ = ["add_orthogonality_gradient"]
 
 
 @torch.no_grad()
 def add_orthogonality_gradient(layers: list[LoRALayer], gamma: float) -> None:
     """Adds ``γ·∂R/∂A`` and ``γ·∂R/∂B`` to the `.grad` of the adapters that have one.
 
-    Costs a bit more than half a product of ``m·n·min(m, n)`` per layer, twice that where m < n, and reads (dequantises)
-    each base weight once.
+    ``R = mean ‖DᵀD − I‖_F`` over these, D (m, n) being ``W0 + s·B·A`` with columns of norm one (BiDoRA,
+    arXiv:2410.09758, Eq. 5). A column that is zero is left out. Costs a bit more than half a product of
+    ``m·n·min(m, n)`` per layer, twice that where m < n, and reads (dequantises) each base weight once.
     """
-    adapters = [(layer, adapter) for layer, adapter in _adapters(layers) if adapter.has_grads]
+    adapters = [(layer, adapter) for layer in layers for adapter in layer.all_adapters() if adapter.has_grads]
     for layer, adapter in adapters:
-        for grad, term in zip(adapter.grads(), _layer_term(layer.base, adapter)[1:], strict=True):
+        for grad, term in zip(adapter.grads(), _layer_gradient(layer.base, adapter), strict=True):
             grad.add_(term.to(grad.dtype), alpha=gamma / len(adapters))
 
 
-def _adapters(layers: list[LoRALayer]) -> list[tuple[LoRALayer, Adapter]]:
-    return [(layer, adapter) for layer in layers for adapter in layer.all_adapters()]
-
-
-def _layer_term(base: BaseWeight, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
-    """``f = ‖DᵀD − I‖_F`` of one layer, ``∂f/∂A`` (r, n) and ``∂f/∂B`` (m, r).
+def _layer_gradient(base: BaseWeight, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """``∂f/∂A`` (r, n) and ``∂f/∂B`` (m, r) of one layer's ``f = ‖DᵀD − I‖_F``.
 
     With ``D = W·N``, ``N = diag(1/‖w_j‖)`` and ``c_j = ‖(DᵀD − I)_j‖²``, which add up to f², the gradient is
 
@@ -65,7 +53,7 @@ def _layer_term(base: BaseWeight, adapter: Adapter) -> tuple[Tensor, Tensor, Ten
         excess.diagonal().sub_(c)
         left, right = (B.t() @ D) @ excess, D @ (excess @ (A / norm).t())
     f = c.sum().clamp_(min=torch.finfo(dtype).tiny).sqrt_()
-    return f, left / norm * (2 * s / f), right * (2 * s / f)
+    return left / norm * (2 * s / f), right * (2 * s / f)
 
 
 def _gram(X: Tensor) -> Tensor:

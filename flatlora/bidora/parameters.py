@@ -1,4 +1,4 @@
-"""The two sets of parameters of PEFT's DoRA layers, and putting the directions back to their start."""
+"""The two sets of parameters of PEFT's DoRA layers: found, checked, put back to their start, and how far they are."""
 
 from __future__ import annotations
 
@@ -7,13 +7,24 @@ from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .. import checks
-from ..layers.base import whole
+from ..layers.adapter import Adapter
+from ..layers.base import whole, wide
+from ..layers.stack import BaseNorms
 from ..layers.view import LoRALayer, lora_layers
 
-__all__ = ["direction_parameters", "is_peft", "magnitude_parameters", "reset_directions", "trained_layers"]
+__all__ = [
+    "check_levels",
+    "correlation",
+    "direction_parameters",
+    "magnitude_parameters",
+    "reset_directions",
+    "trained_layers",
+    "update_changes",
+]
 
 
 def direction_parameters(model: nn.Module, adapter: str | Iterable[str] | None = None) -> list[nn.Parameter]:
@@ -45,16 +56,41 @@ def reset_directions(model: nn.Module, adapter: str | Iterable[str] | None, seed
     for _, A, B in _dora_adapters(model, adapter):
         if isinstance(A, nn.Parameter):
             A.zero_()
-            B.copy_(torch.randn(B.shape, generator=generator, device="cpu"))
+            B.copy_(torch.randn(B.shape, generator=generator, dtype=torch.float32, device="cpu"))
             continue
-        start = torch.empty(whole(A.weight).shape, device="cpu")
+        start = torch.empty(whole(A.weight).shape, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         A.weight.copy_(start)
         for p in B.parameters():
             p.zero_()
 
 
-def is_peft(model: nn.Module) -> bool:
+def check_levels(lower: Optimizer, upper: Optimizer, model: nn.Module, adapter: str | Iterable[str] | None) -> None:
+    """ValueError unless the levels are apart, of this model and, if it has PEFT's layers, not mixed up."""
+    low, up = ({id(p) for group in level.param_groups for p in group["params"]} for level in (lower, upper))
+    built = "build lower from direction_parameters(model) and upper from magnitude_parameters(model)"
+    if _is_peft(model):
+        directions = {id(p) for p in direction_parameters(model, adapter)}
+        magnitudes = {id(p) for p in magnitude_parameters(model, adapter)}
+    else:
+        directions, magnitudes = low, up
+    if low & up:
+        raise ValueError(f"lower and upper overlap: they share {len(low & up)} parameters; {built}")
+    foreign = (low | up) - {id(p) for p in model.parameters()}
+    if foreign:
+        raise ValueError(
+            f"{len(foreign)} parameters of lower and upper are not in the model; build the optimizers from this model, "
+            "after its adapters were added"
+        )
+    if low & magnitudes and up & directions:
+        raise ValueError(f"lower and upper are swapped: lower holds magnitudes and upper directions; {built}")
+    if low & magnitudes:
+        raise ValueError(f"lower holds {len(low & magnitudes)} magnitudes, which belong to upper; {built}")
+    if up - magnitudes:
+        raise ValueError(f"upper holds {len(up - magnitudes)} parameters that are not magnitudes; {built}")
+
+
+def _is_peft(model: nn.Module) -> bool:
     """Whether the model has LoRA layers of PEFT, with or without magnitudes."""
     return any(True for _ in _peft_layers(model))
 
@@ -68,7 +104,7 @@ def trained_layers(
         ValueError: a PEFT model has none, as where embeddings alone are adapted, and they are `needed`.
     """
     try:
-        layers = lora_layers(model, adapter) if is_peft(model) else []
+        layers = lora_layers(model, adapter) if _is_peft(model) else []
     except ValueError:
         if needed:
             raise
@@ -78,6 +114,42 @@ def trained_layers(
         if names := frozenset(a.name for a in layer.all_adapters() if a.A_param in directions):
             found.append(LoRALayer(layer.name, layer.module, layer.base, names))
     return found
+
+
+@torch.no_grad()
+def update_changes(layers: list[LoRALayer], norms: BaseNorms | None = None) -> Tensor:
+    """ΔM and ΔD (2, adapters) of DoRA's Eq. 3-4 (arXiv:2402.09353), on the device: how far from the pretrained weight.
+
+    ΔM is the mean over the rows of ``|μ_i − ‖W0_i‖|``, ΔD that of ``1 − cos(V_i, W0_i)`` with ``V = W0 + s·B·A``; each
+    adapter is looked at as if it were its layer's only one. `norms` keeps ``‖W0_i‖²`` for the next call.
+    """
+    norms = BaseNorms() if norms is None else norms
+    adapters = [(layer, a) for layer in layers for a in layer.all_adapters() if a.magnitude is not None]
+    found = [_changes(layer, adapter, norms.of(layer)) for layer, adapter in adapters]
+    if not found:
+        return torch.zeros(2, 0, dtype=torch.float32)
+    return torch.stack([pair.to(found[0].device) for pair in found], 1)
+
+
+def correlation(changes: Tensor) -> Tensor:
+    """Pearson's r of the two rows of `changes`, on their device; 0 where one of them does not vary."""
+    m, d = changes - changes.mean(1, keepdim=True)
+    both = m.norm() * d.norm()
+    return torch.where(both > 0, (m @ d) / both, 0.0)
+
+
+def _changes(layer: LoRALayer, adapter: Adapter, base_sq: Tensor) -> Tensor:
+    # No (m, n) matrix is formed. ``1 − cos`` is taken as ``sin²/(1 + cos)``, where nothing cancels however small
+    # ``d = s·B·A`` is: ``sin² = (‖W0_i‖²·‖d_i‖² − (W0_i·d_i)²) / (‖W0_i‖²·‖V_i‖²)``.
+    assert adapter.magnitude is not None
+    dtype = wide(layer.base.device)
+    crossed = layer.base.apply_rows(adapter.A).to(dtype)  # W0·Aᵀ
+    A, B, base_sq = adapter.A.to(dtype), adapter.scaling * adapter.B.to(dtype), base_sq.to(dtype)
+    cross, own_sq = (B * crossed).sum(1), (B * (B @ (A @ A.mT))).sum(1)
+    norms_sq = (base_sq * (base_sq + 2 * cross + own_sq)).clamp(min=torch.finfo(dtype).tiny)
+    sin_sq = (base_sq * own_sq - cross.square()).clamp(min=0.0) / norms_sq
+    cos = (base_sq + cross) / norms_sq.sqrt()
+    return torch.stack([(adapter.magnitude - base_sq.sqrt()).abs().mean(), (sin_sq / (1 + cos)).mean()])
 
 
 def _peft_layers(model: nn.Module) -> Iterator[Any]:

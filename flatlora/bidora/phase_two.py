@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,116 +11,121 @@ from torch.optim import Optimizer
 
 from .. import checks
 from ..streams import derived_seed
-from ..wrapper import OptimizerWrapper, chain
+from ..wrapper import OptimizerWrapper, chain, load_base
 from .data import Batches, check_position
-from .levels import check_optimizer_state, shapes_of
+from .levels import TwoLevels, check_optimizer_state, shapes_of
 from .loop import LoopWatch
 from .parameters import direction_parameters, reset_directions
-from .passes import Values, assign, finite, parameters_of
-from .perturbations import unperturbed
-from .snapshot import undone_on_error
+from .passes import Values, assign, finite, parameters_of, together, undone_on_error
 
-__all__ = ["PhaseTwo"]
+__all__ = ["TwoPhases"]
 
 
-class PhaseTwo:
-    """Whether the second phase has begun, and how far it has come with which optimizer in which batches.
+class TwoPhases(TwoLevels):
+    """Two levels of which the first phase trains both, as the method's `step` does, and `retrain` the lower alone.
 
-    After a load it waits for `run`, which gets an optimizer and a dataloader to go on with.
+    The method sets what is declared here and overrides `retrain_gradients`. After a load the second phase waits for
+    `retrain`, which gets an optimizer and a dataloader to go on with.
+
+    Attributes:
+        phase: 1, or 2 once `retrain` has begun.
     """
 
-    def __init__(
-        self,
-        lower: Optimizer,
-        upper: Optimizer,
-        model: nn.Module,
-        adapter: str | Iterable[str] | None,
-        watch: LoopWatch | None,
-    ) -> None:
-        self._lower, self._upper, self._model, self._adapter, self.watch = lower, upper, model, adapter, watch
-        self.phase = 1
-        self._batches: Batches | None = None
-        self._optimizer: Optimizer | None = None
-        self._loaded: dict[str, Any] | None = None
+    model: nn.Module
+    adapter: str | Iterable[str] | None
+    _seed: int
+    _watch: LoopWatch | None
+    phase = 1
+    _batches: Batches | None = None
+    _optimizer: Optimizer | None = None
+    _loaded: dict[str, Any] | None = None
 
-    def run(
-        self,
-        dataloader: Any,
-        steps: int,
-        optimizer: Optimizer,
-        scheduler: Any,
-        seed: int,
-        backward: Callable[[Any], Tensor],
-    ) -> list[float]:
-        """`steps` steps of `optimizer` along the gradients that ``backward(batch)`` leaves; it returns the loss.
+    def retrain_gradients(self, batch: Any) -> Tensor:
+        """``∇_V (L + γ·R)`` into `.grad`; returns L."""
+        raise NotImplementedError
+
+    def retrain(self, dataloader: Any, steps: int, *, optimizer: Optimizer, scheduler: Any = None) -> list[float]:
+        """Phase two: μ is frozen, A and B begin anew, and `optimizer` trains the directions on ``L + γ·R``.
+
+        The first call ends phase one. Called again it goes on where it stopped, so that checkpoints can be taken in
+        between; `state_dict` then covers `optimizer` and the position in `dataloader` too. With ``steps=0`` it freezes
+        and re-initialises alone, for a loop of your own. The perturbations of `lower` are off, but for those that
+        `optimizer` makes too or whose parameters it holds.
+
+        Args:
+            dataloader: batches of all the data, both splits together; cycled like the others.
+            steps: number of optimizer steps to make now, one batch each.
+            optimizer: a new optimizer of the directions. It must not hold magnitudes.
+            scheduler: stepped after every step of `optimizer`.
+
+        Returns:
+            The loss of each step.
 
         Raises:
-            ValueError, TypeError: bad arguments, or such as can't go on from the checkpoint. Nothing has changed then.
+            ValueError: a model without magnitudes, `optimizer` holds some, an empty dataloader, a dataloader or an
+                `optimizer` other than the checkpoint's, a loss that is not a finite scalar. Everything is as before
+                the step that failed; if it was the first of all, phase one has not ended.
+            TypeError: an argument of the wrong type.
         """
         checks.built_optimizer("optimizer", optimizer)
         steps = checks.integer("steps", steps, 0)
         if scheduler is not None and not callable(getattr(scheduler, "step", None)):
             raise TypeError(f"scheduler must have a step() method, got {type(scheduler).__name__}")
-        self._refuse_magnitudes(optimizer)
-        losses: list[float] = []
-        with self._begun(seed, losses), unperturbed(self._not_of(optimizer)):
-            self._take_up(dataloader, optimizer, seed)
-            for _ in range(steps):
-                losses += self._step(backward, scheduler)
-        return losses
-
-    def _step(self, backward: Callable[[Any], Tensor], scheduler: Any) -> list[float]:
-        assert self._batches is not None and self._optimizer is not None
-        with undone_on_error(self._model, [self._optimizer], [self._batches]):
-            self._optimizer.zero_grad()
-            loss = finite("training", backward(self._batches.next()))
-            self._optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-        return loss
-
-    def _refuse_magnitudes(self, optimizer: Optimizer) -> None:
-        if shared := set(parameters_of(optimizer)) & set(parameters_of(self._upper)):
+        if shared := set(parameters_of(optimizer)) & set(parameters_of(self.upper)):
             raise ValueError(
                 f"optimizer holds {len(shared)} magnitudes, which are frozen in phase two; build it from "
                 "direction_parameters(model)"
             )
+        losses: list[float] = []
+        lifted = together(wrapper.unperturbed() for wrapper in self._not_of(optimizer))
+        with self._begun(losses), lifted:
+            batches = self._take_up(dataloader, optimizer)
+            for _ in range(steps):
+                with undone_on_error(self.model, [optimizer], [batches]):
+                    optimizer.zero_grad()
+                    loss = finite("training", self.retrain_gradients(batches.next()))
+                    optimizer.step()
+                    if scheduler is not None:
+                        scheduler.step()
+                losses += loss
+        return losses
 
     def _not_of(self, optimizer: Optimizer) -> list[OptimizerWrapper]:
         """The wrappers of `lower` whose perturbations are no concern of `optimizer`."""
         own, trained = {id(wrapper) for wrapper in chain(optimizer)}, set(parameters_of(optimizer))
-        others = (wrapper for wrapper in chain(self._lower) if id(wrapper) not in own)
+        others = (wrapper for wrapper in chain(self.lower) if id(wrapper) not in own)
         return [wrapper for wrapper in others if trained.isdisjoint(wrapper.perturbation_parameters())]
 
-    def _take_up(self, dataloader: Any, optimizer: Optimizer, seed: int) -> None:
+    def _take_up(self, dataloader: Any, optimizer: Optimizer) -> Batches:
         """Goes on with these where it stopped; the first time, from the first batch."""
         batches = self._batches
         if batches is None or batches.loader is not dataloader:
-            batches = Batches(dataloader, "dataloader", seed)
+            batches = Batches(dataloader, "dataloader", self._seed)
             if self._loaded is not None:
                 batches.load_state_dict(self._loaded["position"])
             elif self._batches is not None:
                 batches.load_state_dict(self._batches.state_dict())
         if self._loaded is not None:
             check_optimizer_state(self._loaded["optimizer"], self._loaded["shapes"], optimizer)
-            optimizer.load_state_dict(self._loaded["optimizer"])
+            load_base(optimizer, self._loaded["optimizer"])
         self._batches, self._optimizer, self._loaded = batches, optimizer, None
+        return batches
 
     @contextmanager
-    def _begun(self, seed: int, losses: list[float]) -> Iterator[None]:
+    def _begun(self, losses: list[float]) -> Iterator[None]:
         """Begins the phase, unless it has; if its very first step fails, it has not begun."""
         if self.phase == 2:
             yield
             return
-        directions: Values = {p: p.detach().clone() for p in direction_parameters(self._model, self._adapter)}
-        grads = [(p, p.grad) for p in parameters_of(self._upper)]
-        reset_directions(self._model, self._adapter, derived_seed(seed, "retrain"))
+        directions: Values = {p: p.detach().clone() for p in direction_parameters(self.model, self.adapter)}
+        grads = [(p, p.grad) for p in parameters_of(self.upper)]
+        reset_directions(self.model, self.adapter, derived_seed(self._seed, "retrain"))
         self._enter(2)
         try:
             yield
         except BaseException:
             if not losses:
-                self.load_state_dict(1, None)
+                self.load_phase(1, None)
                 assign(directions)
                 for p, grad in grads:
                     p.grad = grad
@@ -128,16 +133,16 @@ class PhaseTwo:
 
     def _enter(self, phase: int) -> None:
         self.phase = phase
-        for p in parameters_of(self._upper):
+        for p in parameters_of(self.upper):
             p.requires_grad_(phase == 1)
             p.grad = None
-        if self.watch is not None:
-            self.watch.on = phase == 1
+        if self._watch is not None:
+            self._watch.on = phase == 1
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """None in phase one."""
+    def phase_state(self) -> dict[str, Any] | None:
+        """What the second phase goes on with; None in phase one."""
         if self._batches is None or self._optimizer is None:
             return self._loaded
         return {
@@ -147,8 +152,8 @@ class PhaseTwo:
         }
 
     @staticmethod
-    def check_state_dict(phase: Any, state: Any) -> None:
-        """Raises ValueError unless `state` has the form of what `state_dict` gives in this phase. Changes nothing."""
+    def check_phase(phase: Any, state: Any) -> None:
+        """Raises ValueError unless `state` has the form of what `phase_state` gives in this phase. Changes nothing."""
         checks.option("phase in the state_dict", checks.integer("phase in the state_dict", phase, 1), (1, 2))
         if (phase == 2) != (state is not None):
             raise ValueError(
@@ -158,8 +163,8 @@ class PhaseTwo:
         if state is not None:
             checks.state_fields("retrain", state, "position", "optimizer", "shapes")
             check_position("dataloader", state["position"])
-            checks.state_fields("retrain optimizer's", state["optimizer"], "state", "param_groups")
+            checks.state_fields("retrain optimizer's", state["optimizer"])
 
-    def load_state_dict(self, phase: int, state: dict[str, Any] | None) -> None:
+    def load_phase(self, phase: int, state: dict[str, Any] | None) -> None:
         self._batches, self._optimizer, self._loaded = None, None, state
         self._enter(phase)

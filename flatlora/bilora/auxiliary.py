@@ -51,7 +51,7 @@ class Auxiliary(nn.Module):
         self.layer = layer
         m, n = layer.shape
         like = layer.all_adapters()[0].A
-        a = torch.empty(r, n, device="cpu")
+        a = torch.empty(r, n, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         self.A = nn.Parameter(a.to(like.device, like.dtype))
         self.B = nn.Parameter(torch.zeros(m, r, device=like.device, dtype=like.dtype))

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import checks
 from ..perturbation.bypass import held_ids
 from ..perturbation.optimizer import PerturbingOptimizer, trainable, trained_by
-from ..wrapper import chain
+from ..wrapper import chain, saved_groups
 from .auxiliary import (
     Ascent,
     Auxiliaries,
@@ -293,6 +293,9 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         if self._watch is not None:
             self._watch.look_at_groups(all_trained=True)
 
+    def let_go(self, params: set[int]) -> None:
+        """Nothing to undo: which layers have an auxiliary does not follow from the groups."""
+
     def look_at_first_step(self) -> None:
         ours = {id(p) for p in self.perturbation_parameters()}
         foreign = self._watch is None or self._watch.holds_foreign_tensors()
@@ -347,7 +350,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().check_state_dict(state_dict)
-        groups = state_dict["param_groups"], self.param_groups
+        groups = saved_groups(state_dict) or [], self.param_groups
         theirs, ours = ([bool(group.get("ascent")) for group in of] for of in groups)
         if theirs != ours:
             raise ValueError(

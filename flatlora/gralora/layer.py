@@ -79,13 +79,14 @@ class GraLoRALinear(nn.Module):
         like: Any = self.base_layer.weight
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         # Drawn from the CPU's global stream in PEFT's order, whatever the default device: one seed, one adapter.
-        rows = [_kaiming(torch.empty(self.r, n // self.k, device="cpu")) for _ in range(self.k)]
+        shape = self.r, n // self.k
+        rows = [_kaiming(torch.empty(shape, dtype=torch.float32, device="cpu")) for _ in range(self.k)]
         self.gralora_A = nn.Parameter(torch.stack(rows).mT.contiguous().to(like.device, dtype))
         self.gralora_B = nn.Parameter(torch.zeros(self.k, self.r, m // self.k, device=like.device, dtype=dtype))
         self.gralora_A_general = self.gralora_B_general = None
         if self.hybrid_r:
-            self.gralora_A_general = nn.Linear(n, self.hybrid_r, bias=False, device="cpu")
-            self.gralora_B_general = nn.Linear(self.hybrid_r, m, bias=False, device="cpu")
+            self.gralora_A_general = nn.Linear(n, self.hybrid_r, bias=False, dtype=torch.float32, device="cpu")
+            self.gralora_B_general = nn.Linear(self.hybrid_r, m, bias=False, dtype=torch.float32, device="cpu")
             _kaiming(self.gralora_A_general.weight)
             nn.init.zeros_(self.gralora_B_general.weight)
             self.gralora_A_general.to(like.device, dtype)

@@ -67,6 +67,13 @@ class Attachment:
         self._forwards.append(forward)
         self.layers.append(layer)
 
+    def drop(self, layer: LoRALayer) -> None:
+        """Undoes `add`."""
+        if (forward := _perturbed_forward(layer.module)) in self._forwards:
+            forward.leave_out(self)
+            self._forwards.remove(forward)
+            self.layers.remove(layer)
+
     def remove(self) -> None:
         """Takes the source off all layers. Idempotent."""
         for forward in self._forwards:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from ..layers.view import LoRALayer, lora_layers
@@ -186,8 +186,8 @@ def _trained(layer: LoRALayer) -> list[nn.Parameter]:
 def _gradients(layer: LoRALayer) -> bool:
     """Whether a factor of the layer's adapters has a gradient that is not zero. The host waits for the device, but only
     where something is wrong already."""
-    local = [getattr(p.grad, "_local_tensor", p.grad) for p in _trained(layer)]
-    return any(isinstance(grad, Tensor) and bool(grad.any()) for grad in local)
+    local: list[Any] = [getattr(p.grad, "_local_tensor", p.grad) for p in _trained(layer)]
+    return any(bool(grad.any()) for grad in local if not grad.is_meta)
 
 
 def _used_elsewhere(layer: LoRALayer, source: Any) -> bool:

@@ -101,10 +101,26 @@ class PerturbingOptimizer(OptimizerWrapper):
         try:
             self.look_at_groups()
         except ValueError:
-            self.param_groups.pop()
+            refused = self.param_groups.pop()["params"]
+            for inner in chain(self.base_optimizer):
+                if isinstance(inner, PerturbingOptimizer):
+                    inner.let_go({id(p) for p in refused})
             raise
         if self._watch is not None:
             self._watch.known = self._watch.known | held_ids(True, self.base_optimizer)
+
+    def let_go(self, params: set[int]) -> None:
+        """Undoes `look_at_groups` for parameters, by identity, that are no longer in the groups."""
+        if not self._attached:
+            return
+        known = self._source.layers
+        for layer in list(known.values()):
+            gone = {a.name for a in layer.all_adapters() if {id(a.A_param), id(a.B_param)} & params}
+            layer.names -= gone
+            if not layer.names:
+                self._attachment.drop(known.pop(layer.name))
+        self._watch.known = self._watch.known - params
+        self._watch.look_at_groups(all_trained=self._adapter is None)
 
     def look_at_groups(self) -> None:
         """Called when parameters have come into the groups, by whatever way; ValueError refuses them."""

@@ -131,6 +131,5 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
         "hooks": [len(getattr(module, kind)) for module in model.modules() for kind in hooks],
         "streams": [torch.get_rng_state(), random.getstate(), list(numpy.random.get_state()[1])],
         "state": copy.deepcopy(optimizer.state_dict()),
-        "last_step": optimizer.last_step,
         "metrics": {name: value.clone() for name, value in optimizer.metrics().items()},
     }

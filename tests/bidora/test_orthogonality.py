@@ -16,7 +16,7 @@ from flatlora import (
     direction_parameters,
     lora_layers,
 )
-from flatlora.bidora.orthogonality import add_orthogonality_gradient, orthogonality
+from flatlora.bidora.orthogonality import add_orthogonality_gradient
 
 
 class Shapes(TorchDispatchMode):
@@ -50,7 +50,6 @@ def test_orthogonality_term_and_gradient(n, hidden, m):
         add_orthogonality_gradient(layers, 0.5)
     found = [(p.grad - 1) / 0.5 for p in direction_parameters(model)]
     assert relative(found, list(expected)) < 1e-9
-    assert orthogonality(layers).item() == pytest.approx(value.item())
     assert not any((cols, cols) in shapes.seen for rows, cols in (layer.shape for layer in layers) if rows < cols)
 
 
