@@ -116,9 +116,10 @@ def attach_auxiliary(
     eval mode, in what PEFT saves and in merged weights it is as if the auxiliary were not there. The parameters are
     registered in the layers, so DDP and FSDP2 (wrap the model after this call) and `.to()` see them; the model's
     `state_dict()` leaves them out, and the optimizer's carries them. PEFT's `print_trainable_parameters` counts them
-    from now on, though they are not saved: call it before. Their names have PEFT's prefix, ``lora_``, so that what sends
-    merged weights to an inference engine leaves them out: collect the primary's parameters before as well. What averages weights pairs a copy's parameters by position,
-    as Lightning's EMA and SWA do: attach the auxiliary before the copy is made, in the module's `__init__`.
+    from now on, though they are not saved: call it before. Their names have PEFT's prefix, ``lora_``, by which loops
+    that send merged weights to an inference engine leave them out; collect the primary's parameters before, too. What
+    averages weights pairs a copy's parameters by position, as Lightning's EMA and SWA do: attach the auxiliary before
+    the copy is made, in the module's `__init__`.
 
     Args:
         model: a model with adapters, as `lora_layers` reads it.

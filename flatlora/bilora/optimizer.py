@@ -49,8 +49,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     bound in ρ, are kept 2⁻²⁰ times their size, too faint to count in the norm over all parameters. A factor by which
     others scale all gradients reaches both sides. Those of float16 auxiliaries and of layers of your own are not faint.
     A reduction in float16 (DDP's `fp16_compress_hook`) would lose them and leave the auxiliary zero, as
-    ``metrics()["perturbation_to_rho"]`` then shows: reduce in bfloat16 or float32. Opacus raises at the first step, as it
-    finds no per-sample gradients of the auxiliary.
+    ``metrics()["perturbation_to_rho"]`` then shows: reduce in bfloat16 or float32. Opacus raises at the first step:
+    it finds no per-sample gradients of the auxiliary.
 
     Args:
         optimizer: the built base optimizer, with at least one ascent group. An ascent group has its own `lr` and

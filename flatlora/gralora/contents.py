@@ -63,7 +63,8 @@ def adapter(model: nn.Module, state_dict: dict[str, Any] | None = None) -> tuple
     model's as others have gathered it, if it is given; else a sharded model is gathered, on every rank.
 
     Raises:
-        ValueError: the model has no GraLoRA layers, or layers of different settings, which the format has no words for.
+        ValueError: the model has no GraLoRA layers, or layers of different settings, which the format has no words for;
+            `state_dict` lacks some.
     """
     layers = {plain_name(name): layer for name, layer in gralora_layers(checks.module(model)).items()}
     if not layers:
@@ -82,6 +83,8 @@ def adapter(model: nn.Module, state_dict: dict[str, Any] | None = None) -> tuple
         for key, value in state_dict.items()
         if (name := plain_name(key)) in own or inside(name, saved) is not None
     }
+    if missing := sorted(name for name in layers if f"{PREFIX}{name}.gralora_A" not in weights):
+        raise ValueError(f"state_dict has no adapter of {len(missing)} layers (first: {missing[0]!r})")
     return config, weights
 
 

@@ -62,6 +62,8 @@ def _save_pretrained(
         save_directory, is_main_process, state_dict, push_to_hub: as in transformers.
         kwargs: `repo_id` and others of the model's `push_to_hub`; what shapes the files of a whole model is not read.
     """
+    if not is_main_process and state_dict is not None:
+        return  # it may be empty where nobody saves
     folder = Path(save_directory)
     config, weights = adapter(model, state_dict)
     trained = _trained(model, state_dict) if re.fullmatch(r"checkpoint-\d+", folder.name) else {}

@@ -162,6 +162,9 @@ def test_save_pretrained_writes_what_save_gralora_does(kind, folder, tmp_path):
     assert a == b == c
     a, b, c = (load_file(tmp_path / path / "adapter_model.safetensors") for path in "abc")
     assert same(a, b) and same(a, c)
+    model.save_pretrained(tmp_path / "d", is_main_process=False, state_dict={})
+    with pytest.raises(ValueError, match=r"no adapter of 4 layers \(first: 'model\.layers\.0\.mlp\.down_proj'\)"):
+        model.save_pretrained(tmp_path / "d", state_dict={})
     assert not (tmp_path / "d").exists()
 
 
