@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class BaseNorms:
     """``‖W0_i‖²`` (m,) of layers, computed once for each unless W0 is not frozen after all, and after writes to it."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[tuple[int, int] | None, Tensor]] = {}
+        self._known: dict[str, tuple[tuple[Any, ...] | None, Tensor]] = {}
 
     def of(self, layer: LoRALayer) -> Tensor:
         base = layer.base
