@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .adapter import Adapter
-from .base import BaseWeight, OpaqueBase
-from .bases import base_weight, linear_base
+from .base import BaseWeight
+from .bases import linear_base
 from .bnb import Bnb4bitBase
-from .probe import asked, at_hand, inputs, linear_part, misses, numbers
+from .forms import SWITCHES, Form, child_of, factor_of, fitting, own_base
+from .probe import at_hand
 from .reader import NotLinear, Reader
 
 __all__ = ["PlainLoRA"]
@@ -25,23 +23,6 @@ __all__ = ["PlainLoRA"]
 _PAIRS = (("lora_A", "lora_B"), ("lora_a", "lora_b"), ("lora_down", "lora_up"))
 _BRANCH_PAIRS = (*_PAIRS, ("A", "B"))  # of a child with "lora" in its name
 _SCALES = {"scaling": (0.0,), "scale": (0.0,), "lora_alpha": (1.0, 0.5, 0.0), "alpha": (1.0, 0.5, 0.0)}
-# Attributes by which a layer tells that its adapter is off, and the value that says so.
-_SWITCHES = {"enabled": False, "disable_adapters": True, "disabled": True}
-# What a layer's output may differ by: rounding, and nothing that comes of another formula.
-_EXACT, _ROUNDED = 3e-3, 3e-2
-
-
-class Form(NamedTuple):
-    """One way to read a layer: ``W0 + value/r^power · up·down``, with W0 (m, n), up (m, r) and down (r, n)."""
-
-    holder: str  # the child that holds the factors; "" for the layer itself
-    down: str
-    up: str
-    turned: tuple[bool, bool]  # whether down, up are stored transposed
-    scale: tuple[str, str, float]  # whose attribute, its name, the power of r that divides it
-    base: str  # the child that holds W0; "" for the layer itself
-    transposed: bool  # whether W0 is stored as (n, m)
-    shape: tuple[int, int]
 
 
 _READ: WeakKeyDictionary[nn.Module, tuple[Any, PlainLoRA]] = WeakKeyDictionary()
@@ -61,48 +42,48 @@ class PlainLoRA(Reader):
         return _pair(module, _PAIRS) is not None or _branch(module) is not None
 
     def of(self, module: Any) -> PlainLoRA:
-        holder = _child(module, _branch(module) or "")
+        holder = child_of(module, _branch(module) or "")
         pair = _pair(holder, _BRANCH_PAIRS)
         assert pair is not None
         factors = [_stored(holder, name) for name in pair]
         base_name = self._base_name(module, holder)
-        weight = getattr(_child(module, base_name), "weight", None)
+        weight = getattr(child_of(module, base_name), "weight", None)
         look = [tuple(factor.shape) for factor in factors], getattr(weight, "shape", None)
         known = _READ.get(module)
         if known is not None and known[0] == look:
             return known[1]
         forms = list(_forms(module, _branch(module) or "", pair, factors, base_name))
-        tensors = *factors, *_child(module, base_name).parameters()
+        tensors = *factors, *child_of(module, base_name).parameters()
         if not at_hand(*tensors):
             return PlainLoRA(forms[0])  # can't be asked: as the shapes have it
-        reader = PlainLoRA(_fitting(module, forms))
+        reader = PlainLoRA(fitting(module, forms))
         _READ[module] = look, reader
         return reader
 
     def parts(self, module: Any) -> Iterable[nn.Module]:
         branch = _branch(module)
-        return () if branch is None else (_child(module, branch),)
+        return () if branch is None else (child_of(module, branch),)
 
     def names(self, module: Any) -> Iterable[str]:
         return ("default",)
 
     def base(self, module: Any) -> BaseWeight:
         form = self._form(module)
-        return _base(module, form.base, form.shape, form.transposed)
+        return own_base(module, form.base, form.shape, form.transposed)
 
     def enabled(self, module: Any) -> bool:
-        return not any(getattr(module, name, None) is off for name, off in _SWITCHES.items())
+        return not any(getattr(module, name, None) is off for name, off in SWITCHES.items())
 
     def merged(self, module: Any) -> Sequence[str]:
         return ("default",) if getattr(module, "merged", False) else ()
 
     def adapters(self, module: Any, name: str, shape: tuple[int, int]) -> list[Adapter]:
         form = self._form(module)
-        holder = _child(module, form.holder)
-        params = _param(holder, form.down), _param(holder, form.up)
+        holder = child_of(module, form.holder)
+        params = factor_of(holder, form.down), factor_of(holder, form.up)
         A, B = (param.t() if turned else param for param, turned in zip(params, form.turned, strict=True))
         owner, attribute, power = form.scale
-        scaling = self._scaling(getattr(_child(module, owner), attribute)) / A.shape[0] ** power
+        scaling = self._scaling(getattr(child_of(module, owner), attribute)) / A.shape[0] ** power
         return [Adapter(name, A, B, scaling, None, None, *params)]
 
     def _form(self, module: Any) -> Form:
@@ -138,10 +119,6 @@ class PlainLoRA(Reader):
             f"{'several linear layers' if linear else 'no linear layer'} beside its factors, none of them called "
             + ", ".join(self.base_names)
         )
-
-
-def _child(module: Any, name: str) -> Any:
-    return getattr(module, name) if name else module
 
 
 def _pair(module: Any, pairs: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
@@ -182,11 +159,6 @@ def _linear_class(module: Any) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _param(holder: Any, name: str) -> Any:
-    value = getattr(holder, name)
-    return value.weight if isinstance(value, nn.Linear) else value
-
-
 def _stored(holder: Any, name: str) -> Tensor:
     """The factor; ValueError unless it is a tensor that its module stores under its name."""
     value = getattr(holder, name)
@@ -204,18 +176,9 @@ def _stored(holder: Any, name: str) -> Tensor:
 # --- the ways to read a layer ----------------------------------------------------------------------------------------
 
 
-def _base(module: Any, name: str, shape: tuple[int, int], transposed: bool) -> BaseWeight:
-    base = _child(module, name)
-    # A layer that is its own base is asked as a whole, and must not be without its adapter.
-    found = base_weight(base, shape, transposed, None if name else (type(base), True))
-    if not name and isinstance(found, OpaqueBase):
-        raise NotLinear("its own weight is not stored as floats, and it can't be asked without its adapter")
-    return found
-
-
 def _shapes(module: Any, name: str) -> list[tuple[tuple[int, int], bool]]:
     """What (m, n) of the base may be, and whether it is stored as (n, m)."""
-    base = _child(module, name)
+    base = child_of(module, name)
     if isinstance(base, _ConvNd | nn.Embedding):
         raise NotLinear(f"a {type(base).__name__}")
     weight: Any = getattr(base, "weight", None)
@@ -236,7 +199,7 @@ def _scales(module: Any, holder: str) -> list[tuple[str, str, float]]:
     found = []
     for name, powers in _SCALES.items():
         for owner in dict.fromkeys((holder, "")):
-            value = getattr(_child(module, owner), name, None)
+            value = getattr(child_of(module, owner), name, None)
             single = isinstance(value, Tensor) and value.numel() == 1
             if single or (isinstance(value, int | float) and not isinstance(value, bool)):
                 found += [(owner, name, power) for power in powers]
@@ -271,147 +234,3 @@ def _forms(module: Any, holder: str, pair: tuple[str, str], factors: list[Tensor
     for scale in scales:
         for down, up, turned, transposed, shape in fitting:
             yield Form(holder, down, up, turned, scale, base_name, transposed, shape)
-
-
-# --- which of them it computes ---------------------------------------------------------------------------------------
-
-
-class Answer(NamedTuple):
-    """What a layer and its base made of the same inputs while random numbers stood in for the factors."""
-
-    x: Tensor  # (rows, n)
-    found: Tensor  # (rows, m), as are the base's by whether W0 is stored as (n, m)
-    bases: dict[bool, Tensor]
-    factors: dict[str, Tensor]
-    rounded: bool  # to less than float32
-
-
-def _fitting(module: Any, forms: list[Form]) -> Form:
-    """The first form that the layer's output agrees with; ValueError if there is none."""
-    least = math.inf, 0.0, 0.0
-    answers: dict[int, Answer] = {}
-    for form in forms:
-        n = form.shape[1]
-        if n not in answers:
-            answers[n] = _ask(module, [other for other in forms if other.shape[1] == n])
-        answer = answers[n]
-        down, up = (
-            answer.factors[name].t() if turned else answer.factors[name]
-            for name, turned in zip((form.down, form.up), form.turned, strict=True)
-        )
-        update, found = answer.x @ down.t() @ up.t(), answer.found - answer.bases[form.transposed]
-        scaling = _scaling_of(module, form, down.shape[0])
-        if misses(found, scaling * update) < (_ROUNDED if answer.rounded else _EXACT) or not (scaling or found.any()):
-            return form
-        factor = float((found * update).sum() / update.square().sum())
-        least = min(least, (misses(found, factor * update), factor, scaling))
-    raise ValueError(_another_result(*least))
-
-
-def _another_result(rest: float, factor: float, scaling: float) -> str:
-    if rest < _ROUNDED and abs(factor) < _EXACT * abs(scaling):
-        return (
-            "it adds nothing of the product of its factors, though it does not say that its adapter is off; have it "
-            "say so by an attribute `enabled` = False, or switch the adapter on while the optimizer is built"
-        )
-    if rest < _ROUNDED:
-        return (
-            f"it adds {factor:.4g} times the product of its factors and says {scaling:.4g}; set its attribute "
-            "`scaling` to the number that multiplies the product"
-        )
-    return (
-        "its output is not x·(W0 + s·B·A)ᵀ + bias in evaluation, with its factors as A and B, s its `scaling` or alpha "
-        "/ r, and W0 its base's weight: methods would perturb another weight than the layer has (as in a DoRA of one's "
-        "own, or with an activation after the product or between its factors). Let the adapted layer compute this and "
-        "nothing else, and put the rest into a module around it"
-    )
-
-
-def _ask(module: Any, forms: list[Form]) -> Answer:
-    """Sends numbers through the layer in a dtype, shape and autocast mode that it takes; ValueError if it has none."""
-    (m, n), first = forms[0].shape, forms[0]
-    holder = _child(module, first.holder)
-    stored = {name: _param(holder, name) for name in (first.down, first.up)}
-    device = stored[first.down].device
-    weight = getattr(_child(module, first.base), "weight", None)
-    known = [p.dtype for p in (weight, *stored.values()) if isinstance(p, Tensor) and p.is_floating_point()]
-    dtypes = [dtype for dtype in dict.fromkeys((*known, torch.float32, torch.bfloat16)) if dtype.itemsize > 1]
-    complaints: list[str] = []
-    for autocast, dtype, lead in product((False, True), dtypes, ((), (1,))):
-        x = inputs(n).to(device, dtype)
-        try:
-            with _undisturbed(module), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                outputs = {form.transposed: _base_output(module, form, x, lead) for form in forms}
-                size = float(linear_part(outputs[first.transposed]).square().mean().sqrt()) or 1.0
-                scaling = abs(_scaling_of(module, first, min(stored[first.down].shape))) or 1.0
-                factors = {
-                    first.down: numbers(1, *stored[first.down].shape) / n**0.5,
-                    first.up: numbers(2, *stored[first.up].shape) * size / scaling,
-                }
-                factors = {name: factor.to(stored[name].dtype) for name, factor in factors.items()}
-                with _in_place_of(holder, {name: factor.to(device) for name, factor in factors.items()}):
-                    y = module.forward(x.view(*lead, -1, n))
-        except NotLinear:
-            raise
-        except Exception as error:  # whatever its forward raises at inputs that it does not expect
-            complaints.append(f"{type(error).__name__}: {error}")
-            continue
-        if not isinstance(y, Tensor):
-            raise ValueError(
-                f"it returns a {type(y).__name__}; expected one tensor (..., {m}) for an input (..., {n}). Let the "
-                "adapted layer return its output alone, and a module around it the rest"
-            )
-        if y.shape == (*lead, len(x), m):
-            whole = {name: factor.double() for name, factor in factors.items()}
-            bases = {transposed: linear_part(out) for transposed, out in outputs.items()}
-            return Answer(x[:-1].cpu().double(), linear_part(y), bases, whole, autocast or dtype.itemsize < 4)
-        complaints.append(f"it makes {tuple(y.shape)} of an input {(*lead, len(x), n)}, expected (..., {m})")
-    raise ValueError(
-        f"it can't be called with its input as the only argument, one tensor (..., {n}), in any dtype: "
-        f"{complaints[0]}. Let the adapted layer take its input first and have defaults for all else, and return one "
-        f"tensor (..., {m})"
-    )
-
-
-def _base_output(module: Any, form: Form, x: Tensor, lead: tuple[int, ...]) -> Tensor:
-    if form.base:
-        return _child(module, form.base)(x.view(*lead, *x.shape))
-    out = _base(module, "", form.shape, form.transposed).apply_rows(x).t()
-    bias = getattr(module, "bias", None)
-    return out + bias if isinstance(bias, Tensor) else out
-
-
-def _scaling_of(module: Any, form: Form, rank: int) -> float:
-    owner, attribute, power = form.scale
-    return float(getattr(_child(module, owner), attribute)) / rank**power
-
-
-@contextmanager
-def _undisturbed(module: Any) -> Iterator[None]:
-    """Within the context a layer adds its adapter and computes as in evaluation; nothing of it stays."""
-    wanted = {"merged": False} | {name: not off for name, off in _SWITCHES.items()}
-    before = {name: module.__dict__[name] for name in wanted if isinstance(module.__dict__.get(name), bool)}
-    try:
-        module.__dict__.update({name: wanted[name] for name in before})
-        with asked(module):
-            yield
-    finally:
-        module.__dict__.update(before)
-
-
-@contextmanager
-def _in_place_of(holder: Any, factors: dict[str, Tensor]) -> Iterator[None]:
-    """Within the context the layer computes with other factors; the stored ones are not written to."""
-    places: list[tuple[dict[str, Any], str, Any, Tensor]] = []
-    for name, factor in factors.items():
-        value = getattr(holder, name)
-        owner, own = (value, "weight") if isinstance(value, nn.Linear) else (holder, name)
-        store: dict[str, Any] = owner._parameters if own in owner._parameters else owner._buffers
-        places.append((store, own, store[own], factor))
-    try:
-        for store, own, _, factor in places:
-            store[own] = factor
-        yield
-    finally:
-        for store, own, stored, _ in places:
-            store[own] = stored
