@@ -148,12 +148,12 @@ def _outputs(
 ) -> tuple[Any, dict[bool, Tensor], dict[str, Tensor]]:
     """The layer's output; of its base, `Answer.bases`; and the numbers that stood in for the factors.
 
-    They are sized so that the update is as large as what the base adds, and neither drowns in the other's rounding.
+    They are sized so that the update is as large as the base's output and neither drowns in the other's rounding.
     """
     first = forms[0]
     sides = {form.transposed: form for form in reversed(forms)}
-    bases = {transposed: linear_part(_base_output(module, form, x, lead)) for transposed, form in sides.items()}
-    size = float(bases[first.transposed].square().mean().sqrt()) or 1.0
+    outputs = {transposed: _base_output(module, form, x, lead) for transposed, form in sides.items()}
+    size = float(outputs[first.transposed].double().square().mean().sqrt()) or 1.0
     holder = child_of(module, first.holder)
     down, up = factor_of(holder, first.down), factor_of(holder, first.up)
     scaling = abs(scaling_of(module, first, min(down.shape))) or 1.0
@@ -163,6 +163,7 @@ def _outputs(
     }
     with _in_place_of(holder, {name: factor.to(x.device) for name, factor in factors.items()}):
         y = module.forward(x.view(*lead, *x.shape))
+    bases = {transposed: linear_part(out) for transposed, out in outputs.items()}
     return y, bases, {name: factor.double() for name, factor in factors.items()}
 
 
