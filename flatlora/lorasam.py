@@ -43,6 +43,7 @@ class Uphill(Source):
         self._norms = BaseNorms()
 
     def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Adapter | None:
+        layer.note_pass(adapters)
         if self.rho == 0 or layer.name not in self.direction:
             return None
         B, A = self.direction[layer.name]

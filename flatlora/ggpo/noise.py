@@ -13,6 +13,7 @@ from torch import Tensor
 from ..kernels.draw import Draw
 from ..kernels.low_rank import without_autocast
 from ..layers.adapter import Adapter
+from ..layers.base import corner
 from ..layers.stack import BaseNorms, stacks, weight_sq
 from ..layers.tangent import project
 from ..layers.view import LoRALayer
@@ -68,6 +69,7 @@ class RowNoise(Source):
         self._observed: list[tuple[list[str], Tensor]] = []
 
     def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Draw | None:
+        layer.note_pass(adapters)
         if self.sigma == 0:
             return None
         # The seed is a function of (seed, step, layer) and no running stream: every micro-batch, every recomputation,
@@ -193,13 +195,8 @@ def _state(adapter: Adapter) -> tuple[Any, ...]:
     elements show them, where reading them stalls no device.
     """
     versions = [(factor.device, factor._version) for factor in (adapter.A, adapter.B)]
-    corners = [_corner(factor) for factor in (adapter.A, adapter.B)]
+    corners = [corner(factor) for factor in (adapter.A, adapter.B)]
     return versions, corners, adapter.magnitude is not None and adapter.magnitude._version
-
-
-def _corner(factor: Tensor) -> float | None:
-    readable = factor.device.type == "cpu" and factor.numel() and not hasattr(factor, "full_tensor")
-    return factor[(0,) * factor.dim()].item() if readable else None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import chain
@@ -36,10 +37,22 @@ def whole(tensor: Tensor) -> Tensor:
     return full() if full is not None else tensor
 
 
-def corner(tensor: Tensor) -> float | None:
-    """One element, where reading it stalls no device: it shows writes through `.data`, which autograd doesn't count."""
+def address(tensor: Tensor) -> int:
+    """Where its values are; 0 for a tensor without memory of its own: fake, meta, or wrapped by torch.func."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def corner(tensor: Tensor) -> bytes | None:
+    """The bits of one element, where reading them stalls no device, without launching an operator.
+
+    They show writes through `.data`, which autograd does not count.
+    """
     readable = tensor.device.type == "cpu" and tensor.numel() and not hasattr(tensor, "full_tensor")
-    return tensor[(0,) * tensor.dim()].item() if readable else None
+    where = address(tensor) if readable else 0
+    return ctypes.string_at(where, tensor.itemsize) if where else None
 
 
 def hooked(module: nn.Module) -> bool:
@@ -56,7 +69,7 @@ def hooked(module: nn.Module) -> bool:
 def _version(tensor: Tensor) -> tuple[Any, ...] | None:
     if tensor.is_inference() or hasattr(tensor, "full_tensor"):
         return None
-    return id(tensor), tensor._version, None if tensor.is_meta else tensor.data_ptr(), corner(tensor)
+    return id(tensor), tensor._version, address(tensor), corner(tensor)
 
 
 class BaseWeight(ABC):

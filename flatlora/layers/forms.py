@@ -185,13 +185,9 @@ def scaling_of(module: Any, form: Form, rank: int) -> float:
 def _undisturbed(module: Any) -> Iterator[None]:
     """Within the context a layer adds its adapter and computes as in evaluation; nothing of it stays."""
     wanted = {"merged": False} | {name: not off for name, off in SWITCHES.items()}
-    before = {name: module.__dict__[name] for name in wanted if isinstance(module.__dict__.get(name), bool)}
-    try:
-        module.__dict__.update({name: wanted[name] for name in before})
-        with asked(module):
-            yield
-    finally:
-        module.__dict__.update(before)
+    with asked(module):
+        module.__dict__.update({name: on for name, on in wanted.items() if isinstance(module.__dict__.get(name), bool)})
+        yield
 
 
 @contextmanager

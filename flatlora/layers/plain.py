@@ -135,7 +135,8 @@ def _branch(module: nn.Module) -> str | None:
     if _pair(module, _PAIRS) is not None:
         return None
     children = dict(module.named_children())
-    named = [name for name in children if "lora" in name.lower() and _pair(children[name], _BRANCH_PAIRS) is not None]
+    holders = {name: child for name, child in children.items() if not isinstance(child, nn.ModuleDict)}  # PEFT's
+    named = [name for name in holders if "lora" in name.lower() and _pair(holders[name], _BRANCH_PAIRS) is not None]
     linear = [name for name, child in children.items() if name not in named and _is_linear(child)]
     whole = len(named) == len(linear) == 1 and not any(_is_linear(child) for child in _others(children[named[0]]))
     return named[0] if whole else None

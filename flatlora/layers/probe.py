@@ -53,22 +53,27 @@ def misses(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def asked(module: nn.Module) -> Iterator[None]:
-    """Within the context a layer computes as in evaluation; afterwards modes and random streams are as they were."""
-    modes = [(part, part.training) for part in module.modules()]
+    """Within the context a layer computes as in evaluation; afterwards its attributes and random streams are as before.
+
+    What its forward notes down on the way, such as its last input or a count of its calls, does not stay.
+    """
     found = next((t.device for t in chain(module.parameters(), module.buffers())), torch.device("cpu"))
     on_cpu = found.type in ("cpu", "meta")
     streams = torch.random.fork_rng(
         devices=[] if on_cpu else [found.index or 0], device_type="cuda" if on_cpu else found.type
     )
     layout = hold_training_layout(module)
+    kept = [(part, dict(part.__dict__), dict(part._buffers)) for part in module.modules()]
     try:
-        for part, _ in modes:
+        for part, *_ in kept:
             part.training = False  # the attribute, as loralib's train() writes to the weight
         with streams, torch.no_grad(), without_autocast(found):
             yield
     finally:
-        for part, mode in modes:
-            part.training = mode
+        for part, attributes, buffers in kept:
+            for store, values in ((part.__dict__, attributes), (attributes["_buffers"], buffers)):
+                store.clear()
+                store.update(values)
         layout.release()
 
 

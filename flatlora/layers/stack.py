@@ -38,9 +38,12 @@ class Stack:
 
 
 def stacks(layers: Iterable[LoRALayer], known: Mapping[str, list[Adapter]] | None = None) -> Iterator[Stack]:
-    """Layers of one form together, as many as have a bounded size; `known`: their adapters by name, if just read."""
+    """Layers of one form together, as many as have a bounded size; `known`: their adapters by name.
+
+    Without `known` the adapters are those that the gradients at hand are of.
+    """
     alike: dict[tuple, list[tuple[LoRALayer, list[Adapter]]]] = {}
-    read = [(layer, layer.adapters() if known is None else known[layer.name]) for layer in layers]
+    read = [(layer, layer.passed_adapters() if known is None else known[layer.name]) for layer in layers]
     for layer, adapters in _with_shared(read):
         forms = tuple(
             (a.name, a.k, a.rank, a.scaling, a.A.dtype, a.magnitude is None, a.has_grads, a.told) for a in adapters

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,6 +56,7 @@ class LoRALayer:
         self.shape = base.shape
         self.is_peft = reader.is_peft
         self._reader = reader.of(module)
+        self._passed: dict[str, float] = {}
         # What was found out about a base holds for it on, and is found out later where its values are elsewhere yet.
         self._known = None if base.device.type == "meta" else (type(base.module), base.kind == "float")
         self._base = base.module, base.shape, base.transposed
@@ -92,6 +94,19 @@ class LoRALayer:
         if reader.merged(module) or not reader.enabled(module):
             return []
         return [adapter for name in reader.active(module) for adapter in reader.adapters(module, name, shape)]
+
+    def note_pass(self, adapters: list[Adapter] | None) -> None:
+        """Remembers the scalings that a training pass begins with: some models change them for the pass alone."""
+        if adapters is not None:
+            self._passed = {adapter.name: adapter.scaling for adapter in adapters}
+
+    def passed_adapters(self) -> list[Adapter]:
+        """`adapters()`, scaled as in the last training pass, which their gradients are of."""
+        passed = self._passed
+        return [
+            a if a.scaling == passed.get(a.name, a.scaling) else replace(a, scaling=passed[a.name])
+            for a in self.adapters()
+        ]
 
     def ranks(self) -> dict[str, int]:
         """The rank of every adapter asked for; of a hybrid GraLoRA layer that of both its parts together."""

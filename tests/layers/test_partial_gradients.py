@@ -152,3 +152,25 @@ def test_layers_that_share_both_factors_are_refused():
 def test_a_module_in_two_places_shares_nothing():
     layer = ParameterLoRA(7, 7)
     assert len(lora_layers(nn.Sequential(layer, nn.Tanh(), layer))) == 1
+
+
+def test_a_scale_that_holds_for_the_pass_alone_is_that_of_its_gradients():
+    """As diffusers' cross_attention_kwargs={"scale": ...}: the layers are scaled for the forward and back after it."""
+    torch.manual_seed(0)
+    model = one_layer()
+    (layer,) = lora_layers(model)
+    x, target = torch.randn(6, 7, dtype=torch.float64), torch.randn(6, 10, dtype=torch.float64)
+    expected = expected_projection(layer, target.t() @ x)
+    sam = LoRASAMOptimizer(torch.optim.SGD(trainable(model), lr=0.0), model, rho=0.3)
+    ggpo = GGPOOptimizer(torch.optim.SGD(trainable(model), lr=0.0), model, sigma=0.1, beta=1.0, seed=1)
+    for _ in range(2):
+        layer.module.scale_layer(0.5)
+        out = model(x)
+        layer.module.unscale_layer(0.5)
+        (out * target).sum().backward()
+        sam.step()
+        ggpo.step()
+        (found,) = gradient_rows(ggpo).values()
+        torch.testing.assert_close(found, expected.square().sum(1), rtol=1e-5, atol=1e-9)
+        assert abs(float(sam.metrics()["projected_gradient_norm"]) / float(expected.norm()) - 1) < 1e-6
+        sam.zero_grad()
