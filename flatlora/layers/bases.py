@@ -19,8 +19,8 @@ __all__ = ["BASES", "Known", "base_weight", "linear_base"]
 # The first class that recognises a weight reads it.
 BASES: tuple[type[BaseWeight], ...] = (Bnb4bitBase, Bnb8bitBase, FloatBase, OpaqueBase)
 
-# A layer's class, and whether layers of it were found to multiply by the weight that they store.
-Known = tuple[type, bool]
+# A layer's forward, as FSDP derives classes of its own, and whether the layer multiplies by the weight that it stores.
+Known = tuple[Any, bool]
 
 
 def base_weight(
@@ -35,7 +35,7 @@ def base_weight(
     kind = next(kind for kind in BASES if kind.reads(module, weight))
     if kind is FloatBase:
         assert weight is not None
-        if known is not None and known[0] is type(module):
+        if known is not None and known[0] is type(module).forward:
             multiplies = known[1]
         elif _trusted(module, weight):
             multiplies = True

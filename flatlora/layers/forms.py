@@ -21,7 +21,7 @@ __all__ = ["SWITCHES", "Form", "child_of", "factor_of", "fitting", "own_base", "
 # Attributes by which a layer tells that its adapter is off, and the value that says so.
 SWITCHES = {"enabled": False, "disable_adapters": True, "disabled": True}
 # What a layer's output may differ by: rounding, and nothing that comes of another formula.
-_EXACT, _ROUNDED = 3e-3, 3e-2
+_EXACT, _ROUNDED = 1e-2, 3e-2
 
 
 class Form(NamedTuple):
@@ -52,7 +52,7 @@ def own_base(module: Any, name: str, shape: tuple[int, int], transposed: bool) -
     """The weight (m, n) that the layer's child of that name holds, or for "" the layer itself."""
     base = child_of(module, name)
     # A layer that is its own base is asked as a whole, and must not be without its adapter.
-    found = base_weight(base, shape, transposed, None if name else (type(base), True))
+    found = base_weight(base, shape, transposed, None if name else (type(base).forward, True))
     if not name and isinstance(found, OpaqueBase):
         raise NotLinear("its own weight is not stored as floats, and it can't be asked without its adapter")
     return found
@@ -134,7 +134,8 @@ def _ask(module: Any, forms: list[Form]) -> Answer:
                 "adapted layer return its output alone, and a module around it the rest"
             )
         if y.shape == (*lead, len(x), m):
-            return Answer(x[:-1].cpu().double(), linear_part(y), bases, factors, autocast or dtype.itemsize < 4)
+            rounded = autocast or min(one.itemsize for one in (*known, dtype)) < 4
+            return Answer(x[:-1].cpu().double(), linear_part(y), bases, factors, rounded)
         complaints.append(f"it makes {tuple(y.shape)} of an input {(*lead, len(x), n)}, expected (..., {m})")
     raise ValueError(
         f"it can't be called with its input as the only argument, one tensor (..., {n}), in any dtype: "

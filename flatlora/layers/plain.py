@@ -24,7 +24,7 @@ _PAIRS = (("lora_A", "lora_B"), ("lora_a", "lora_b"), ("lora_down", "lora_up"))
 _BRANCH_PAIRS = (*_PAIRS, ("A", "B"))  # of a child with "lora" in its name
 _SCALES = {"scaling": (0.0,), "scale": (0.0,), "lora_alpha": (1.0, 0.5, 0.0), "alpha": (1.0, 0.5, 0.0)}
 
-
+# By layer: the shapes that it was asked with, and what reads it.
 _READ: WeakKeyDictionary[nn.Module, tuple[Any, PlainLoRA]] = WeakKeyDictionary()
 
 
@@ -53,8 +53,7 @@ class PlainLoRA(Reader):
         if known is not None and known[0] == look:
             return known[1]
         forms = list(_forms(module, _branch(module) or "", pair, factors, base_name))
-        tensors = *factors, *child_of(module, base_name).parameters()
-        if not at_hand(*tensors):
+        if not at_hand(*factors, *child_of(module, base_name).parameters()):
             return PlainLoRA(forms[0])  # can't be asked: as the shapes have it
         reader = PlainLoRA(fitting(module, forms))
         _READ[module] = look, reader

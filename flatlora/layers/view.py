@@ -19,6 +19,7 @@ from .adapter import Adapter
 from .base import OFFLOADED, BaseWeight, hooked
 from .bases import base_weight
 from .kinds import reader_of
+from .probe import at_hand
 from .reader import NotLinear
 
 __all__ = ["LoRALayer", "fusable", "lora_layers", "plain_name", "refuse_fsdp1"]
@@ -57,8 +58,9 @@ class LoRALayer:
         self.is_peft = reader.is_peft
         self._reader = reader.of(module)
         self._passed: dict[str, float] = {}
-        # What was found out about a base holds for it on, and is found out later where its values are elsewhere yet.
-        self._known = None if base.device.type == "meta" else (type(base.module), base.kind == "float")
+        # What was found out about a base is kept; an opaque one whose values are elsewhere yet could not be asked.
+        unasked = base.kind == "opaque" and not at_hand(*base.module.parameters())
+        self._known = None if unasked else (type(base.module).forward, base.kind == "float")
         self._base = base.module, base.shape, base.transposed
 
     @property
