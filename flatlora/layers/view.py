@@ -20,7 +20,7 @@ from .base import OFFLOADED, BaseWeight, hooked
 from .bases import base_weight
 from .kinds import reader_of
 from .probe import at_hand
-from .reader import NotLinear
+from .reader import NotLinear, Reader
 
 __all__ = ["LoRALayer", "fusable", "lora_layers", "plain_name", "refuse_fsdp1"]
 
@@ -203,9 +203,7 @@ def _search(model: nn.Module, wanted: set[str] | None) -> tuple[list[LoRALayer],
         if not names:
             continue
         try:
-            base = reader.of(module).base(module)
-            layer = LoRALayer(name, module, base, frozenset(names))
-            _check(layer, base)
+            layer = _read(name, module, reader.of(module), names)
         except NotLinear as reason:
             skipped.append(f"{name} ({reason})")
             continue
@@ -216,8 +214,18 @@ def _search(model: nn.Module, wanted: set[str] | None) -> tuple[list[LoRALayer],
     return found, skipped, known
 
 
-def _check(layer: LoRALayer, base: BaseWeight) -> None:
-    """ValueError where the layer's adapters can't be trained as it is at present."""
+def _read(name: str, module: nn.Module, reader: Reader, names: set[str]) -> LoRALayer:
+    """The layer, seen through those of the adapters that can be read.
+
+    Raises:
+        NotLinear: there is none.
+        ValueError: they can't be trained as the layer is at present.
+    """
+    base = reader.base(module)
+    readable = frozenset(one for one in names if reader.adapters(module, one, base.shape))
+    if not readable:
+        raise NotLinear(f"{', '.join(sorted(names))}: of another kind")
+    layer = LoRALayer(name, module, base, readable)
     if (fault := base.fault()) is not None:
         raise ValueError(fault)
     adapters = layer.all_adapters()
@@ -229,6 +237,7 @@ def _check(layer: LoRALayer, base: BaseWeight) -> None:
             "DoRA over a bitsandbytes 8-bit weight can't be trained: PEFT's own forward fails there from its second "
             "pass on. Use plain LoRA over it, or DoRA over a 4-bit or float weight"
         )
+    return layer
 
 
 def _refuse_shared(layers: list[LoRALayer]) -> None:

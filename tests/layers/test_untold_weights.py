@@ -194,6 +194,22 @@ def test_a_variant_is_named(caplog):
     assert "b (PEFT's ALoraLinearVariant)" in caplog.text
 
 
+def test_an_inactive_adapter_of_another_variant_hides_no_other():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(Net(nn.Linear(N, N)), LoraConfig(r=2, target_modules=["fc"]))
+    model.add_adapter(
+        "other", LoraConfig(r=2, target_modules=["fc"], task_type="CAUSAL_LM", alora_invocation_tokens=[1])
+    )
+    (layer,) = lora_layers(model)
+    assert layer.names == {"default"} and [a.name for a in layer.adapters()] == ["default"]
+    with pytest.raises(ValueError, match=r"no adapted linear layer .*other: of another kind"):
+        lora_layers(model, "other")
+    model.base_model.set_adapter("other")
+    with pytest.raises(ValueError, match=r"no adapted linear layer .*PEFT's ALoraLinearVariant"):
+        lora_layers(model)
+
+
 # --- written through .data -------------------------------------------------------------------------------------------
 
 
