@@ -71,7 +71,10 @@ class PlainLoRA(Reader):
         return own_base(module, form.base, form.shape, form.transposed)
 
     def enabled(self, module: Any) -> bool:
-        return not any(getattr(module, name, None) is off for name, off in SWITCHES.items())
+        own, cls = module.__dict__, type(module)  # looked up there, as modules search long for what they lack
+        return not any(
+            (getattr(module, name) if hasattr(cls, name) else own.get(name)) is off for name, off in SWITCHES.items()
+        )
 
     def merged(self, module: Any) -> Sequence[str]:
         return ("default",) if getattr(module, "merged", False) else ()

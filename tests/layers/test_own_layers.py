@@ -389,6 +389,30 @@ def test_a_layer_that_says_that_it_is_off_is_left_alone(name, off):
     assert torch.equal(model(x), module.linear(x)) and optimizer.current_perturbation()["fc"] is None
 
 
+@pytest.mark.parametrize("kind", ["Own", "BufferScale", "LowerCase", "Beside", "FanIn"])
+def test_compiled_as_one_graph(kind):
+    """With the switch, too, where the layer has one."""
+    outputs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = Net(READ[kind](8, 8, 2)).train()
+        if kind == "LowerCase":
+            model.fc.dropout.p = 0.0
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = GGPOOptimizer(torch.optim.SGD(params, lr=0.01), model, sigma=0.3, seed=1)
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+        outputs.append([])
+        for off in (False, True, False):
+            if kind == "LowerCase":
+                model.fc.disabled = off
+            outputs[-1].append(out := run(x))
+            if out.requires_grad:
+                out.square().mean().backward()
+                optimizer.step()
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+
+
 class Merged(Own):
     """As loralib's MergedLinear and LitGPT's LoRAQKVLinear: updates of two of three parts of the outputs."""
 
