@@ -242,20 +242,19 @@ def _read(name: str, module: nn.Module, reader: Reader, names: set[str]) -> LoRA
 
 def _refuse_shared(layers: list[LoRALayer]) -> None:
     """ValueError where layers have both factors in common: of neither is the gradient one layer's own."""
+    adapters = [(layer.name, adapter) for layer in layers for adapter in layer.all_adapters() if adapter.trained]
     users: dict[int, list[str]] = {}
-    for layer in layers:
-        for adapter in layer.all_adapters():
-            for param in (adapter.A_param, adapter.B_param):
-                users.setdefault(id(param), []).append(layer.name)
-    for layer in layers:
-        for adapter in layer.all_adapters():
-            both = [users[id(param)] for param in (adapter.A_param, adapter.B_param)]
-            if all(len(names) > 1 for names in both):
-                raise ValueError(
-                    f"layer {layer.name!r} shares both factors of its adapter, A with {_some(both[0])} and B with "
-                    f"{_some(both[1])}: their gradients are sums over these layers, of which no layer's own can be "
-                    "told; share A alone or B alone, or use one module in all places"
-                )
+    for name, adapter in adapters:
+        for param in (adapter.A_param, adapter.B_param):
+            users.setdefault(id(param), []).append(name)
+    for name, adapter in adapters:
+        both = [users[id(param)] for param in (adapter.A_param, adapter.B_param)]
+        if all(len(names) > 1 for names in both):
+            raise ValueError(
+                f"layer {name!r} shares both factors of its adapter, A with {_some(both[0])} and B with "
+                f"{_some(both[1])}: their gradients are sums over these layers, of which no layer's own can be told; "
+                "share A alone or B alone, or use one module in all places"
+            )
 
 
 @functools.cache
