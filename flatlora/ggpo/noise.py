@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels.draw import Draw
 from ..kernels.low_rank import without_autocast
 from ..layers.adapter import Adapter
+from ..layers.base import corner
 from ..layers.stack import BaseNorms, stacks, weight_sq
 from ..layers.tangent import project
 from ..layers.view import LoRALayer
@@ -208,13 +209,8 @@ def _state(adapter: Adapter) -> tuple[Any, ...]:
     elements show them, where reading them stalls no device.
     """
     versions = [(factor.device, factor._version) for factor in (adapter.A, adapter.B)]
-    corners = [_corner(factor) for factor in (adapter.A, adapter.B)]
+    corners = [corner(factor) for factor in (adapter.A, adapter.B)]
     return versions, corners, adapter.magnitude is not None and adapter.magnitude._version
-
-
-def _corner(factor: Tensor) -> float | None:
-    readable = factor.device.type == "cpu" and factor.numel() and not hasattr(factor, "full_tensor")
-    return factor[(0,) * factor.dim()].item() if readable else None
 
 
 @contextmanager

@@ -19,7 +19,8 @@ class Adapter:
     `A` is (r, n), `B` is (m, r); the parameters behind them may be stored the other way around. GraLoRA's are a grid of
     k×k blocks, `A` (k, k, r/k, n/k) and `B` (k, k, m/k, r/k), and add ``scaling · B_ij·A_ij`` to block row i, column j.
     `magnitude` is DoRA's (m,) vector or None. `dropout` acts on the adapter's input. `fading` is what the gradients of
-    A and B are multiplied by.
+    A and B are multiplied by. `shared` says of A and B whether other layers add them too, so that their gradients are
+    sums over these layers.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Adapter:
     A_param: nn.Parameter | None = None
     B_param: nn.Parameter | None = None
     fading: float = 1.0
+    shared: tuple[bool, bool] = (False, False)
 
     @property
     def trained(self) -> bool:
@@ -39,15 +41,23 @@ class Adapter:
 
     @property
     def has_grads(self) -> bool:
-        """Whether B has a gradient, and A one too unless it is frozen, as LoRA-FA's is."""
+        """Whether A and B have gradients, one of them at least, as one may be frozen: LoRA-FA's A is."""
+        factors = [param for param in (self.A_param, self.B_param) if param is not None]
+        return any(self.told) and all(param.grad is not None or not param.requires_grad for param in factors)
+
+    @property
+    def told(self) -> tuple[bool, bool]:
+        """Whether the gradient of A, and that of B, is there and this layer's own."""
         A, B = self.A_param, self.B_param
-        return A is not None and B is not None and B.grad is not None and (A.grad is not None or not A.requires_grad)
+        if A is None or B is None:
+            return False, False
+        return A.grad is not None and not self.shared[0], B.grad is not None and not self.shared[1]
 
     def grads(self) -> tuple[Tensor, Tensor]:
-        """(∂L/∂A, ∂L/∂B) in the shapes of A and B; zero for a frozen A."""
-        assert self.A_param is not None and self.B_param is not None and self.B_param.grad is not None
-        grad_a = torch.zeros_like(self.A_param) if self.A_param.grad is None else self.A_param.grad
-        grad_a, grad_b = whole(grad_a), whole(self.B_param.grad)
+        """(∂L/∂A, ∂L/∂B) in the shapes of A and B; zero for a frozen one."""
+        assert self.A_param is not None and self.B_param is not None
+        params = self.A_param, self.B_param
+        grad_a, grad_b = (whole(torch.zeros_like(p) if p.grad is None else p.grad) for p in params)
         if self.A.dim() == 4:
             return block_factors(grad_a, grad_b)
         return (

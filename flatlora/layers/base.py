@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import chain
@@ -12,11 +13,16 @@ from torch import Tensor, nn
 
 from ..kernels.low_rank import autocasts
 
-__all__ = ["BaseWeight", "FloatBase", "OpaqueBase", "hooked", "whole", "wide"]
+__all__ = ["OFFLOADED", "BaseWeight", "FloatBase", "OpaqueBase", "corner", "hooked", "whole", "wide"]
 
 _BLOCK = 1 << 22  # elements of a base weight that are upcast at a time
 _CPU_BLOCK = 1 << 18  # on a CPU, in whose cache they stay
+OFFLOADED = (
+    "Accelerate keeps its weights off the model between passes (cpu_offload, disk_offload, or a device_map that does), "
+    "where they can't be read and adapters get no gradient; give the model a device, or quantise it"
+)
 _OWN = (nn.Parameter, Tensor)
+_STORING = ("torch.distributed.", "torch._", "bitsandbytes.")  # whose tensors hold the values that they stand for
 _UNITS = 128  # unit vectors that an opaque layer is applied to at a time
 # Whether torch multiplies bfloat16 on a GPU with a result in float32: NVIDIA's alone, from version 2.8 on.
 _MIXES = torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype")
@@ -45,6 +51,24 @@ def whole(tensor: Tensor) -> Tensor:
     return full() if full is not None else tensor
 
 
+def address(tensor: Tensor) -> int:
+    """Where its values are; 0 for a tensor without memory of its own: fake, meta, or wrapped by torch.func."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def corner(tensor: Tensor) -> bytes | None:
+    """The bits of one element, where reading them stalls no device, without launching an operator.
+
+    They show writes through `.data`, which autograd does not count.
+    """
+    readable = tensor.device.type == "cpu" and tensor.numel() and not hasattr(tensor, "full_tensor")
+    where = address(tensor) if readable else 0
+    return ctypes.string_at(where, tensor.itemsize) if where else None
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether someone listens in on a module's forward or backward, or has replaced its forward."""
     return bool(
@@ -56,10 +80,16 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def _version(tensor: Tensor) -> tuple[Any, ...] | None:
+    if tensor.is_inference() or hasattr(tensor, "full_tensor"):
+        return None
+    return id(tensor), tensor._version, address(tensor), corner(tensor)
+
+
 class BaseWeight(ABC):
     """A frozen linear layer's weight ``W0`` of shape (m, n) = (out_features, in_features), however it is stored.
 
-    There is a class for each way of storing it; `flatlora.layers.kinds.base_weight` finds the one that fits. How a
+    There is a class for each way of storing it; `flatlora.layers.bases.base_weight` finds the one that fits. How a
     layer stores its weight may change while a model is in use: bitsandbytes quantises on the first `.to()`, torchao
     replaces the tensor. So a `BaseWeight` is made when the weight is looked at, and is not to be kept.
 
@@ -102,16 +132,20 @@ class BaseWeight(ABC):
         return self.module.weight.device
 
     @property
-    def version(self) -> tuple[int, int] | None:
-        """Another one once the weight has been written to or replaced; None where nobody counts, as if sharded."""
+    def version(self) -> tuple[Any, ...] | None:
+        """Another one once the weight has been written to or replaced; None where nobody counts, as if sharded.
+
+        Writes through `.data`, as ReLoRA's merge, are seen in one element on a CPU. On a GPU, where reading it would
+        stall the device, a new storage is seen, as ``p.data = ...`` gives, and writes in place to the old one are not.
+        """
         weight = getattr(self.module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.is_inference() or hasattr(weight, "full_tensor"):
-            return None
-        return id(weight), weight._version
+        return _version(weight) if isinstance(weight, Tensor) else None
 
     def fault(self) -> str | None:
         """Why adapters over this weight can't be trained as it is at present, and what to do; None if they can."""
-        return None
+        weight = getattr(self.module, "weight", None)
+        offloaded = isinstance(weight, Tensor) and weight.is_meta and hasattr(self.module, "_hf_hook")
+        return OFFLOADED if offloaded else None
 
     def fusable(self, x: Tensor) -> bool:
         """Whether ``x·W0ᵀ + bias`` may stand for the module's forward: frozen, plain, and nobody listens in on it."""
@@ -194,12 +228,15 @@ class FloatBase(BaseWeight):
 
     @staticmethod
     def reads(module: nn.Module, weight: Any) -> bool:
-        # Quantisers that pose as a float tensor of the right shape (torchao) are tensor subclasses of their own.
+        # Quantisers that pose as a float tensor of the right shape (torchao) are tensor subclasses of their own, floats
+        # of 8 bits need a scale, and a weight that is not stored under its name is computed (parametrizations).
         return (
             isinstance(weight, Tensor)
             and weight.is_floating_point()
+            and weight.dtype.itemsize > 1
             and weight.dim() == 2
-            and (type(weight) in _OWN or type(weight).__module__.startswith(("torch.", "bitsandbytes.")))
+            and ("weight" in module._parameters or "weight" in module._buffers)
+            and (type(weight) in _OWN or type(weight).__module__.startswith(_STORING))
         )
 
     @property
@@ -252,7 +289,7 @@ class FloatBase(BaseWeight):
 
 
 class OpaqueBase(BaseWeight):
-    """A layer of which nothing more is known than that it is affine: AWQ, GPTQ, HQQ, torchao and others.
+    """A layer of which nothing more is known than that it is affine: AWQ, GPTQ, HQQ, torchao, 8-bit floats and others.
 
     Its weight is what it makes of the unit vectors, less what it makes of zero, which is the bias. It need not have an
     attribute `weight`, nor any parameter. A layer that rounds its input too, as torchao's dynamic quantisation does, is
@@ -265,6 +302,11 @@ class OpaqueBase(BaseWeight):
     @staticmethod
     def reads(module: nn.Module, weight: Any) -> bool:
         return True
+
+    @property
+    def version(self) -> tuple[Any, ...] | None:
+        versions = tuple(_version(tensor) for tensor in self._tensors())
+        return None if None in versions else versions
 
     @property
     def device(self) -> torch.device:
@@ -308,7 +350,8 @@ class OpaqueBase(BaseWeight):
 
     def _dtype(self) -> torch.dtype | None:
         """The dtype that the layer computes in, as far as it tells."""
-        stored = next((tensor.dtype for tensor in self._tensors() if tensor.is_floating_point()), None)
+        floats = (tensor.dtype for tensor in self._tensors() if tensor.is_floating_point())
+        stored = next((dtype for dtype in floats if dtype.itemsize > 1), None)
         said = getattr(self.module, "compute_dtype", None)  # HQQ, whose scales are not registered
         return said if stored is None and isinstance(said, torch.dtype) else stored
 

@@ -44,7 +44,7 @@ class Bnb4bitBase(BaseWeight):
                 "bitsandbytes has repacked its 4-bit weight for CPU inference, in a forward in eval mode, and it can't "
                 "be trained any more; load the model again, and build the optimizer before the first evaluation"
             )
-        return None
+        return super().fault()
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit

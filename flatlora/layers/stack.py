@@ -8,8 +8,10 @@ g×g blocks of the weight, on which GraLoRA's adapters are low-rank adapters lik
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +45,13 @@ def together(elements: int, device: torch.device) -> int:
 
 
 def stacks(layers: Iterable[LoRALayer], known: Mapping[str, list[Adapter]] | None = None) -> Iterator[Stack]:
-    """Layers of one form together, as many as have a bounded size; `known`: their adapters by name, if just read."""
+    """Layers of one form together, as many as have a bounded size; `known`: their adapters by name, if others."""
     alike: dict[tuple, list[tuple[LoRALayer, list[Adapter]]]] = {}
-    for layer in layers:
-        adapters = layer.adapters() if known is None else known[layer.name]
-        forms = tuple((a.name, a.k, a.rank, a.scaling, a.A.dtype, a.magnitude is None, a.has_grads) for a in adapters)
+    read = [(layer, layer.adapters() if known is None else known[layer.name]) for layer in layers]
+    for layer, adapters in _with_shared(read):
+        forms = tuple(
+            (a.name, a.k, a.rank, a.scaling, a.A.dtype, a.magnitude is None, a.has_grads, a.told) for a in adapters
+        )
         device = adapters[0].A.device if adapters else layer.base.device
         alike.setdefault((layer.shape, device, layer.names, forms), []).append((layer, adapters))
     for (shape, device, _, forms), group in alike.items():
@@ -58,11 +62,23 @@ def stacks(layers: Iterable[LoRALayer], known: Mapping[str, list[Adapter]] | Non
             yield Stack([layer for layer, _ in part], [adapters for _, adapters in part])
 
 
+def _with_shared(read: list[tuple[LoRALayer, list[Adapter]]]) -> list[tuple[LoRALayer, list[Adapter]]]:
+    """The layers' adapters, told of factors that several of them add."""
+    params = (p for _, adapters in read for a in adapters for p in (a.A_param, a.B_param))
+    uses = Counter(id(p) for p in params if p is not None)
+    if not any(count > 1 for count in uses.values()):
+        return read
+    return [
+        (layer, [replace(a, shared=(uses[id(a.A_param)] > 1, uses[id(a.B_param)] > 1)) for a in adapters])
+        for layer, adapters in read
+    ]
+
+
 class BaseNorms:
     """``‖W0_i‖²`` (m,) of layers, computed once for each unless W0 is not frozen after all, and after writes to it."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[tuple[int, int] | None, Tensor]] = {}
+        self._known: dict[str, tuple[tuple[Any, ...] | None, Tensor]] = {}
 
     def of(self, layer: LoRALayer) -> Tensor:
         base = layer.base

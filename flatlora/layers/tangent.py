@@ -25,8 +25,12 @@ class Projection:
 
         P(G) = V·(R_Bᵀ·C − K·U) + (D·R_A)·U,    K = R_Bᵀ·C·Aᵀ·R_A
 
-    The two terms are orthogonal, row by row: one lies in the row space of A, the other is orthogonal to it. Where A is
-    frozen, C is taken as zero, and what is left, ``G·P_A``, is the projection on ``{Y·A}``.
+    The two terms are orthogonal, row by row: one lies in the row space of A, the other is orthogonal to it.
+
+    Where A is frozen there is no C, and where other layers add A too, its gradient is a sum of theirs and not C. B is
+    taken as zero then, so that V is, and what is left, ``G·P_A``, is the projection on ``{Y·A}``. Likewise without D A
+    is taken as zero, with it U and K, and what is left is ``P_B·G``, the projection on ``{B·X}``. Of several adapters
+    of a layer, each leaves out what it has no gradient for.
 
     Attributes:
         a, c: A and C (L, g, g, q, n/g), at least in float32.
@@ -86,6 +90,11 @@ def project(stack: Stack, norms: BaseNorms) -> Projection | None:
         c_k, d_k = (
             grad.to(dtype).view_as(factor).div_(same[0].scaling) for grad, factor in zip(grads, (a_k, b_k), strict=True)
         )
+        has_c, has_d = same[0].told
+        if not has_c:
+            b_k, c_k = torch.zeros_like(b_k), torch.zeros_like(c_k)
+        if not has_d:
+            a_k, d_k = torch.zeros_like(a_k), torch.zeros_like(d_k)
         if dora:
             factor = by_block(row_factors[same[0].name], grid)
             b_k, d_k = b_k * factor, d_k / factor

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import checks
 from .adapter import Adapter
-from .base import BaseWeight, hooked
-from .kinds import base_weight, reader_of
+from .base import OFFLOADED, BaseWeight, hooked
+from .bases import base_weight
+from .kinds import reader_of
+from .probe import at_hand
+from .reader import NotLinear, Reader
 
 __all__ = ["LoRALayer", "fusable", "lora_layers", "plain_name", "refuse_fsdp1"]
 
@@ -52,12 +56,15 @@ class LoRALayer:
         self.names = names
         self.shape = base.shape
         self.is_peft = reader.is_peft
-        self._reader = reader
+        self._reader = reader.of(module)
+        # What was found out about a base is kept; an opaque one whose values are elsewhere yet could not be asked.
+        unasked = base.kind == "opaque" and not at_hand(*base.module.parameters())
+        self._known = None if unasked else (type(base.module).forward, base.kind == "float")
         self._base = base.module, base.shape, base.transposed
 
     @property
     def base(self) -> BaseWeight:
-        return base_weight(*self._base)
+        return base_weight(*self._base, self._known)
 
     @property
     def merged(self) -> tuple[str, ...]:
@@ -89,10 +96,11 @@ class LoRALayer:
             return []
         return [adapter for name in reader.active(module) for adapter in reader.adapters(module, name, shape)]
 
-    def adapters_named(self, names: Iterable[str]) -> list[Adapter]:
-        """The adapters of these names, asked for or not, in their order."""
+    def adapters_named(self, scalings: Mapping[str, float]) -> list[Adapter]:
+        """The adapters of these names, asked for or not, in their order and with these scalings."""
         reader, module, shape = self._reader, self.module, self.shape
-        return [adapter for name in names for adapter in reader.adapters(module, name, shape)]
+        found = [adapter for name in scalings for adapter in reader.adapters(module, name, shape)]
+        return [a if a.scaling == scalings[a.name] else replace(a, scaling=scalings[a.name]) for a in found]
 
     def ranks(self) -> dict[str, int]:
         """The rank of every adapter asked for; of a hybrid GraLoRA layer that of both its parts together."""
@@ -109,23 +117,36 @@ class LoRALayer:
 def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) -> list[LoRALayer]:
     """Finds every adapted linear layer of a model.
 
-    Understood are PEFT's LoRA, rsLoRA and DoRA layers, GraLoRA layers, this library's and PEFT's, and any other module
-    that holds `lora_A` and `lora_B` (2-D parameters or `nn.Linear` modules) beside a linear base: its own `weight`, or
-    a child named `base_layer`, `linear`, `base` or `original`. Such a module must say its scaling, as `scaling` or as
-    `alpha` (`lora_alpha`) and `r` (`rank`). The base may be `nn.Linear`, `Conv1D`, bitsandbytes' `Linear4bit` or
-    `Linear8bitLt`, or any other layer that can be applied to inputs and says its `in_features` and `out_features`
-    (AWQ, GPTQ, HQQ, torchao).
+    Understood are PEFT's LoRA, rsLoRA and DoRA layers, GraLoRA layers, this library's and PEFT's, and layers of other
+    libraries and of one's own. The base may be `nn.Linear`, `Conv1D`, bitsandbytes' `Linear4bit` or `Linear8bitLt`, or
+    any other layer that can be applied to inputs and says its `in_features` and `out_features` (AWQ, GPTQ, HQQ,
+    torchao, 8-bit floats). Its stored floats are taken for its weight where it multiplies by them and by nothing else.
 
-    Adapters of other kinds (embeddings, convolutions, experts, token-dependent variants) are not linear layers with
-    one weight update; they are left out and named once in a log line.
+    What is asked of a layer of one's own. It holds `lora_A` and `lora_B` (or `lora_a` and `lora_b`, `lora_down` and
+    `lora_up`), 2-D tensors or `nn.Linear` modules, beside a linear base: its own `weight`, a child named `base_layer`,
+    `linear`, `base` or `original`, or its one linear child. Or the factors are in a child whose name contains "lora",
+    beside the one linear child. It says its scaling as a number or tensor `scaling` or `scale`, or as `alpha` or
+    `lora_alpha`, for alpha / r, alpha / √r or alpha. Called with one tensor (..., n), its input, it returns one tensor
+    (..., m), ``x·(W0 + s·B·A)ᵀ + bias`` in evaluation, and nothing else: each such layer is asked so once, with random
+    numbers for A and B, and is as before afterwards. Which factor comes first and what is stored transposed is found
+    out that way too. While its adapter is off, an attribute says so: `enabled` is False, or `disable_adapters` or
+    `disabled` is True; and `merged` is True while the adapter is folded into the base weight. Such a layer is left
+    alone for as long.
+
+    A factor that several layers share has the sum of their gradients, of which no layer's own can be told. GGPO and
+    LoRASAM then use the gradient of the layer's other factor alone, as beside a frozen one.
+
+    Adapters of other kinds (embeddings, convolutions, experts, several updates side by side, token-dependent variants)
+    are not linear layers with one weight update; they are left out and named once in a log line, with the reason.
 
     Args:
         model: any module, also one wrapped by DDP, FSDP or `torch.compile`.
         adapter: name or names of the adapters to look at; None for all.
 
     Raises:
-        ValueError: no adapted linear layer, an adapter name the model does not have, a module without a scaling, a
-            model that FSDP1 or DeepSpeed's ZeRO stage 3 shards.
+        ValueError: no adapted linear layer, an adapter name the model does not have, a layer without a scaling or
+            that computes something else, both factors shared with other layers, weights that Accelerate keeps off the
+            model between passes, a model that FSDP1 or DeepSpeed's ZeRO stage 3 shards.
     """
     refuse_fsdp1(checks.module(model))
     wanted = None if adapter is None else {adapter} if isinstance(adapter, str) else set(adapter)
@@ -160,10 +181,12 @@ def _search(model: nn.Module, wanted: set[str] | None) -> tuple[list[LoRALayer],
     skipped: list[str] = []
     known: set[str] = set()
     taken: set[str] = set()
+    parts: set[nn.Module] = set()
     for raw_name, module in model.named_modules():
-        reader = reader_of(module)
+        reader = None if module in parts else reader_of(module)
         if reader is None:
             continue
+        parts.update(reader.parts(module))
         name, available = plain_name(raw_name), set(reader.names(module))
         name = raw_name if name in taken else name  # `module.fc` beside `fc`
         taken.add(name)
@@ -171,17 +194,59 @@ def _search(model: nn.Module, wanted: set[str] | None) -> tuple[list[LoRALayer],
         names = available if wanted is None else available & wanted
         if not names:
             continue
-        base = reader.base(module)
-        if base is None:
-            skipped.append(name)
+        try:
+            layer = _read(name, module, reader.of(module), names)
+        except NotLinear as reason:
+            skipped.append(f"{name} ({reason})")
             continue
-        fault = base.fault()
-        if fault is not None:
-            raise ValueError(f"layer {name!r}: {fault}")
-        layer = LoRALayer(name, module, base, frozenset(names))
-        layer.all_adapters()  # fails here, not in the first step, where a plain layer's form is not understood
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}, a {type(module).__name__}: {error}") from error.__cause__
         found.append(layer)
+    _refuse_shared(found)
     return found, skipped, known
+
+
+def _read(name: str, module: nn.Module, reader: Reader, names: set[str]) -> LoRALayer:
+    """The layer, seen through those of the adapters that can be read.
+
+    Raises:
+        NotLinear: there is none.
+        ValueError: they can't be trained as the layer is at present.
+    """
+    base = reader.base(module)
+    readable = frozenset(one for one in names if reader.adapters(module, one, base.shape))
+    if not readable:
+        raise NotLinear(f"{', '.join(sorted(names))}: of another kind")
+    layer = LoRALayer(name, module, base, readable)
+    if (fault := base.fault()) is not None:
+        raise ValueError(fault)
+    adapters = layer.all_adapters()
+    for tensor in (t for adapter in adapters for t in (adapter.A, adapter.B)):
+        if tensor.is_meta and any(hasattr(part, "_hf_hook") for part in layer.module.modules()):
+            raise ValueError(OFFLOADED)
+    if base.kind == "8bit" and any(adapter.magnitude is not None for adapter in adapters):
+        raise ValueError(
+            "DoRA over a bitsandbytes 8-bit weight can't be trained: PEFT's own forward fails there from its second "
+            "pass on. Use plain LoRA over it, or DoRA over a 4-bit or float weight"
+        )
+    return layer
+
+
+def _refuse_shared(layers: list[LoRALayer]) -> None:
+    """ValueError where layers have both factors in common: of neither is the gradient one layer's own."""
+    adapters = [(layer.name, adapter) for layer in layers for adapter in layer.all_adapters() if adapter.trained]
+    users: dict[int, list[str]] = {}
+    for name, adapter in adapters:
+        for param in (adapter.A_param, adapter.B_param):
+            users.setdefault(id(param), []).append(name)
+    for name, adapter in adapters:
+        both = [users[id(param)] for param in (adapter.A_param, adapter.B_param)]
+        if all(len(names) > 1 for names in both):
+            raise ValueError(
+                f"layer {name!r} shares both factors of its adapter, A with {_some(both[0])} and B with "
+                f"{_some(both[1])}: their gradients are sums over these layers, of which no layer's own can be told; "
+                "share A alone or B alone, or use one module in all places"
+            )
 
 
 @functools.cache

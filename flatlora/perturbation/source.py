@@ -25,7 +25,8 @@ class Source:
         replaying: perturb beside adapters that require no gradient at present: someone runs a pass again as it was.
         fixed: what layers get, by name, instead of what `draw` gives them; None for `draw`'s.
         passes: of each layer perturbed in passes with gradients since the last step, the adapters that these passes
-            added, by those among them that the layer is seen through.
+            added, by those among them that the layer is seen through, and how they were scaled: some models change
+            that for the pass alone.
         acted: the layers among them in the step before.
         skipped: whether a pass in train mode has gone unperturbed since the last step, as it recorded no gradients.
         told_of_two_passes: whether the user knows that such a pass was followed by one that is perturbed.
@@ -38,7 +39,7 @@ class Source:
     def __init__(self, layers: Iterable[LoRALayer]):
         self.layers = {layer.name: layer for layer in layers}
         self.fixed: dict[str, Draw | Adapter | None] | None = None
-        self.passes: dict[str, dict[Names, Names]] = {}
+        self.passes: dict[str, dict[Names, dict[str, float]]] = {}
         self.acted: frozenset[str] = frozenset()
         self.skipped = self.told_of_two_passes = self._keeping = False
 
@@ -81,7 +82,7 @@ class Source:
     def note_pass(self, layer: LoRALayer, adapters: list[Adapter]) -> None:
         """Called in each pass that is perturbed and records gradients."""
         kinds = self.passes.setdefault(layer.name, {})
-        kinds[held_names(layer, adapters)] = tuple(dict.fromkeys(adapter.name for adapter in adapters))
+        kinds[held_names(layer, adapters)] = {adapter.name: adapter.scaling for adapter in adapters}
 
     def acts_on(self, layer: LoRALayer) -> bool:
         """Whether a pass that trains has gone through the layer since the last step."""
@@ -95,8 +96,8 @@ class Source:
         """
         found: dict[Names, dict[str, list[Adapter]]] = {}
         for layer in self.layers.values():
-            for kind, names in self.passes.get(layer.name, {(): ()}).items():
-                adapters = layer.adapters_named(names) if names else [a for a in layer.all_adapters() if a.has_grads]
+            for kind, scalings in self.passes.get(layer.name, {(): {}}).items():
+                adapters = layer.adapters_named(scalings) if kind else [a for a in layer.all_adapters() if a.has_grads]
                 if any(a.has_grads and a.name in layer.names for a in adapters):
                     found.setdefault(kind or held_names(layer, adapters), {})[layer.name] = adapters
         return found

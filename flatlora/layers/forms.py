@@ -1,0 +1,209 @@
+"""Ways to read a LoRA layer of unknown make, and which of them its output agrees with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .base import BaseWeight, OpaqueBase
+from .bases import base_weight
+from .probe import asked, inputs, linear_part, misses, numbers
+from .reader import NotLinear
+
+__all__ = ["SWITCHES", "Form", "child_of", "factor_of", "fitting", "own_base", "scaling_of"]
+
+# Attributes by which a layer tells that its adapter is off, and the value that says so.
+SWITCHES = {"enabled": False, "disable_adapters": True, "disabled": True}
+# What a layer's output may differ by: rounding, and nothing that comes of another formula.
+_EXACT, _ROUNDED = 1e-2, 3e-2
+
+
+class Form(NamedTuple):
+    """One way to read a layer: ``W0 + value/r^power · up·down``, with W0 (m, n), up (m, r) and down (r, n)."""
+
+    holder: str  # the child that holds the factors; "" for the layer itself
+    down: str
+    up: str
+    turned: tuple[bool, bool]  # whether down, up are stored transposed
+    scale: tuple[str, str, float]  # whose attribute, its name, the power of r that divides it
+    base: str  # the child that holds W0; "" for the layer itself
+    transposed: bool  # whether W0 is stored as (n, m)
+    shape: tuple[int, int]
+
+
+def child_of(module: Any, name: str) -> Any:
+    """The child of that name; the module itself for ""."""
+    return getattr(module, name) if name else module
+
+
+def factor_of(holder: Any, name: str) -> Any:
+    """A factor's tensor, where the factor is a linear layer its weight."""
+    value = getattr(holder, name)
+    return value.weight if isinstance(value, nn.Linear) else value
+
+
+def own_base(module: Any, name: str, shape: tuple[int, int], transposed: bool) -> BaseWeight:
+    """The weight (m, n) that the layer's child of that name holds, or for "" the layer itself."""
+    base = child_of(module, name)
+    # A layer that is its own base is asked as a whole, and must not be without its adapter.
+    found = base_weight(base, shape, transposed, None if name else (type(base).forward, True))
+    if not name and isinstance(found, OpaqueBase):
+        raise NotLinear("its own weight is not stored as floats, and it can't be asked without its adapter")
+    return found
+
+
+class Answer(NamedTuple):
+    """What a layer and its base made of the same inputs while random numbers stood in for the factors."""
+
+    x: Tensor  # (rows, n)
+    found: Tensor  # (rows, m), as are the base's by whether W0 is stored as (n, m)
+    bases: dict[bool, Tensor]
+    factors: dict[str, Tensor]
+    rounded: bool  # to less than float32
+
+
+def fitting(module: Any, forms: list[Form]) -> Form:
+    """The first form that the layer's output agrees with; ValueError if there is none."""
+    least = math.inf, 0.0, 0.0
+    answers: dict[int, Answer] = {}
+    for form in forms:
+        n = form.shape[1]
+        if n not in answers:
+            answers[n] = _ask(module, [other for other in forms if other.shape[1] == n])
+        answer = answers[n]
+        down, up = (
+            answer.factors[name].t() if turned else answer.factors[name]
+            for name, turned in zip((form.down, form.up), form.turned, strict=True)
+        )
+        update, found = answer.x @ down.t() @ up.t(), answer.found - answer.bases[form.transposed]
+        scaling = scaling_of(module, form, down.shape[0])
+        if misses(found, scaling * update) < (_ROUNDED if answer.rounded else _EXACT) or not (scaling or found.any()):
+            return form
+        factor = float((found * update).sum() / update.square().sum())
+        least = min(least, (misses(found, factor * update), factor, scaling))
+    raise ValueError(_another_result(*least))
+
+
+def _another_result(rest: float, factor: float, scaling: float) -> str:
+    if rest < _ROUNDED and abs(factor) < _EXACT * abs(scaling):
+        return (
+            "it adds nothing of the product of its factors, though it does not say that its adapter is off; have it "
+            "say so by an attribute `enabled` = False, or switch the adapter on while the optimizer is built"
+        )
+    if rest < _ROUNDED:
+        return (
+            f"it adds {factor:.4g} times the product of its factors and says {scaling:.4g}; set its attribute "
+            "`scaling` to the number that multiplies the product"
+        )
+    return (
+        "its output is not x·(W0 + s·B·A)ᵀ + bias in evaluation, with its factors as A and B, s its `scaling` or alpha "
+        "/ r, and W0 its base's weight: methods would perturb another weight than the layer has (as in a DoRA of one's "
+        "own, or with an activation after the product or between its factors). Let the adapted layer compute this and "
+        "nothing else, and put the rest into a module around it"
+    )
+
+
+def _ask(module: Any, forms: list[Form]) -> Answer:
+    """Sends numbers through the layer in a dtype, shape and autocast mode that it takes; ValueError if it has none."""
+    (m, n), first = forms[0].shape, forms[0]
+    holder = child_of(module, first.holder)
+    weight = getattr(child_of(module, first.base), "weight", None)
+    stored = (weight, factor_of(holder, first.down), factor_of(holder, first.up))
+    known = [p.dtype for p in stored if isinstance(p, Tensor) and p.is_floating_point()]
+    dtypes = [dtype for dtype in dict.fromkeys((*known, torch.float32, torch.bfloat16)) if dtype.itemsize > 1]
+    complaints: list[str] = []
+    for autocast, dtype, lead in product((False, True), dtypes, ((), (1,))):
+        x = inputs(n).to(stored[1].device, dtype)
+        try:
+            with _undisturbed(module), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+                y, bases, factors = _outputs(module, forms, x, lead)
+        except Exception as error:  # whatever its forward raises at inputs that it does not expect
+            if isinstance(error, NotLinear):
+                raise
+            complaints.append(f"{type(error).__name__}: {error}")
+            continue
+        if not isinstance(y, Tensor):
+            raise ValueError(
+                f"it returns a {type(y).__name__}; expected one tensor (..., {m}) for an input (..., {n}). Let the "
+                "adapted layer return its output alone, and a module around it the rest"
+            )
+        if y.shape == (*lead, len(x), m):
+            rounded = autocast or min(one.itemsize for one in (*known, dtype)) < 4
+            return Answer(x[:-1].cpu().double(), linear_part(y), bases, factors, rounded)
+        complaints.append(f"it makes {tuple(y.shape)} of an input {(*lead, len(x), n)}, expected (..., {m})")
+    raise ValueError(
+        f"it can't be called with its input as the only argument, one tensor (..., {n}), in any dtype: "
+        f"{complaints[0]}. Let the adapted layer take its input first and have defaults for all else, and return one "
+        f"tensor (..., {m})"
+    )
+
+
+def _outputs(
+    module: Any, forms: list[Form], x: Tensor, lead: tuple[int, ...]
+) -> tuple[Any, dict[bool, Tensor], dict[str, Tensor]]:
+    """The layer's output; of its base, `Answer.bases`; and the numbers that stood in for the factors.
+
+    They are sized so that the update is as large as the base's output and neither drowns in the other's rounding.
+    """
+    first = forms[0]
+    sides = {form.transposed: form for form in reversed(forms)}
+    outputs = {transposed: _base_output(module, form, x, lead) for transposed, form in sides.items()}
+    size = float(outputs[first.transposed].double().square().mean().sqrt()) or 1.0
+    holder = child_of(module, first.holder)
+    down, up = factor_of(holder, first.down), factor_of(holder, first.up)
+    scaling = abs(scaling_of(module, first, min(down.shape))) or 1.0
+    factors = {
+        first.down: (numbers(1, *down.shape) / x.shape[1] ** 0.5).to(down.dtype),
+        first.up: (numbers(2, *up.shape) * size / scaling).to(up.dtype),
+    }
+    with _in_place_of(holder, {name: factor.to(x.device) for name, factor in factors.items()}):
+        y = module.forward(x.view(*lead, *x.shape))
+    bases = {transposed: linear_part(out) for transposed, out in outputs.items()}
+    return y, bases, {name: factor.double() for name, factor in factors.items()}
+
+
+def _base_output(module: Any, form: Form, x: Tensor, lead: tuple[int, ...]) -> Tensor:
+    if form.base:
+        return child_of(module, form.base)(x.view(*lead, *x.shape))
+    out = own_base(module, "", form.shape, form.transposed).apply_rows(x).t()
+    bias = getattr(module, "bias", None)
+    return out + bias if isinstance(bias, Tensor) else out
+
+
+def scaling_of(module: Any, form: Form, rank: int) -> float:
+    """What a form says that the product of the factors is multiplied by."""
+    owner, attribute, power = form.scale
+    return float(getattr(child_of(module, owner), attribute)) / rank**power
+
+
+@contextmanager
+def _undisturbed(module: Any) -> Iterator[None]:
+    """Within the context a layer adds its adapter and computes as in evaluation; nothing of it stays."""
+    wanted = {"merged": False} | {name: not off for name, off in SWITCHES.items()}
+    with asked(module):
+        module.__dict__.update({name: on for name, on in wanted.items() if isinstance(module.__dict__.get(name), bool)})
+        yield
+
+
+@contextmanager
+def _in_place_of(holder: Any, factors: dict[str, Tensor]) -> Iterator[None]:
+    """Within the context the layer computes with other factors; the stored ones are not written to."""
+    places: list[tuple[dict[str, Any], str, Any, Tensor]] = []
+    for name, factor in factors.items():
+        value = getattr(holder, name)
+        owner, own = (value, "weight") if isinstance(value, nn.Linear) else (holder, name)
+        store: dict[str, Any] = owner._parameters if own in owner._parameters else owner._buffers
+        places.append((store, own, store[own], factor))
+    try:
+        for store, own, _, factor in places:
+            store[own] = factor
+        yield
+    finally:
+        for store, own, stored, _ in places:
+            store[own] = stored

@@ -1,0 +1,113 @@
+"""What a layer computes, found out by sending a few numbers through it: it answers, and is as it was before."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.low_rank import without_autocast
+from .bnb import hold_training_layout
+
+__all__ = ["asked", "at_hand", "inputs", "linear_part", "misses", "numbers", "orientation"]
+
+_ROWS = 3  # of random numbers that are sent through a layer
+
+
+def at_hand(*tensors: Any) -> bool:
+    """Whether the values of all tensors are here, and not on the meta device, sharded (FSDP, ZeRO) or fake."""
+    return not any(
+        t.is_meta or hasattr(t, "full_tensor") or not t.numel() or type(t).__name__ == "FakeTensor" for t in tensors
+    )
+
+
+def numbers(seed: int, *shape: int) -> Tensor:
+    """Normal numbers in float64, the same ones at every call; no stream that others draw from is touched."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
+
+
+def inputs(width: int) -> Tensor:
+    """What is sent through a layer: a few rows of numbers, and zeros, which give its bias."""
+    return torch.cat([numbers(0, _ROWS, width), torch.zeros(1, width, dtype=torch.float64, device="cpu")])
+
+
+def linear_part(outputs: Tensor) -> Tensor:
+    """What a layer has made of `inputs`, less its bias, in float64 on the CPU."""
+    rows = outputs.detach().cpu().double().reshape(_ROWS + 1, -1)
+    return rows[:-1] - rows[-1:]
+
+
+def misses(found: Tensor, expected: Tensor) -> float:
+    """``‖found − expected‖ / ‖expected‖``, infinite for other shapes and for what is not finite."""
+    if found.shape != expected.shape:
+        return math.inf
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+    return math.inf if math.isnan(error) else error
+
+
+@contextmanager
+def asked(module: nn.Module) -> Iterator[None]:
+    """Within the context a layer computes as in evaluation; afterwards its attributes and random streams are as before.
+
+    What its forward notes down on the way, such as its last input or a count of its calls, does not stay.
+    """
+    found = next((t.device for t in chain(module.parameters(), module.buffers())), torch.device("cpu"))
+    on_cpu = found.type in ("cpu", "meta")
+    streams = torch.random.fork_rng(
+        devices=[] if on_cpu else [found.index or 0], device_type="cuda" if on_cpu else found.type
+    )
+    layout = hold_training_layout(module)
+    kept = [(part, dict(part.__dict__), dict(part._buffers)) for part in module.modules()]
+    try:
+        for part, *_ in kept:
+            part.training = False  # the attribute, as loralib's train() writes to the weight
+        with streams, torch.no_grad(), without_autocast(found):
+            yield
+    finally:
+        for part, attributes, buffers in kept:
+            for store, values in ((part.__dict__, attributes), (attributes["_buffers"], buffers)):
+                store.clear()
+                store.update(values)
+        layout.release()
+
+
+# --- a base's weight -------------------------------------------------------------------------------------------------
+
+_ORIENTATIONS: WeakKeyDictionary[nn.Module, tuple[Any, bool | None]] = WeakKeyDictionary()
+
+
+def orientation(module: nn.Module, weight: Tensor) -> bool | None:
+    """How a layer multiplies by what it stores as its weight: False for ``x·weightᵀ``, True for ``x·weight``.
+
+    None where it computes something else, as do layers that scale, unpack or round what they store, or can't be asked.
+    Each module is asked once for each form of its weight.
+    """
+    form = type(module), weight.shape, weight.dtype, "forward" in module.__dict__
+    known = _ORIENTATIONS.get(module)
+    if known is None or known[0] != form:
+        if not at_hand(weight):
+            return None
+        known = _ORIENTATIONS[module] = form, _find_orientation(module, weight)
+    return known[1]
+
+
+def _find_orientation(module: Any, weight: Tensor) -> bool | None:
+    # Above the rounding of outputs, below what any other weight of that size differs by.
+    bound = 3e-3 if weight.dtype in (torch.float32, torch.float64) else 1e-2
+    for transposed, stored in ((False, weight), (True, weight.t())):
+        x = inputs(stored.shape[1]).to(weight.device, weight.dtype)
+        try:
+            with asked(module):
+                y, expected = module(x), x @ stored.t()
+        except Exception:  # whatever its forward raises at numbers that it does not expect
+            continue
+        fits = isinstance(y, Tensor) and y.shape == expected.shape
+        if fits and misses(linear_part(y), linear_part(expected)) < bound:
+            return transposed
+    return None
