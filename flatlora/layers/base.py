@@ -51,22 +51,18 @@ def whole(tensor: Tensor) -> Tensor:
     return full() if full is not None else tensor
 
 
-def address(tensor: Tensor) -> int:
-    """Where its values are; 0 for a tensor without memory of its own: fake, meta, or wrapped by torch.func."""
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:
-        return 0
-
-
 def corner(tensor: Tensor) -> bytes | None:
     """The bits of one element, where reading them stalls no device, without launching an operator.
 
     They show writes through `.data`, which autograd does not count.
     """
-    readable = tensor.device.type == "cpu" and tensor.numel() and not hasattr(tensor, "full_tensor")
-    where = address(tensor) if readable else 0
-    return ctypes.string_at(where, tensor.itemsize) if where else None
+    if tensor.device.type != "cpu" or not tensor.numel() or hasattr(tensor, "full_tensor"):
+        return None
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # no memory of its own: fake, or wrapped by torch.func
+        return None
+    return ctypes.string_at(address, tensor.itemsize) if address else None
 
 
 def hooked(module: nn.Module) -> bool:
@@ -83,7 +79,7 @@ def hooked(module: nn.Module) -> bool:
 def _version(tensor: Tensor) -> tuple[Any, ...] | None:
     if tensor.is_inference() or hasattr(tensor, "full_tensor"):
         return None
-    return id(tensor), tensor._version, address(tensor), corner(tensor)
+    return id(tensor), tensor._version, corner(tensor)
 
 
 class BaseWeight(ABC):
@@ -136,7 +132,8 @@ class BaseWeight(ABC):
         """Another one once the weight has been written to or replaced; None where nobody counts, as if sharded.
 
         Writes through `.data`, as ReLoRA's merge, are seen in one element on a CPU. On a GPU, where reading it would
-        stall the device, a new storage is seen, as ``p.data = ...`` gives, and writes in place to the old one are not.
+        stall the device, they are not seen, nor is a new storage (``p.data = ...``), as FSDP gives one at every pass;
+        there ``with torch.no_grad(): p.add_(...)`` is seen.
         """
         weight = getattr(self.module, "weight", None)
         return _version(weight) if isinstance(weight, Tensor) else None
