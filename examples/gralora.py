@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from flatlora import apply_gralora, merge_gralora, save_gralora
 
@@ -26,6 +26,7 @@ parser.add_argument("--r", type=int, default=32, help="rank (default: %(default)
 parser.add_argument("--k", type=int, default=4, help="blocks along each side (default: %(default)s)")
 args = parser.parse_args()
 warnings.filterwarnings("ignore")
+logging.set_verbosity_error()
 
 load = {"pretrained_model_name_or_path": args.model}
 if args.model is None:

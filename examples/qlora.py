@@ -18,7 +18,7 @@ import bitsandbytes as bnb
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DataCollatorForSeq2Seq
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DataCollatorForSeq2Seq, logging
 
 from flatlora import LoRASAMOptimizer
 
@@ -31,6 +31,7 @@ parser.add_argument("--rho", type=float, default=0.05, help="LoRASAM's radius (d
 parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 args = parser.parse_args()
 warnings.filterwarnings("ignore")
+logging.set_verbosity_error()
 torch.manual_seed(args.seed)
 
 if args.model is not None:

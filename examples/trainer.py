@@ -22,6 +22,7 @@ from transformers import (
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
+    logging,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -39,6 +40,7 @@ parser.add_argument("--resume", action="store_true", help="go on from the last c
 parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 args = parser.parse_args()
 warnings.filterwarnings("ignore")
+logging.set_verbosity_error()
 checkpoint = get_last_checkpoint(args.output) if args.resume and args.output.is_dir() else None
 if args.resume and checkpoint is None:
     raise SystemExit(f"error: --resume: there is no checkpoint in {args.output}; run once without --resume")
