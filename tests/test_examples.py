@@ -51,7 +51,7 @@ def test_code_of_the_pages(block, tmp_path, monkeypatch):
         "dataset": rows,
         "output_dir": str(tmp_path),
     }
-    if "Trainer(" in block:  # the optimizer of the block above it
+    if "(optimizer, None)" in block:  # the optimizer of the block above it
         names["optimizer"] = LoRASAMOptimizer.for_model(plain, torch.optim.AdamW, lr=5e-4)
     # A model of that kind instead of the hub's; it comes in eval mode, as those do.
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: llama().eval())
@@ -155,6 +155,7 @@ def run_example(name, *arguments):
     return result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "examples").glob("*.py")))
 def test_help(name):
     assert f"python examples/{name}" in run_example(name, "--help")
