@@ -55,10 +55,10 @@ def test_the_wheel_is_the_whole_library_and_nothing_else(archives):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_installed_in_a_fresh_environment_every_module_is_imported(kind, archives, tmp_path):
-    run(sys.executable, "-m", "venv", "--system-site-packages", tmp_path / "fresh")
+    run(sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", tmp_path / "fresh")
     python = tmp_path / "fresh" / "bin" / "python"
-    # What this environment has, if it is a virtual one itself; nothing is fetched. Its links to checkouts, which stand
-    # in .pth files, are not followed from here.
+    # It sees what this environment has, pip and setuptools too, so that nothing is fetched. Links to checkouts, which
+    # stand in .pth files, are not followed from there.
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     Path(site, "outer.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
     pip = [
