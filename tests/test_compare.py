@@ -1,4 +1,4 @@
-"""examples/compare.py: resuming, statistics, wrong labels, choices without test data, every method, pictures."""
+"""examples/research/compare.py: resuming, statistics, wrong labels, choices without test data, methods, pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from models import llama, quantised
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent / "examples" / "research"
 sys.path.insert(0, str(EXAMPLES))
 
 import compare  # noqa: E402

@@ -9,7 +9,7 @@ from pathlib import Path
 import compatibility
 import pytest
 import torch
-from compatibility import METHODS, README, ROWS, Report, table, written
+from compatibility import METHODS, PAGE, ROWS, Report, table, written
 
 ROOT = Path(__file__).parent.parent
 CASE = '<testcase classname="tests.every_method.test_method_{file}" name="{name}[{method}]">{inside}</testcase>'
@@ -63,8 +63,8 @@ def test_a_row_without_a_test_is_no_row(one_row, tmp_path):
         table(report(tmp_path, "a"), report(tmp_path, "b"))
 
 
-def test_the_readmes_table_has_all_rows_and_is_replaced_in_place():
-    text = README.read_text(encoding="utf-8")
+def test_the_pages_table_has_all_rows_and_is_replaced_in_place():
+    text = PAGE.read_text(encoding="utf-8")
     inside = text.split(compatibility.BEGIN)[1].split(compatibility.END)[0]
     assert [line.split("|")[1].strip() for line in inside.splitlines() if line.startswith("|")][2:] == list(ROWS)
     assert written(text, inside.strip("\n")) == text

@@ -1,4 +1,4 @@
-"""What a user installs: the wheel of this checkout holds every module, the marker of types, and nothing else."""
+"""What a user installs: the archives of this checkout hold every module, the marker of types, and nothing else."""
 
 from __future__ import annotations
 
@@ -6,48 +6,87 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FILES = {path.relative_to(ROOT).as_posix() for path in (ROOT / "flatlora").rglob("*.py")} | {"flatlora/py.typed"}
+BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, 'build_' + sys.argv[1])(sys.argv[2])"
 IMPORT_ALL = """
 import importlib, pathlib, pkgutil, sys
 import flatlora
-assert pathlib.Path(flatlora.__file__).is_relative_to(sys.argv[1]), flatlora.__file__
+assert pathlib.Path(flatlora.__file__).is_relative_to(sys.prefix), flatlora.__file__
 for module in pkgutil.walk_packages(flatlora.__path__, "flatlora."):
     importlib.import_module(module.name)
     print(module.name)
 """
 
 
-@pytest.mark.slow
-def test_the_wheel_is_the_whole_library_and_nothing_else(tmp_path):
-    source, wheels, target = tmp_path / "source", tmp_path / "wheels", tmp_path / "target"
+def run(*command, **options):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [str(part) for part in command]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    """The wheel and the source archive, by kind."""
+    folder = tmp_path_factory.mktemp("archives")
     # A copy, so that a build folder left in the checkout by an earlier build cannot add to the wheel or stay behind.
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(source)]
-    subprocess.run(build, check=True)
-    (wheel,) = wheels.iterdir()
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    source = shutil.copytree(ROOT, folder / "source", ignore=left_out)
+    for kind in ("wheel", "sdist"):
+        run(sys.executable, "-c", BUILD, kind, folder, cwd=source)
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    return {"wheel": wheel, "sdist": sdist}
 
-    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "flatlora").rglob("*.py")} | {"flatlora/py.typed"}
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert packed == files
 
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)], check=True)
-    environment = {**os.environ, "PYTHONPATH": str(target)}
-    result = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL, str(target)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    modules = {
-        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in files - {"flatlora/py.typed"}
-    }
-    assert {"flatlora", *result.stdout.split()} == modules
+@pytest.mark.slow
+def test_the_wheel_is_the_whole_library_and_nothing_else(archives):
+    packed = {name for name in zipfile.ZipFile(archives["wheel"]).namelist() if ".dist-info/" not in name}
+    assert packed == FILES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_installed_in_a_fresh_environment_every_module_is_imported(kind, archives, tmp_path):
+    run(sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", tmp_path / "fresh")
+    python = tmp_path / "fresh" / "bin" / "python"
+    # It sees what this environment has, pip and setuptools too, so that nothing is fetched. Links to checkouts, which
+    # stand in .pth files, are not followed from there.
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    Path(site, "outer.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    pip = [
+        python,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
+    run(*pip, "--ignore-installed", archives[kind])
+    files = FILES - {"flatlora/py.typed"}
+    modules = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in files}
+    assert {"flatlora", *run(python, "-c", IMPORT_ALL, cwd=tmp_path).split()} == modules
+
+
+@pytest.mark.slow
+def test_the_api_pages_have_every_public_name(tmp_path):
+    pytest.importorskip("pdoc")
+    import flatlora
+
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = ["bash", str(ROOT / ".ci" / "docs"), str(tmp_path)]
+    result = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and not result.stderr, result.stderr[-3000:]
+    page = (tmp_path / "flatlora.html").read_text(encoding="utf-8")
+    assert all(f'<section id="{name}">' in page for name in flatlora.__all__)
+    assert "ε_t = ρ·P(G_{t−1})" in page
+    assert (tmp_path / "flatlora" / "hf.html").exists() and (tmp_path / "flatlora" / "lightning.html").exists()

@@ -1,4 +1,4 @@
-"""What the examples share: texts, a small pretrained encoder with a LoRA adapter, batches, evaluation, `--method`."""
+"""What the examples share: texts, a small pretrained encoder with a LoRA adapter, batches, evaluation."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
-
-from flatlora import BiLoRAOptimizer, GGPOOptimizer, LoRASAMOptimizer
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported, and peft imports it
 
@@ -201,34 +199,6 @@ def evaluate(model: torch.nn.Module, batches: list[dict[str, Any]]) -> tuple[flo
         loss += float(output.loss) * size
         count += size
     return right / count, loss / count
-
-
-# --- the methods --------------------------------------------------------------------------------------------------
-
-METHODS = ["ggpo", "ggpo-low-rank", "bilora", "lorasam"]
-
-
-def make_optimizer(
-    method: str, optimizer_cls: type[torch.optim.Optimizer], model: torch.nn.Module, args: argparse.Namespace
-) -> torch.optim.Optimizer:
-    """The line of a training script that differs: the optimizer, bare or with a method of flatlora around it."""
-    if method == "bilora":
-        return BiLoRAOptimizer.for_model(model, optimizer_cls, rho=args.rho, lr=args.lr)
-    optimizer = optimizer_cls(trainable(model), lr=args.lr)
-    if method == "none":
-        return optimizer
-    if method == "lorasam":
-        return LoRASAMOptimizer(optimizer, model, rho=args.rho)
-    noise = "low_rank" if method == "ggpo-low-rank" else "gaussian"
-    return GGPOOptimizer(optimizer, model, sigma=args.sigma, noise=noise)
-
-
-def method_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", choices=METHODS, default="ggpo", help="default: %(default)s")
-    parser.add_argument("--sigma", type=non_negative, default=0.03, help="ggpo's noise (default: %(default)s)")
-    parser.add_argument(
-        "--rho", type=non_negative, default=0.05, help="radius of bilora, lorasam (default: %(default)s)"
-    )
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Test loss over the rank of the adapter: does it rise and fall again, and does weight noise smooth it?
 
     pip install "flatlora[examples,plot]" scipy
-    python examples/double_descent.py --runs lora@5e-4 ggpo-low-rank:0.2@5e-4 --flip 0.4 --seeds 0-2
-    python examples/double_descent.py --runs lora@1e-3 ggpo-low-rank:0.2@1e-3 --flip 0.4 --seeds 0-1 \\
+    python examples/research/double_descent.py --runs lora@5e-4 ggpo-low-rank:0.2@5e-4 --flip 0.4 --seeds 0-2
+    python examples/research/double_descent.py --runs lora@1e-3 ggpo-low-rank:0.2@1e-3 --flip 0.4 --seeds 0-1 \\
         --ranks 1 4 16 64 --examples 64 --epochs 10 --curve-texts 8 --pictures pictures    # a first look
 
 LoRA-GGPO (arXiv:2502.14538) was made for a "double descent" of LoRA: a test loss that falls with the rank, rises, and

@@ -1,11 +1,11 @@
 """Compares ways to fine-tune: methods × regimes × seeds, on your own texts, with tables, p-values and pictures.
 
     pip install "flatlora[examples,plot]" scipy
-    python examples/compare.py --runs lora@5e-4 ggpo:0.2@5e-4 --flip 0.4 --seeds 0-4    # news headlines, five topics
-    python examples/compare.py --train-file train.tsv --test-file test.tsv --other-test-file elsewhere.tsv
-    python examples/compare.py --dataset imdb --examples 200 --model FOLDER             # or a decoder's FILE.gguf
-    python examples/compare.py --runs lora sam ggpo bilora early-stopping --tune 6      # an equal budget for each
-    python examples/compare.py --model FILE.gguf --generate --examples 64 --quantise    # a decoder that says the label
+    python examples/research/compare.py --runs lora@5e-4 ggpo:0.2@5e-4 --flip 0.4 --seeds 0-4  # headlines, five topics
+    python examples/research/compare.py --train-file train.tsv --test-file test.tsv --other-test-file elsewhere.tsv
+    python examples/research/compare.py --dataset imdb --examples 200 --model FOLDER  # or a decoder's FILE.gguf
+    python examples/research/compare.py --runs lora sam ggpo bilora early-stopping --tune 6  # an equal budget for each
+    python examples/research/compare.py --model FILE.gguf --generate --examples 64 --quantise  # a decoder names labels
 
 A run is `method`, `method:strength`, and the learning rates it is made with: `ggpo:0.2@5e-4,1e-3`. Every method starts
 from the same weights and sees the same batches, wrong labels (`--flip`) included. Each run is one line of the results

@@ -1,7 +1,7 @@
 """Is the perturbation that a method trains under an adversary? Rises of the loss along the way, at one norm.
 
     pip install "flatlora[examples]"
-    python examples/adversary.py --flip 0.4 --rho 0.05 0.3 --seeds 2-3
+    python examples/research/adversary.py --flip 0.4 --rho 0.05 0.3 --seeds 2-3
 
 While Bi-LoRA trains, every few steps and on the batch that comes next, unperturbed and in eval mode: how much does the
 loss rise along its auxiliary; along the projection P(G) of the last batch's gradient, which LoRASAM takes; along the

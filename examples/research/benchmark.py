@@ -1,10 +1,10 @@
 """Step time, peak memory and operators of the methods and their rivals against PEFT's LoRA, interleaved in one process.
 
-    python examples/benchmark.py                              # SmolLM2-135M's geometry, 1,024 tokens, fp32, CPU
-    python examples/benchmark.py --compare peers              # or gralora, bidora
-    python examples/benchmark.py --methods "PEFT LoRA" "Bi-LoRA" --layers 8 --nf4
-    python examples/benchmark.py --device cuda --model 7B --dtype bf16 --nf4 --tokens 4096
-    python examples/benchmark.py --sweep sweep.jsonl --dtype bf16      # over width, tokens, rank and layers
+    python examples/research/benchmark.py  # SmolLM2-135M's geometry, 1,024 tokens, fp32, CPU
+    python examples/research/benchmark.py --compare peers  # or gralora, bidora
+    python examples/research/benchmark.py --methods "PEFT LoRA" "Bi-LoRA" --layers 8 --nf4
+    python examples/research/benchmark.py --device cuda --model 7B --dtype bf16 --nf4 --tokens 4096
+    python examples/research/benchmark.py --sweep sweep.jsonl --dtype bf16  # over width, tokens, rank and layers
 
 Every round runs one training step of each contender, in an order that rotates; what is printed are ratios of medians to
 the first contender, and how many operators a step asks torch for, forward and backward and then the update. Peak memory
