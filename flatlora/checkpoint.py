@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checks
-from .layers.base import whole
+from .layers.base import full_tensor
 from .wrapper import STATE_KEY, Method
 
 __all__ = ["CheckpointState", "MethodState"]
@@ -126,7 +126,7 @@ def _bases(optimizer: Optimizer) -> list[Optimizer]:
 def _gathered(value: Any) -> Any:
     """The same with every sharded tensor whole."""
     if isinstance(value, Tensor):
-        return whole(value).detach().cpu()
+        return full_tensor(value).detach().cpu()
     if isinstance(value, dict):
         return {key: _gathered(one) for key, one in value.items()}
     return type(value)(map(_gathered, value)) if type(value) in (list, tuple) else value

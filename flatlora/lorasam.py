@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from . import checks
 from .kernels.low_rank import without_autocast
 from .layers.adapter import Adapter
-from .layers.base import wide
+from .layers.base import sum_dtype
 from .layers.stack import BaseNorms, Stack, stacks
 from .layers.tangent import Factors, project
 from .layers.view import LoRALayer
@@ -69,7 +69,7 @@ class LastGradient(Source):
         squares: dict[Names, Tensor] = {}
         for (layer, names), factors in self.direction.items():
             if not acted or layer in self.acted or layer in self.passes:
-                B, A = (factor.to(wide(factor.device)) for factor in factors)
+                B, A = (factor.to(sum_dtype(factor.device)) for factor in factors)
                 square = ((B.mT @ B) * (A @ A.mT)).sum().to(self.gradient_norm.device)
                 squares[names] = squares[names] + square if names in squares else square
         if not squares:
@@ -99,7 +99,7 @@ class LastGradient(Source):
 
         Empties `found` on its way, so that no more is held than has to be.
         """
-        norms = [torch.linalg.vector_norm(part, dtype=wide(part.device)) for _, one in found for part in one[1:3]]
+        norms = [torch.linalg.vector_norm(part, dtype=sum_dtype(part.device)) for _, one in found for part in one[1:3]]
         total = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
         scale = -total.rsqrt() if self.maximizes else total.rsqrt()
         # Decided on the device, as asking the host would stall it at every step: gradients that are not finite, or

@@ -270,10 +270,10 @@ def only_initialises(optimizer: Optimizer) -> bool:
         return False
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     # Read on the host, but only in a first step, and only where it is taken at lr 0.
-    return bool(grads) and not any(grad.is_sparse or _whole(grad).any() for grad in grads)
+    return bool(grads) and not any(grad.is_sparse or _full(grad).any() for grad in grads)
 
 
-def _whole(grad: Any) -> Tensor:
+def _full(grad: Any) -> Tensor:
     return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
 
 

@@ -35,17 +35,17 @@ def test_a_kind_of_device_is_asked_for_float64_once(device, monkeypatch):
 
     monkeypatch.setattr(torch, "ones", ones)
     for _ in range(2):
-        assert base.wide(torch.device("xpu", 1)) == torch.float64
-        assert base.wide(torch.device("hpu")) == torch.float32
-        assert base.wide(torch.device("mps")) == torch.float32
-        assert base.wide(torch.device("cuda", 1)) == base.wide(device) == torch.float64
+        assert base.sum_dtype(torch.device("xpu", 1)) == torch.float64
+        assert base.sum_dtype(torch.device("hpu")) == torch.float32
+        assert base.sum_dtype(torch.device("mps")) == torch.float32
+        assert base.sum_dtype(torch.device("cuda", 1)) == base.sum_dtype(device) == torch.float64
     assert asked == ["xpu", "hpu"]
 
 
 def test_a_graph_gets_the_dtype_as_a_constant(device, monkeypatch):
     monkeypatch.setattr(base, "_float64", {})  # as for a kind that has not been asked
     torch._dynamo.reset()
-    widened = torch.compile(lambda x: x.to(base.wide(x.device)), backend="eager", fullgraph=True)
+    widened = torch.compile(lambda x: x.to(base.sum_dtype(x.device)), backend="eager", fullgraph=True)
     assert widened(torch.ones(2, device=device)).dtype == torch.float64
 
 

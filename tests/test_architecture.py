@@ -1,4 +1,4 @@
-"""The rules of the house, read off the source: who may import whom, how long files are, what is documented."""
+"""The rules of the source, read off it: who may import whom, how long files are, what is documented."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ FILES = {  # the source files by the dotted name of their module; a package is n
 SOURCES = {name: path.read_text(encoding="utf-8") for name, path in FILES.items()}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 
-# A room is a file or a folder of flatlora/. It imports itself and rooms of lower floors. A new room gets a line here.
-FLOORS = {
+# A part is a file or a folder of flatlora/. It imports itself and parts of lower levels. A new part gets a line here.
+LEVELS = {
     "checks": 0,
     "kernels": 0,
     "reference": 0,
@@ -41,12 +41,12 @@ CORE_IMPORTS = {
     "torch",
     *sys.stdlib_module_names,
 }  # everything else is an extra, imported in the function that needs it
-# Nobody imports these rooms but the users of the library that each is for, which they may therefore import at the top.
+# Nobody imports these parts but the users of the library that each is for, which they may therefore import at the top.
 GLUE = {"hf": {"transformers"}, "lightning": {"lightning", "pytorch_lightning"}}
 MOST_LINES, MOST_BODY_LINES = 400, 40
 
 
-def room(module: str) -> str:
+def part(module: str) -> str:
     return module.split(".")[1]
 
 
@@ -93,17 +93,17 @@ def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def upward(module: str) -> list[str]:
-    """Imports of a room on the same floor or a higher one: a room's own files aside."""
-    here = room(module)
+    """Imports of a part on the same level or a higher one: a part's own files aside."""
+    here = part(module)
     return [
-        source for source, _ in own_imports(module) if room(source) != here and FLOORS[room(source)] >= FLOORS[here]
+        source for source, _ in own_imports(module) if part(source) != here and LEVELS[part(source)] >= LEVELS[here]
     ]
 
 
 def foreign(module: str) -> list[str]:
     """Imports at module level of anything but torch, the standard library and flatlora."""
     top = {source.split(".")[0] for source, _ in imports(module, at_module_level(TREES[module]))}
-    return sorted(top - CORE_IMPORTS - GLUE.get(room(module), set()) - {"flatlora"})
+    return sorted(top - CORE_IMPORTS - GLUE.get(part(module), set()) - {"flatlora"})
 
 
 def private(module: str) -> list[str]:
@@ -114,7 +114,7 @@ def private(module: str) -> list[str]:
 
 def beyond_torch(module: str) -> list[str]:
     """What a kernel imports beside torch, the standard library and other kernels, inside functions too."""
-    if room(module) != "kernels":
+    if part(module) != "kernels":
         return []
     sources = {source for source, _ in imports(module, TREES[module])}
     return [s for s in sources if s.split(".")[0] not in CORE_IMPORTS and not s.startswith("flatlora.kernels")]
@@ -141,7 +141,7 @@ RULES = [
     (upward, "flatlora.bilora.optimizer", "from ..ggpo.optimizer import GGPOOptimizer"),
     (foreign, "flatlora.wrapper", "try:\n    import peft\nexcept ImportError:\n    pass"),
     (private, "flatlora.bilora.optimizer", "def f():\n    from ..layers.view import _hidden"),
-    (beyond_torch, "flatlora.kernels.draw", "def f():\n    from ..layers.base import whole"),
+    (beyond_torch, "flatlora.kernels.draw", "def f():\n    from ..layers.base import full_tensor"),
     (too_long, "flatlora.wrapper", "\n" * (MOST_LINES + 1)),
     (long_functions, "flatlora.wrapper", "class C:\n    def f(self):\n" + "        pass\n" * (MOST_BODY_LINES + 1)),
     (undocumented, "flatlora.wrapper", '"""Has one."""\ndef f(): ...'),
@@ -162,15 +162,15 @@ def test_rule_sees_what_breaks_it(rule, module, source, monkeypatch):
 
 
 def test_no_room_needs_another_library_through_glue():
-    assert not [module for module in FILES for source, _ in own_imports(module) if room(source) in GLUE]
+    assert not [module for module in FILES for source, _ in own_imports(module) if part(source) in GLUE]
 
 
 def test_every_room_has_a_floor():
-    assert {room(module) for module in FILES} <= FLOORS.keys()
+    assert {part(module) for module in FILES} <= LEVELS.keys()
 
 
 def test_no_file_imports_itself_by_a_detour():
-    """Floors rule out cycles between rooms; this rules them out between the files of one."""
+    """Levels rule out cycles between parts; this rules them out between the files of one."""
     waiting = {module: {source for source, _ in own_imports(module)} & FILES.keys() for module in FILES}
     while free := [module for module, sources in waiting.items() if not sources]:
         waiting = {m: sources.difference(free) for m, sources in waiting.items() if m not in free}

@@ -184,7 +184,7 @@ def test_below_rho_nothing_is_scaled():
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**8])
-def test_a_faint_gradient_survives_float16_autocast(scale):
+def test_a_scaled_gradient_survives_float16_autocast(scale):
     """Computed in float16 it is 2⁻²⁰ of its size only once it is in its parameter's float32."""
     model = lora_net(torch.float32)
     optimizer = BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=0.1, seed=0)
@@ -290,7 +290,7 @@ def test_gradient_norm_and_clipping_are_those_of_the_primary_alone():
     assert float(norm) == pytest.approx(ours, rel=1e-9)
     optimizer.step()
     for i, (p, old, grad) in enumerate(zip(held(optimizer), before, grads, strict=True)):
-        lr = -1e-2 if i < down else 1e-2 * 2**20  # which the auxiliary's gradients are faint by
+        lr = -1e-2 if i < down else 1e-2 * 2**20  # which the auxiliary's gradients are scaled by
         torch.testing.assert_close(p.detach(), old + lr * grad / 4, rtol=1e-5, atol=1e-9)
 
 

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import flatlora
-from flatlora.kernels.blocks import AddBlocks, How
-from flatlora.kernels.low_rank import Added, Plan
+from flatlora.kernels.blocks import AddBlocks, BlockOptions
+from flatlora.kernels.low_rank import Added, AddedTerms
 
 # Not DoRA, whose norm is a constant in PEFT's backward, while differences see it move.
 FORMS = ["lora", "gralora", "hybrid", "dropout", "gralora dropout"]
@@ -101,7 +101,7 @@ def test_second_derivatives_of_the_product_with_low_rank_terms(with_product):
         torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 6), (2, 6), (4, 2), (3, 4))
     )
     weight = (lambda weight: W) if with_product else None
-    plan = Plan(torch.float64, (0.7, 0.3), ((C, D),), (1.0,), weight)
+    plan = AddedTerms(torch.float64, (0.7, 0.3), ((C, D),), (1.0,), weight)
 
     def run(out, x, A, B):
         return Added.apply(plan, out, x, None, None, A, B)
@@ -118,7 +118,7 @@ def test_second_derivatives_of_the_product_with_blocks(with_product):
     )
 
     def run(x, A, B, out):
-        how = How(0.7, torch.float64)
+        how = BlockOptions(0.7, torch.float64)
         return AddBlocks.apply(how, x, A, B, out, *((W, bias) if with_product else (None, None)))
 
     assert torch.autograd.gradgradcheck(run, (x, A, B, None if with_product else out))

@@ -28,7 +28,7 @@ from torch import nn
 
 from flatlora import GGPOOptimizer, remove_perturbation
 from flatlora.kernels.draw import Draw, draw_gaussian, draw_low_rank
-from flatlora.kernels.low_rank import Added, Plan, added
+from flatlora.kernels.low_rank import Added, AddedTerms, added
 
 KINDS = ["gaussian", "low_rank"]
 TWO = {"first": {"r": 2, "lora_alpha": 5}, "second": {"r": 3}}
@@ -230,20 +230,20 @@ def test_perturbation_follows_the_weights_as_they_train(noise):
 
 
 def test_the_function_of_a_layer_is_its_plain_reference():
-    """Of two trained terms and a given one, each with a scaling of its own; the second's gradients are made faint."""
+    """Of two trained terms and a given one, each with a scaling of its own; the second's gradients are made scaled."""
     torch.manual_seed(0)
     x, W, bias, *learned = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
         for shape in ((2, 5, 7), (10, 7), (10,), (3, 7), (10, 3), (2, 7), (10, 2))
     )
     given = torch.randn(10, 4, dtype=torch.float64), torch.randn(4, 7, dtype=torch.float64)
-    plan = Plan(torch.float64, (2.0, -0.5, 3.0), (given,), (1.0, 0.25), lambda weight: weight)
+    plan = AddedTerms(torch.float64, (2.0, -0.5, 3.0), (given,), (1.0, 0.25), lambda weight: weight)
     outputs = [compute(plan, None, x, W.detach(), bias, *learned) for compute in (Added.apply, added)]
     assert_equal(*([output] for output in outputs))
     assert_equal(*(grads_of(output, x, [bias, *learned]) for output in outputs))
     first, second = (
-        grads_of(added(replace(plan, fading=fading), None, x, W, bias, *learned), x, learned[2:])
-        for fading in ((1.0, 1.0), (1.0, 0.25))
+        grads_of(added(replace(plan, grad_scale=grad_scale), None, x, W, bias, *learned), x, learned[2:])
+        for grad_scale in ((1.0, 1.0), (1.0, 0.25))
     )
     assert_equal([first[0], 0.25 * first[1], 0.25 * first[2]], second)
 

@@ -21,7 +21,7 @@ from .data import Batches
 from .levels import directions_of, step_sizes
 from .loop import LoopWatch
 from .orthogonality import add_orthogonality_gradient
-from .parameters import check_levels, correlation, trained_layers, update_changes
+from .parameters import check_levels, correlation, dora_layers, update_changes
 from .passes import (
     LossPass,
     Values,
@@ -31,11 +31,11 @@ from .passes import (
     finite,
     frozen,
     grads_of,
+    isolated,
     moved,
     norm_of,
     parameters_of,
     together,
-    traceless,
     undone_on_error,
     whole_model,
 )
@@ -182,7 +182,7 @@ class BilevelOptimizer(TwoPhases):
         self._val = Batches(val_dataloader, "val_dataloader", self._seed)
         self._lower_steps = 0
         self._norms: dict[str, Tensor] = {}
-        self._adapted = trained_layers(model, adapter, directions_of(lower), needed=orthogonality > 0)
+        self._adapted = dora_layers(model, adapter, directions_of(lower), needed=orthogonality > 0)
         self._layers, self._base_norms = self._adapted if orthogonality > 0 else [], BaseNorms()
         self._layout = hold_training_layout(model)
         self._watch = LoopWatch(model, upper) if self._train is None else None
@@ -257,7 +257,7 @@ class BilevelOptimizer(TwoPhases):
         # Dropout in this pass draws from a seed of its own, or it would shift the stream of the lower passes.
         seed = derived_seed(self._seed, "validation", steps)
         lifted = together(wrapper.unperturbed() for wrapper in chain(self.lower))
-        with traceless(self.model, seed, self._watch), lifted:
+        with isolated(self.model, seed, self._watch), lifted:
             loss = self._backward([self._pass(batch, "validation")])
             return loss, grads_of(self._magnitudes()), grads_of(parameters_of(self.lower))
 
@@ -280,7 +280,7 @@ class BilevelOptimizer(TwoPhases):
             return grads_of(self._magnitudes())
 
         as_then = together(w.perturbed_as(p) for w, p in zip(chain(self.lower), at.perturbations, strict=True))
-        with traceless(self.model, watch=self._watch), as_then, frozen(parameters_of(self.lower)):
+        with isolated(self.model, watch=self._watch), as_then, frozen(parameters_of(self.lower)):
             ahead = magnitude_grads(e)
             behind = at.magnitude_grads if self.difference == "forward" else magnitude_grads(-e)
         per_e = length / (self.epsilon if self.difference == "forward" else 2 * self.epsilon)
@@ -307,7 +307,7 @@ class BilevelOptimizer(TwoPhases):
             ValueError: a loss that is not a finite scalar, or a batch without labels.
         """
         passes = [self._pass(train_batch, "training")]
-        with traceless(self.model, watch=self._watch):
+        with isolated(self.model, watch=self._watch):
             at = self._train_point(passes)
             finite("training", at.loss)
             xi, grads = step_sizes(self.lower, self.xi), grads_of(at.V)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..layers.adapter import Adapter
-from ..layers.base import BaseWeight, whole
+from ..layers.base import BaseWeight, full_tensor
 from ..layers.view import LoRALayer
 
 __all__ = ["add_orthogonality_gradient"]
@@ -36,7 +36,7 @@ def _layer_gradient(base: BaseWeight, adapter: Adapter) -> tuple[Tensor, Tensor]
     It is wanted only in ``s·Bᵀ·∂f/∂W`` and ``s·∂f/∂W·Aᵀ``. Where m < n, ``D·DᵀD`` enters as ``(D·Dᵀ)·D``.
     """
     dtype = torch.promote_types(adapter.A.dtype, torch.float32)
-    A, B, s = whole(adapter.A).detach().to(dtype), whole(adapter.B).detach().to(dtype), adapter.scaling
+    A, B, s = full_tensor(adapter.A).detach().to(dtype), full_tensor(adapter.B).detach().to(dtype), adapter.scaling
     D = torch.addmm(base.dense(dtype), B, A, alpha=s)
     norm = D.norm(dim=0).clamp_(min=torch.finfo(dtype).tiny)
     D /= norm

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .. import checks
 from ..layers.adapter import Adapter
-from ..layers.base import whole, wide
+from ..layers.base import full_tensor, sum_dtype
 from ..layers.stack import BaseNorms
 from ..layers.view import LoRALayer, lora_layers
 
@@ -20,9 +20,9 @@ __all__ = [
     "check_levels",
     "correlation",
     "direction_parameters",
+    "dora_layers",
     "magnitude_parameters",
     "reset_directions",
-    "trained_layers",
     "update_changes",
 ]
 
@@ -58,7 +58,7 @@ def reset_directions(model: nn.Module, adapter: str | Iterable[str] | None, seed
             A.zero_()
             B.copy_(torch.randn(B.shape, generator=generator, dtype=torch.float32, device="cpu"))
             continue
-        start = torch.empty(whole(A.weight).shape, dtype=torch.float32, device="cpu")
+        start = torch.empty(full_tensor(A.weight).shape, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         A.weight.copy_(start)
         for p in B.parameters():
@@ -95,7 +95,7 @@ def _is_peft(model: nn.Module) -> bool:
     return any(True for _ in _peft_layers(model))
 
 
-def trained_layers(
+def dora_layers(
     model: nn.Module, adapter: str | Iterable[str] | None, directions: Container[Any], needed: bool = True
 ) -> list[LoRALayer]:
     """PEFT's linear layers, seen through the adapters whose A is among `directions`.
@@ -142,7 +142,7 @@ def _changes(layer: LoRALayer, adapter: Adapter, base_sq: Tensor) -> Tensor:
     # No (m, n) matrix is formed. ``1 − cos`` is taken as ``sin²/(1 + cos)``, where nothing cancels however small
     # ``d = s·B·A`` is: ``sin² = (‖W0_i‖²·‖d_i‖² − (W0_i·d_i)²) / (‖W0_i‖²·‖V_i‖²)``.
     assert adapter.magnitude is not None
-    dtype = wide(layer.base.device)
+    dtype = sum_dtype(layer.base.device)
     crossed = layer.base.apply_rows(adapter.A).to(dtype)  # W0·Aᵀ
     A, B, base_sq = adapter.A.to(dtype), adapter.scaling * adapter.B.to(dtype), base_sq.to(dtype)
     cross, own_sq = (B * crossed).sum(1), (B * (B @ (A @ A.mT))).sum(1)

@@ -30,13 +30,13 @@ __all__ = [
     "finite",
     "frozen",
     "grads_of",
+    "isolated",
     "model_loss",
     "moved",
     "norm_of",
     "parameters_of",
     "running_statistics",
     "together",
-    "traceless",
     "undone_on_error",
     "whole_model",
 ]
@@ -179,7 +179,7 @@ def running_statistics(model: nn.Module) -> Values:
 
 
 @contextmanager
-def traceless(model: nn.Module, seed: int = 0, watch: Any = None) -> Iterator[None]:
+def isolated(model: nn.Module, seed: int = 0, watch: Any = None) -> Iterator[None]:
     """Puts gradients, random streams and running statistics back afterwards; within, the streams start at `seed`.
 
     Nor does `watch`, a `LoopWatch` if one is given, see what is done within.

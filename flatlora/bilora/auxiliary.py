@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from .. import checks
 from ..layers.adapter import Adapter
 from ..layers.view import LoRALayer, lora_layers
-from ..perturbation.attachment import Attachment, Companions, attachments
+from ..perturbation.attachment import AttachedModules, Attachment, attachments
 from ..perturbation.source import Source
 from ..streams import shared_seed
 
 __all__ = [
-    "FAINT",
-    "Ascent",
+    "GRAD_SCALE",
     "Auxiliaries",
     "Auxiliary",
+    "AuxiliarySource",
     "attach_auxiliary",
     "attached_auxiliaries",
     "detach_auxiliary",
@@ -36,7 +36,7 @@ NAME_IN_GRALORA = "gralora_ascent_branches"
 # What an auxiliary's gradients are multiplied by until its optimizer steps. Whoever measures or clips the gradients of
 # all parameters then sees the primary's norm, up to a part in 10^12, and yet finds the auxiliary's for DDP, GradScaler
 # and FSDP to do with as with any other. A power of two: taken back, not a bit of them has changed.
-FAINT = 2.0**-20
+GRAD_SCALE = 2.0**-20
 
 
 class Auxiliary(nn.Module):
@@ -62,7 +62,7 @@ class Auxiliary(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None: ...
 
 
-class Auxiliaries(Companions):
+class Auxiliaries(AttachedModules):
     """A layer's auxiliary as it is registered in the layer's module.
 
     `attachment`, of all layers, is theirs until an optimizer takes it over, whose life is then the perturbation's.
@@ -71,19 +71,19 @@ class Auxiliaries(Companions):
     attachment: Attachment | None = None
 
 
-class Ascent(Source):
+class AuxiliarySource(Source):
     """Gives each layer its auxiliary.
 
     Attributes:
-        faint: whether gradients are made faint, for an optimizer that brings them back to their size.
-        faded: what the gradients of the last forward pass are multiplied by.
+        scale_grads: whether gradients are scaled down, for an optimizer that scales them up again.
+        grad_scale: what the gradients of the last forward pass are multiplied by.
     """
 
-    def __init__(self, auxiliaries: Iterable[Any], faint: bool = False):
+    def __init__(self, auxiliaries: Iterable[Any], scale_grads: bool = False):
         self.auxiliaries: dict[str, Auxiliary] = {auxiliary.layer.name: auxiliary for auxiliary in auxiliaries}
         super().__init__(auxiliary.layer for auxiliary in self.auxiliaries.values())
-        self.faint = faint and all(one.A.dtype != torch.float16 for one in self.auxiliaries.values())
-        self.faded = FAINT if self.faint else 1.0
+        self.scale_grads = scale_grads and all(one.A.dtype != torch.float16 for one in self.auxiliaries.values())
+        self.grad_scale = GRAD_SCALE if self.scale_grads else 1.0
 
     def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Adapter:
         auxiliary = self.auxiliaries[layer.name]
@@ -92,10 +92,10 @@ class Ascent(Source):
         A: Tensor = auxiliary.A
         B: Tensor = auxiliary.B
         # In float16, which FSDP may cast to, they would vanish.
-        factor = FAINT if self.faint and A.dtype != torch.float16 else 1.0
-        if self.faded != factor:  # compilers take no writing where nothing changes
-            self.faded = factor
-        return Adapter("", A, B, auxiliary.scaling, fading=self.faded)
+        factor = GRAD_SCALE if self.scale_grads and A.dtype != torch.float16 else 1.0
+        if self.grad_scale != factor:  # compilers take no writing where nothing changes
+            self.grad_scale = factor
+        return Adapter("", A, B, auxiliary.scaling, grad_scale=self.grad_scale)
 
     def acts_on(self, layer: LoRALayer) -> bool:
         # A graph does not tell of its passes, but leaves gradients.
@@ -142,7 +142,9 @@ def attach_auxiliary(
     if adapter is None:
         layers = _without_frozen(layers)
     _refuse_wrapped(model, layers)
-    former = {other for layer in layers for other, _ in attachments(layer.module) if isinstance(other.source, Ascent)}
+    former = {
+        other for layer in layers for other, _ in attachments(layer.module) if isinstance(other.source, AuxiliarySource)
+    }
     if any(not other.used for other in former):
         raise ValueError(
             f"{type(model).__name__} has an auxiliary already; call detach_auxiliary(model) before attaching another"
@@ -158,7 +160,7 @@ def attach_auxiliary(
     detach_auxiliary(model)  # what an optimizer that is gone, or one that has had its time, left
     for other in former:
         other.superseded = True
-    attachment = Attachment(model, Ascent(auxiliaries))
+    attachment = Attachment(model, AuxiliarySource(auxiliaries))
     for auxiliary in auxiliaries:
         registered = Auxiliaries([auxiliary])
         registered.attachment = attachment
@@ -196,7 +198,7 @@ def detach_auxiliary(model: nn.Module) -> None:
     """
     for module in list(checks.module(model).modules()):
         for attachment, _ in attachments(module):
-            if isinstance(attachment.source, Ascent):
+            if isinstance(attachment.source, AuxiliarySource):
                 attachment.remove()
         for name, auxiliaries in list(module.named_children()):
             if isinstance(auxiliaries, Auxiliaries):

@@ -16,15 +16,15 @@ from ..perturbation.bypass import held_ids
 from ..perturbation.optimizer import PerturbingOptimizer, trainable, trained_by
 from ..wrapper import chain, saved_groups
 from .auxiliary import (
-    Ascent,
     Auxiliaries,
     Auxiliary,
+    AuxiliarySource,
     attach_auxiliary,
     attached_auxiliaries,
     detach_auxiliary,
     primary_ranks,
 )
-from .triples import named, norm_of
+from .triples import named_triples, total_norm
 
 __all__ = ["BiLoRAOptimizer"]
 
@@ -46,8 +46,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     fresh starts, a resting primary and other learning rates did not change that.
 
     Gradient norms and clipping are those of plain LoRA: until the step the auxiliary's gradients, which have their
-    bound in ρ, are kept 2⁻²⁰ times their size, too faint to count in the norm over all parameters. A factor by which
-    others scale all gradients reaches both sides. Those of float16 auxiliaries and of layers of your own are not faint.
+    bound in ρ, are kept 2⁻²⁰ times their size, too small to count in the norm over all parameters. A factor by which
+    others scale all gradients reaches both sides. Those of float16 auxiliaries and of your own layers are not scaled.
     A reduction in float16 (DDP's `fp16_compress_hook`) would lose them and leave the auxiliary zero, as
     ``metrics()["perturbation_to_rho"]`` then shows: reduce in bfloat16 or float32. Opacus raises at the first step:
     it finds no per-sample gradients of the auxiliary.
@@ -85,7 +85,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         super().__init__(optimizer)
         self._settings = {"rho": checks.number("rho", rho, above=0)}
         self._model, self._no_grad = checks.module(model), perturb_no_grad
-        self._triples = None if auxiliary is None else named(model, auxiliary)
+        self._triples = None if auxiliary is None else named_triples(model, auxiliary)
         self._turned: tuple[list[Tensor], float] = [], 1.0
         self._clips: list[Tensor | int] = [0, 0]  # steps that ρ clipped, counted on the device, and all
         self._check_groups()
@@ -97,7 +97,9 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             if auxiliaries.attachment is not None:
                 auxiliaries.attachment.remove()
                 auxiliaries.attachment = None
-        source = Ascent((module for module in self._model.modules() if isinstance(module, Auxiliary)), faint=True)
+        source = AuxiliarySource(
+            (module for module in self._model.modules() if isinstance(module, Auxiliary)), scale_grads=True
+        )
         source.no_grad = self._no_grad
         held = held_ids(True, self.base_optimizer)
         for layer in source.layers.values():
@@ -212,7 +214,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         triples = self._auxiliaries()
         if not triples:  # they have been detached
             return
-        norm = norm_of(triples)
+        norm = total_norm(triples)
         # On the device, as is the comparison: reading the norm would stall the host at every step.
         factors = [p for A, B, _ in triples.values() for p in (A, B)]
         below = 1 - max(torch.finfo(p.dtype).eps for p in factors)  # or rounding could leave the norm above ρ
@@ -226,10 +228,10 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def _turn(self) -> None:
         grads = [p.grad for group in self.param_groups if group.get("ascent") for p in group["params"]]
         found = [grad for grad in grads if grad is not None]
-        faded = 1.0 if self._source is None else self._source.faded
-        self._turned = found, -faded
+        scale = 1.0 if self._source is None else self._source.grad_scale
+        self._turned = found, -scale
         if found:
-            torch._foreach_mul_(found, -1 / faded)
+            torch._foreach_mul_(found, -1 / scale)
 
     @torch.no_grad()
     def _turn_back(self) -> None:
@@ -241,7 +243,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     @torch.no_grad()
     def perturbation_norm(self) -> float:
         """``sqrt(Σ_layers ‖s2·B2·A2‖_F²)`` at present; never above ρ after a step."""
-        return float(norm_of(self._auxiliaries()))
+        return float(total_norm(self._auxiliaries()))
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
@@ -252,7 +254,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         """
         if not (auxiliaries := self._auxiliaries()):
             return super().metrics()
-        norm, (clipped, steps) = norm_of(auxiliaries), self._clips
+        norm, (clipped, steps) = total_norm(auxiliaries), self._clips
         share = torch.as_tensor(clipped, dtype=norm.dtype, device=norm.device) / max(steps, 1)
         return self._with_inner({"perturbation_to_rho": norm / self.rho, "clipped_share": share})
 
@@ -267,7 +269,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def perturbed_as(self, perturbation: list[Tensor]) -> Iterator[None]:
         """Within the context the auxiliaries have these values."""
         params, values = self.perturbation_parameters(), self.current_perturbation()
-        source = Ascent(()) if self._source is None else self._source
+        source = AuxiliarySource(()) if self._source is None else self._source
         before = source.replaying
         try:
             source.replaying = True

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.base import whole, wide
+from ..layers.base import full_tensor, sum_dtype
 from ..layers.stack import together
 from ..layers.view import plain_name
 
-__all__ = ["named", "norm_of"]
+__all__ = ["named_triples", "total_norm"]
 
 Triple = tuple[Tensor, Tensor, float]
 
 
-def named(model: nn.Module, triples: Sequence[Triple]) -> dict[str, Triple]:
+def named_triples(model: nn.Module, triples: Sequence[Triple]) -> dict[str, Triple]:
     """Triples that a user made, by the names of their A in the model.
 
     Raises:
@@ -37,7 +37,7 @@ def named(model: nn.Module, triples: Sequence[Triple]) -> dict[str, Triple]:
     return found
 
 
-def norm_of(triples: dict[str, Triple]) -> Tensor:
+def total_norm(triples: dict[str, Triple]) -> Tensor:
     """``sqrt(Σ ‖s·B·A‖_F²)``, through ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``: nothing larger than r×r is formed per layer.
 
     Layers of one form are launched together, as many as have a bounded size: their products are too small to be worth
@@ -45,12 +45,12 @@ def norm_of(triples: dict[str, Triple]) -> Tensor:
     """
     alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for A, B, scaling in triples.values():
-        a, b = whole(A), whole(B)
+        a, b = full_tensor(A), full_tensor(B)
         alike.setdefault((scaling, a.shape, b.shape, a.dtype, b.dtype, a.device), []).append((a, b))
     squares = []
     for (scaling, *_), group in alike.items():
         most = together(group[0][0].numel() + group[0][1].numel(), group[0][0].device)
         for i in range(0, len(group), most):
-            a, b = (torch.stack(same).to(wide(same[0].device)) for same in zip(*group[i : i + most], strict=True))
+            a, b = (torch.stack(same).to(sum_dtype(same[0].device)) for same in zip(*group[i : i + most], strict=True))
             squares.append(scaling**2 * ((b.mT @ b) * (a @ a.mT)).sum())
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().clamp_(min=0.0).sqrt_()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import checks
-from ..layers.base import whole
+from ..layers.base import full_tensor
 from ..layers.view import plain_name
 from .layer import GraLoRALinear
 from .targets import inside
@@ -79,7 +79,7 @@ def adapter(model: nn.Module, state_dict: dict[str, Any] | None = None) -> tuple
     own = {f"{name}.{key}" for name in layers for key in SHAPES}
     saved = [plain_name(name) for name in saved_modules(model)]
     weights = {
-        f"{PREFIX}{name}": whole(value.detach()).cpu().clone().contiguous()
+        f"{PREFIX}{name}": full_tensor(value.detach()).cpu().clone().contiguous()
         for key, value in state_dict.items()
         if (name := plain_name(key)) in own or inside(name, saved) is not None
     }

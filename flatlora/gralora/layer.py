@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.blocks import AddBlocks, How, add_blocks
+from ..kernels.blocks import AddBlocks, BlockOptions, add_blocks
 from ..kernels.low_rank import add_low_rank, base_product, compute_dtype
-from ..kernels.operators import traced
+from ..kernels.operators import is_tracing
 from ..layers.adapter import block_factors
 from ..layers.base import BaseWeight
 from ..layers.bnb import hold_training_layout
@@ -93,7 +93,7 @@ class GraLoRALinear(nn.Module):
             self.gralora_B_general.to(like.device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if traced() or (base := self.base).kind != "float" or not base.fusable(x):
+        if is_tracing() or (base := self.base).kind != "float" or not base.fusable(x):
             # Layers of other libraries may keep their output for backward, or hand out a view of it.
             return self.add_update(self.base_layer(x), x)
         if self._dropping:
@@ -106,13 +106,13 @@ class GraLoRALinear(nn.Module):
         Without `out` it is the base's output, which saves a temporary; the base must be float, and x not dropped.
         """
         dtype = compute_dtype(x, self.gralora_A.dtype)
-        if traced():
+        if is_tracing():
             assert out is not None
             return self._add_update_compiled(out, x, dtype)
         weight = bias = None
         if out is None:
             weight, bias = self.base.float_weight(), self.base_layer.bias
-        how = How(self.scaling, dtype, in_place)
+        how = BlockOptions(self.scaling, dtype, in_place)
         out = AddBlocks.apply(how, self._dropped(x), self.gralora_A, self.gralora_B, out, weight, bias)
         if self.gralora_A_general is None:
             return out
@@ -121,7 +121,7 @@ class GraLoRALinear(nn.Module):
 
     def _add_update_compiled(self, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The same in plain operations, which the compiler fuses itself."""
-        out = add_blocks(How(self.scaling, dtype), self._dropped(x), self.gralora_A, self.gralora_B, out)
+        out = add_blocks(BlockOptions(self.scaling, dtype), self._dropped(x), self.gralora_A, self.gralora_B, out)
         if self.gralora_A_general is None:
             return out
         A, B = self.gralora_A_general.weight.to(dtype), self.gralora_B_general.weight.to(dtype)

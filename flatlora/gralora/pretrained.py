@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.base import whole
+from ..layers.base import full_tensor
 from .contents import PREFIX, adapter
 from .disk import write_adapter, write_weights
 
@@ -81,4 +81,4 @@ def _trained(model: nn.Module, state_dict: dict[str, Any] | None) -> dict[str, T
     """What a step may change beside the adapters as well, such as a norm's weight that was unfrozen and its buffers."""
     state = model.state_dict(keep_vars=True) if state_dict is None else state_dict
     names = {name for name, p in model.named_parameters() if p.requires_grad} | {n for n, _ in model.named_buffers()}
-    return {name: whole(state[name].detach()).cpu().clone().contiguous() for name in state if name in names}
+    return {name: full_tensor(state[name].detach()).cpu().clone().contiguous() for name in state if name in names}

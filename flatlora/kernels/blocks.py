@@ -16,11 +16,11 @@ from torch import Tensor
 
 from .low_rank import compute_dtype, product_of, without_autocast
 
-__all__ = ["AddBlocks", "How", "add_blocks"]
+__all__ = ["AddBlocks", "BlockOptions", "add_blocks"]
 
 
 @dataclass(frozen=True)
-class How:
+class BlockOptions:
     """What the product with the blocks is scaled by, what dtype it is computed in, and whether it goes into `out`."""
 
     scaling: float
@@ -28,7 +28,7 @@ class How:
     in_place: bool = False
 
 
-def add_blocks(how: How, x: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
+def add_blocks(how: BlockOptions, x: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
     """``out + s·x·ΔWᵀ`` in plain operations.
 
     The reference for `AddBlocks`, and what `torch.compile` gets, which can't trace the other's writes.
@@ -49,7 +49,7 @@ class AddBlocks(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        how: How,
+        how: BlockOptions,
         x: Tensor,
         A: Tensor,
         B: Tensor,

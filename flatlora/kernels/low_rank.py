@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "Added",
-    "Plan",
+    "AddedTerms",
     "add_low_rank",
     "added",
     "autocasts",
@@ -63,14 +63,14 @@ def product_of(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AddedTerms:
     """What `Added` adds up, beside the tensors that autograd has to see.
 
     Attributes:
         dtype: in which the low-rank terms are computed.
         scalings: s_k of each term, the learned ones first.
         constant: factors ``(B (m, k), A (k, n))`` of low-rank terms that get no gradient.
-        fading: what the gradients of each learned A and B are multiplied by.
+        grad_scale: what the gradients of each learned A and B are multiplied by.
         weight: makes W (m, n), such as W0 + ε, from the stored weight or from None; None if there is no such product.
             It is called in forward and again in backward, so that W lives during each of its two products alone.
         in_place: whether the output that is given may be written to.
@@ -79,7 +79,7 @@ class Plan:
     dtype: torch.dtype
     scalings: tuple[float, ...] = ()
     constant: tuple[tuple[Tensor, Tensor], ...] = ()
-    fading: tuple[float, ...] = ()
+    grad_scale: tuple[float, ...] = ()
     weight: Callable[[Tensor | None], Tensor] | None = None
     in_place: bool = False
 
@@ -102,7 +102,7 @@ class Plan:
 
 
 def added(
-    plan: Plan, out: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, *learned: Tensor
+    plan: AddedTerms, out: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, *learned: Tensor
 ) -> Tensor:
     """What `Added` computes, in plain operations: its reference."""
     if plan.weight is not None:
@@ -111,7 +111,7 @@ def added(
         out = product if out is None else out + product
     assert out is not None
     if learned or plan.constant:
-        kept = [faded(factor, plan.fading[i // 2]) for i, factor in enumerate(learned)]
+        kept = [scale_grad(factor, plan.grad_scale[i // 2]) for i, factor in enumerate(learned)]
         a, b = plan.factors(kept)
         columns = b.split(plan.ranks(_ranks(learned)), 1)
         b = torch.cat([B * s for B, s in zip(columns, plan.scalings, strict=True)], 1)
@@ -119,7 +119,7 @@ def added(
     return out
 
 
-def faded(tensor: Tensor, factor: float) -> Tensor:
+def scale_grad(tensor: Tensor, factor: float) -> Tensor:
     """The tensor as it is, to the bit, whose gradient is multiplied by `factor`."""
     return tensor if factor == 1.0 else tensor.detach() + factor * (tensor - tensor.detach())
 
@@ -139,7 +139,7 @@ class Added(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        plan: Plan,
+        plan: AddedTerms,
         out: Tensor | None,
         x: Tensor,
         weight: Tensor | None,
@@ -194,7 +194,7 @@ class Added(torch.autograd.Function):
                     grads[0::2] = (grad_a,) if one else grad_a.split(ctx.ranks)
                     grads[1::2] = (grad_b,) if one else grad_b.split(ctx.ranks, 1)
                     for i, (grad_p, p) in enumerate(zip(list(grads), learned, strict=True)):
-                        if grad_p is not None and (factor := plan.fading[i // 2]) != 1.0:
+                        if grad_p is not None and (factor := plan.grad_scale[i // 2]) != 1.0:
                             grads[i] = cast(grad_p, p.dtype) * factor  # in autocast's float16 it might vanish
         if grad_x is not None:
             grad_x = cast(grad_x, ctx.x_dtype).view(ctx.x_shape)
@@ -219,7 +219,9 @@ def _differentiable(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return tuple(grads)
 
 
-def _with_product(plan: Plan, out: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _with_product(
+    plan: AddedTerms, out: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
     """``out + x·Wᵀ + bias`` in a new tensor."""
     assert plan.weight is not None
     W = plan.weight(weight)
@@ -254,12 +256,12 @@ def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     def again(stored: Any) -> Tensor:
         return cast(stored, dtype)
 
-    return Added.apply(Plan(dtype, weight=again), None, x, weight, bias)
+    return Added.apply(AddedTerms(dtype, weight=again), None, x, weight, bias)
 
 
 def add_low_rank(
     out: Tensor, x: Tensor, in_place: bool, dtype: torch.dtype, scalings: tuple[float, ...], *learned: Tensor
 ) -> Tensor:
     """``out + Σ_k s_k·x·A_kᵀ·B_kᵀ`` for the factors A_1, B_1 and so on; into `out` itself if `in_place`."""
-    plan = Plan(dtype, scalings, fading=(1.0,) * len(scalings), in_place=in_place)
+    plan = AddedTerms(dtype, scalings, grad_scale=(1.0,) * len(scalings), in_place=in_place)
     return Added.apply(plan, out, x, None, None, *learned)

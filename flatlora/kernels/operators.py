@@ -1,7 +1,7 @@
 """Custom operators: what a graph needs of a perturbation and can't trace, seeds and what changes at each step.
 
-A compiled graph is made once and runs at every step. Each time it runs it asks the `Site` of a layer what the layer
-gets now (`row_noise`, `low_rank_factors`); what it is told flows through it as tensors, so that a new ε, σ or ρ needs
+A compiled graph is made once and runs at every step. Each time it runs it asks the layer's `GraphQuery` what it gets
+now (`row_noise`, `low_rank_factors`); what it is told flows through it as tensors, so that a new ε, σ or ρ needs
 no new graph, and backward sees the ε of its forward.
 """
 
@@ -19,36 +19,45 @@ from torch import Tensor
 from .draw import Draw, draw_gaussian, draw_low_rank
 from .low_rank import without_autocast
 
-__all__ = ["Noise", "Site", "low_rank_factors", "noisy_product", "noisy_weight", "row_noise", "traced", "transformed"]
+__all__ = [
+    "GraphNoise",
+    "GraphQuery",
+    "in_functorch",
+    "is_tracing",
+    "low_rank_factors",
+    "noisy_product",
+    "noisy_weight",
+    "row_noise",
+]
 
 _NOTHING = -1  # the seed of no ε at all
 _numbers = itertools.count()
-_sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+_sites: weakref.WeakValueDictionary[int, GraphQuery] = weakref.WeakValueDictionary()
 
 # They call Python and read the host's memory, so a CUDA graph would replay one step's noise for ever.
 _tag = getattr(torch.Tag, "cudagraph_unsafe", None)
 _options: dict[str, Any] = {"mutates_args": (), **({} if _tag is None else {"tags": (_tag,)})}
 
 
-def traced() -> bool:
+def is_tracing() -> bool:
     """Whether a compiler or one of torch.func's transforms looks on, to which autograd functions are opaque."""
-    return torch.compiler.is_compiling() or transformed()
+    return torch.compiler.is_compiling() or in_functorch()
 
 
-def transformed() -> bool:
+def in_functorch() -> bool:
     """Whether one of torch.func's transforms looks on, which would drop the tangents of an operator's inputs."""
     return torch._C._are_functorch_transforms_active()
 
 
 @dataclass(frozen=True)
-class Noise:
+class GraphNoise:
     """A Gaussian `Draw` as a graph has it, its seed in a tensor on the CPU."""
 
     std: Tensor
     seed: Tensor
 
 
-class Site:
+class GraphQuery:
     """Whom a graph asks what one layer gets at present. Graphs know it by `number`, a tensor, and so by their inputs.
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .base import whole
+from .base import full_tensor
 
 __all__ = ["Adapter", "block_factors", "stored_blocks"]
 
@@ -18,9 +18,9 @@ class Adapter:
 
     `A` is (r, n), `B` is (m, r); the parameters behind them may be stored the other way around. GraLoRA's are a grid of
     k×k blocks, `A` (k, k, r/k, n/k) and `B` (k, k, m/k, r/k), and add ``scaling · B_ij·A_ij`` to block row i, column j.
-    `magnitude` is DoRA's (m,) vector or None. `dropout` acts on the adapter's input. `fading` is what the gradients of
-    A and B are multiplied by. `shared` says of A and B whether other layers add them too, so that their gradients are
-    sums over these layers.
+    `magnitude` is DoRA's (m,) vector or None. `dropout` acts on the adapter's input. `grad_scale` is what the gradients
+    of A and B are multiplied by. `shared` says of A and B whether other layers add them too, so that their gradients
+    are sums over these layers.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Adapter:
     dropout: nn.Module | None = None
     A_param: nn.Parameter | None = None
     B_param: nn.Parameter | None = None
-    fading: float = 1.0
+    grad_scale: float = 1.0
     shared: tuple[bool, bool] = (False, False)
 
     @property
@@ -57,7 +57,7 @@ class Adapter:
         """(∂L/∂A, ∂L/∂B) in the shapes of A and B; zero for a frozen one."""
         assert self.A_param is not None and self.B_param is not None
         params = self.A_param, self.B_param
-        grad_a, grad_b = (whole(torch.zeros_like(p) if p.grad is None else p.grad) for p in params)
+        grad_a, grad_b = (full_tensor(torch.zeros_like(p) if p.grad is None else p.grad) for p in params)
         if self.A.dim() == 4:
             return block_factors(grad_a, grad_b)
         return (
@@ -76,7 +76,7 @@ class Adapter:
 
     def blocks(self, k: int) -> tuple[Tensor, Tensor]:
         """A (k, k, q, n/k) and B (k, k, m/k, q) of every block of a k×k grid; k is a multiple of the adapter's own."""
-        A, B = (whole(factor)[(None,) * (4 - factor.dim())] for factor in (self.A, self.B))
+        A, B = (full_tensor(factor)[(None,) * (4 - factor.dim())] for factor in (self.A, self.B))
         pieces = k // self.k
         if pieces == 1:
             return A, B

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from ..kernels.low_rank import autocasts
 
-__all__ = ["OFFLOADED", "BaseWeight", "FloatBase", "OpaqueBase", "corner", "hooked", "whole", "wide"]
+__all__ = [
+    "OFFLOADED",
+    "BaseWeight",
+    "FloatBase",
+    "OpaqueBase",
+    "corner",
+    "full_tensor",
+    "hooked",
+    "sum_dtype",
+]
 
 _BLOCK = 1 << 22  # elements of a base weight that are upcast at a time
 _CPU_BLOCK = 1 << 18  # on a CPU, in whose cache they stay
@@ -29,7 +38,7 @@ _MIXES = torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype")
 _float64 = {"cpu": True, "cuda": True, "meta": True, "mps": False}  # other kinds of device are tried once
 
 
-def wide(device: torch.device) -> torch.dtype:
+def sum_dtype(device: torch.device) -> torch.dtype:
     """The dtype for small sums and r×r algebra: float64 wherever the device has it."""
     return torch.float64 if _has_float64(device.type) else torch.float32
 
@@ -45,7 +54,7 @@ def _has_float64(kind: str) -> bool:
     return _float64[kind]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor behind a sharded one (FSDP2, tensor parallel); any other tensor as it is."""
     full = getattr(tensor, "full_tensor", None)
     return full() if full is not None else tensor
@@ -170,7 +179,7 @@ class BaseWeight(ABC):
 
     def row_sq(self) -> Tensor:
         """``‖W0_i‖²``, shape (m,)."""
-        return torch.cat([block.square().sum(1) for block in self._row_blocks(wide(self.device))])
+        return torch.cat([block.square().sum(1) for block in self._row_blocks(sum_dtype(self.device))])
 
     @abstractmethod
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
@@ -258,7 +267,7 @@ class FloatBase(BaseWeight):
         return weight.t() if self.transposed else weight
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return whole(self.float_weight().detach()).to(dtype)
+        return full_tensor(self.float_weight().detach()).to(dtype)
 
     def write(self, weight: Tensor) -> None:
         self._check_shape(weight)
@@ -273,14 +282,14 @@ class FloatBase(BaseWeight):
         self.module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
 
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
-        weight = whole(self.float_weight().detach())
+        weight = full_tensor(self.float_weight().detach())
         if weight.dtype == x.dtype:
             factors = weight[:, columns], x.t()
             return torch.mm(*factors, out_dtype=torch.float32) if self.mixes else torch.mm(*factors)
         return torch.cat([block[:, columns] @ x.t() for block in self._row_blocks(x.dtype)])
 
     def _row_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        weight = whole(self.float_weight().detach())
+        weight = full_tensor(self.float_weight().detach())
         for rows in self._row_slices():
             yield weight[rows].to(dtype)
 
@@ -326,7 +335,7 @@ class OpaqueBase(BaseWeight):
         )
 
     def row_sq(self) -> Tensor:
-        dtype = wide(self.device)
+        dtype = sum_dtype(self.device)
         total = torch.zeros(self.shape[0], dtype=dtype, device=self.device)
         for columns in self._columns():
             total += columns.to(dtype).square().sum(1)

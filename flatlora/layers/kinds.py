@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .adapter import Adapter, block_factors
-from .base import BaseWeight, whole
+from .base import BaseWeight, full_tensor
 from .bases import BASES, base_weight, linear_base
 from .plain import PlainLoRA
 from .reader import NotLinear, Reader
@@ -133,7 +133,7 @@ def _present(factor: Any) -> Any:
 
 
 def _blocks(name: str, A: Any, B: Any, general_A: Any, general_B: Any, scaling: float) -> list[Adapter]:
-    factors = block_factors(whole(_present(A)), whole(_present(B)))
+    factors = block_factors(full_tensor(_present(A)), full_tensor(_present(B)))
     found = [Adapter(name, *factors, scaling, A_param=A, B_param=B)]
     if hasattr(general_A, "weight"):
         A, B = general_A.weight, general_B.weight

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.draw import refuse_capture
 from .adapter import Adapter
-from .base import whole
+from .base import full_tensor
 from .view import LoRALayer
 
 __all__ = ["BaseNorms", "Stack", "by_block", "row_dot", "stacks", "together", "weight_sq"]
@@ -120,7 +120,7 @@ def weight_sq(stack: Stack, norms: BaseNorms) -> tuple[Tensor, dict[str, Tensor]
     for i, same in enumerate(columns):
         a_k, crossed_k = a.split(ranks, 3)[i], crossed.split(ranks, 4)[i]
         b_parts.append(factors[i][1].to(dtype) * same[0].scaling)
-        magnitudes = [whole(adapter.magnitude) for adapter in same if adapter.magnitude is not None]
+        magnitudes = [full_tensor(adapter.magnitude) for adapter in same if adapter.magnitude is not None]
         if not magnitudes:
             continue
         norm_sq = base_sq + row_dot(b_parts[i], 2 * crossed_k + b_parts[i] @ (a_k @ a_k.mT))

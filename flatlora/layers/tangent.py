@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import wide
+from .base import sum_dtype
 from .stack import BaseNorms, Stack, by_block, row_dot, stacked_blocks, weight_sq
 
 __all__ = ["Factors", "Projection", "project"]
@@ -100,7 +100,7 @@ def project(stack: Stack, norms: BaseNorms) -> Projection | None:
             b_k, d_k = b_k * factor, d_k / factor
         parts.append((a_k, b_k, c_k, d_k))
     a, b, c, d = (_joined(part, dim) for part, dim in zip(zip(*parts, strict=True), (3, 4, 3, 4), strict=True))
-    wide_a, wide_b, wide_c = (factor.to(wide(factor.device)) for factor in (a, b, c))
+    wide_a, wide_b, wide_c = (factor.to(sum_dtype(factor.device)) for factor in (a, b, c))
     root_a, root_b = _roots(torch.stack([wide_a @ wide_a.mT, wide_b.mT @ wide_b]), eps)
     return Projection(a, b, c, d, root_a, root_b, root_b.mT @ (wide_c @ wide_a.mT) @ root_a)
 

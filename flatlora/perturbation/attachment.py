@@ -24,16 +24,16 @@ from torch import Tensor, nn
 from .. import checks
 from ..kernels import operators
 from ..kernels.draw import Draw, refuse_capture
-from ..kernels.operators import Noise, Site, traced
+from ..kernels.operators import GraphNoise, GraphQuery, is_tracing
 from ..layers.adapter import Adapter
-from ..layers.base import wide
+from ..layers.base import sum_dtype
 from ..layers.bnb import hold_training_layout
 from ..layers.view import LoRALayer, fusable
 from .passes import records_gradients, runs_again_with_gradients, would_perturb
 from .products import Terms, beside_output, fused_output
 from .source import Source
 
-__all__ = ["Attachment", "Companions", "attachments", "remove_perturbation"]
+__all__ = ["AttachedModules", "Attachment", "attachments", "remove_perturbation"]
 
 logger = logging.getLogger("flatlora")
 
@@ -63,7 +63,7 @@ class Attachment:
     def add(self, layer: LoRALayer) -> None:
         forward = _perturbed_forward(layer.module) or PerturbedForward(layer.module)
         ref = weakref.ref(self, forward.leave_out)
-        forward.entries.append((ref, layer, Site(functools.partial(_asked, ref, layer))))
+        forward.entries.append((ref, layer, GraphQuery(functools.partial(_asked, ref, layer))))
         self._forwards.append(forward)
         self.layers.append(layer)
 
@@ -90,7 +90,7 @@ class PerturbedForward:
 
     def __init__(self, module: nn.Module):
         self.module: Any = module
-        self.entries: list[tuple[weakref.ref[Attachment], LoRALayer, Site]] = []
+        self.entries: list[tuple[weakref.ref[Attachment], LoRALayer, GraphQuery]] = []
         forward = module.__dict__.get("forward")
         # Another library's patch; or, in a copy of a perturbed model, the class's own, which is none.
         self.patch = None if forward == MethodType(type(module).forward, module) else forward
@@ -103,7 +103,7 @@ class PerturbedForward:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        extras: list[Draw | Noise | Adapter] = []
+        extras: list[Draw | GraphNoise | Adapter] = []
         adapters: list[Adapter] | None = None
         for ref, layer, site in self.entries:
             if (attachment := ref()) is None or not (layer.module.training or attachment.source.always):
@@ -111,7 +111,7 @@ class PerturbedForward:
             adapters = layer.adapters() if adapters is None else adapters
             source = attachment.source
             if would_perturb(source, layer, adapters):
-                extra = _in_graph(source, layer, site) if traced() else _in_pass(source, layer, adapters)
+                extra = _in_graph(source, layer, site) if is_tracing() else _in_pass(source, layer, adapters)
                 extras += [] if extra is None else [extra]
         if not extras or adapters is None:
             return self.original(*args, **kwargs)
@@ -161,7 +161,7 @@ class _NoReplica:
         return getattr, (self.forward.module, "_replicate_for_data_parallel")
 
 
-class Companions(nn.ModuleList):
+class AttachedModules(nn.ModuleList):
     """Modules that a perturbation keeps in the model it is on. Called, it does nothing, as in an `nn.Sequential`."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def remove_perturbation(model: nn.Module) -> None:
         if (forward := _perturbed_forward(module)) is not None:
             forward.go_if_idle()
         for name, child in list(module.named_children()):
-            if isinstance(child, Companions):
+            if isinstance(child, AttachedModules):
                 delattr(module, name)
 
 
@@ -223,7 +223,7 @@ def _tell_of_two_passes(source: Source) -> None:
         )
 
 
-def _in_graph(source: Source, layer: LoRALayer, site: Site) -> Draw | Noise | Adapter | None:
+def _in_graph(source: Source, layer: LoRALayer, site: GraphQuery) -> Draw | GraphNoise | Adapter | None:
     """`source.given` for a graph that runs at many steps."""
     unrecorded = not (torch.is_grad_enabled() or source.no_grad or source.always)
     form, like = source.form(layer), layer.all_adapters()[0].A
@@ -233,13 +233,15 @@ def _in_graph(source: Source, layer: LoRALayer, site: Site) -> Draw | Noise | Ad
             return extra
         form, like = (extra.B.shape, extra.A.shape), extra.A
     if form == "gaussian":
-        return Noise(*operators.row_noise(site.number, unrecorded, layer.shape[0], like.device, wide(like.device)))
+        return GraphNoise(
+            *operators.row_noise(site.number, unrecorded, layer.shape[0], like.device, sum_dtype(like.device))
+        )
     B, A = operators.low_rank_factors(site.number, unrecorded, *form, like.device, like.dtype)
     return Adapter("", A, B, 1.0)
 
 
 def _asked(ref: weakref.ref[Attachment], layer: LoRALayer, unrecorded: bool) -> Draw | tuple[Tensor, Tensor] | None:
-    """What a graph that runs now is told by its `Site`."""
+    """What a graph that runs now is told by its `GraphQuery`."""
     if (attachment := ref()) is None or (unrecorded and not runs_again_with_gradients()):
         return None
     source, adapters = attachment.source, layer.adapters()

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import checks
 from ..layers.view import LoRALayer, lora_layers, refuse_fsdp1
 from ..wrapper import OptimizerWrapper, chain
-from .attachment import Attachment, Companions, attachments
+from .attachment import AttachedModules, Attachment, attachments
 from .bypass import Watch, held_ids
 from .passes import would_perturb
 from .source import Source
@@ -279,7 +279,7 @@ class PerturbingOptimizer(OptimizerWrapper):
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that require a gradient; those of an auxiliary, which an earlier optimizer left, are not among
     them. ValueError if there are none."""
-    companions = [module for module in model.modules() if isinstance(module, Companions)]
+    companions = [module for module in model.modules() if isinstance(module, AttachedModules)]
     left = {id(p) for module in companions for p in module.parameters()}
     found = [p for p in model.parameters() if p.requires_grad and id(p) not in left]
     if not found:

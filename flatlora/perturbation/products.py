@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import operators
-from ..kernels.blocks import How, add_blocks
+from ..kernels.blocks import BlockOptions, add_blocks
 from ..kernels.draw import Draw, draw_gaussian, draw_low_rank
-from ..kernels.low_rank import Added, Plan, added, autocasts, cast, compute_dtype
-from ..kernels.operators import Noise, traced
+from ..kernels.low_rank import Added, AddedTerms, added, autocasts, cast, compute_dtype
+from ..kernels.operators import GraphNoise, is_tracing
 from ..layers.adapter import Adapter, stored_blocks
 from ..layers.base import BaseWeight
 from ..layers.view import LoRALayer
@@ -36,15 +36,15 @@ class Terms:
         blocks: grids of them.
     """
 
-    def __init__(self, terms: Iterable[Draw | Noise | Adapter]):
+    def __init__(self, terms: Iterable[Draw | GraphNoise | Adapter]):
         self.gaussian: list[Draw] = []
-        self.in_graph: list[Noise] = []
+        self.in_graph: list[GraphNoise] = []
         self.learned: list[Adapter] = []
         self.low_rank: list[Draw] = []
         self.constant: list[Adapter] = []
         self.blocks: list[Adapter] = []
         for term in terms:
-            if isinstance(term, Noise):
+            if isinstance(term, GraphNoise):
                 self.in_graph.append(term)
             elif isinstance(term, Draw):
                 (self.gaussian if term.kind == "gaussian" else self.low_rank).append(term)
@@ -55,7 +55,7 @@ class Terms:
 
     def plan(
         self, n: int, dtype: torch.dtype, weight: Callable[[Any], Tensor] | None, in_place: bool
-    ) -> tuple[Plan, list[Tensor]]:
+    ) -> tuple[AddedTerms, list[Tensor]]:
         """What `Added` is told of the low-rank terms, and the factors that it learns."""
         scalings = (
             *(a.scaling for a in self.learned),
@@ -66,13 +66,13 @@ class Terms:
             *(draw_low_rank(draw, n, dtype) for draw in self.low_rank),
             *((cast(adapter.B, dtype), cast(adapter.A, dtype)) for adapter in self.constant),
         )
-        fading = tuple(adapter.fading for adapter in self.learned)
+        grad_scale = tuple(adapter.grad_scale for adapter in self.learned)
         factors = [factor for adapter in self.learned for factor in (adapter.A, adapter.B)]
-        return Plan(dtype, scalings, constant, fading, weight, in_place), factors
+        return AddedTerms(dtype, scalings, constant, grad_scale, weight, in_place), factors
 
 
 def fused_output(
-    layer: LoRALayer, base: BaseWeight, x: Tensor, adapters: list[Adapter], extras: list[Draw | Noise | Adapter]
+    layer: LoRALayer, base: BaseWeight, x: Tensor, adapters: list[Adapter], extras: list[Draw | GraphNoise | Adapter]
 ) -> Tensor:
     """The output of a layer that `fusable` admits, its base's product and all low-rank terms in one function."""
     # `add_update` adds adapters to whatever base output; dropout acts on an adapter's own input.
@@ -103,7 +103,7 @@ def _base_output(base: BaseWeight, x: Tensor, terms: Terms) -> Tensor:
     like = weight.dtype if weight is not None else getattr(base.module, "compute_dtype", None) or x.dtype
     dtype = compute_dtype(x, like)
     bias = getattr(base.module, "bias", None)
-    if traced():
+    if is_tracing():
         if weight is None or not terms.in_graph:
             return _add(base, _plus_noise(base.module(x), base, x, terms, dtype), x, terms)
         out = _plus_noise(None, base, x, terms, dtype, weight)
@@ -139,7 +139,7 @@ def _plus_noise(
     """``out + x·(weight + Σ ε)ᵀ`` over the noises of a graph, in `dtype`; each part may be missing."""
     for noise in terms.in_graph:
         noised = weight, noise.std, noise.seed, base.shape[1]
-        if not operators.transformed():
+        if not operators.in_functorch():
             product = operators.noisy_product(x.to(dtype), *noised, False)
         else:
             product = x.to(dtype) @ operators.noisy_weight(*noised, dtype).t()
@@ -162,7 +162,7 @@ def _add(
     dtype = compute_dtype(x, like.dtype)
     if out is None or make_weight or terms.learned or terms.low_rank or terms.constant:
         plan, factors = terms.plan(base.shape[1], dtype, make_weight, in_place)
-        out = (added if traced() else Added.apply)(plan, out, x, weight, bias, *factors)
+        out = (added if is_tracing() else Added.apply)(plan, out, x, weight, bias, *factors)
     for block in terms.blocks:
-        out = add_blocks(How(block.scaling, dtype), x, *stored_blocks(block.A, block.B), out)
+        out = add_blocks(BlockOptions(block.scaling, dtype), x, *stored_blocks(block.A, block.B), out)
     return out

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..ggpo.noise import RowNoise
 from ..kernels.draw import Draw
 from ..layers.adapter import Adapter
-from ..layers.base import wide
+from ..layers.base import sum_dtype
 from ..layers.bnb import hold_training_layout
 from ..layers.view import LoRALayer
 from ..perturbation.attachment import Attachment
@@ -124,7 +124,7 @@ class WorstDirection(Source):
             for total, grad in zip(grads, torch.autograd.grad(loss, self.weights), strict=True):
                 total += grad
             advance()
-        squares = [grad.to(wide(grad.device)).square().sum() for grad in grads]
+        squares = [grad.to(sum_dtype(grad.device)).square().sum() for grad in grads]
         norm = torch.stack([square.to(squares[0]) for square in squares]).sum().sqrt()
         for weight, grad in zip(self.weights, grads, strict=True):
             weight.copy_(grad / norm.to(grad.device) if norm > 0 else grad)

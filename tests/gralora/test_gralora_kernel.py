@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flatlora import apply_gralora
-from flatlora.kernels.blocks import AddBlocks, How, add_blocks
+from flatlora.kernels.blocks import AddBlocks, BlockOptions, add_blocks
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -28,7 +28,7 @@ def test_backward_through_parameters_that_have_moved_is_refused(autocast, moved,
 
 @pytest.mark.parametrize("mode", ["weight", "out", "in place"])
 def test_the_kernel_is_its_reference(mode):
-    k, r, m, n, how = 2, 4, 6, 8, How(1.5, torch.float64, mode == "in place")
+    k, r, m, n, how = 2, 4, 6, 8, BlockOptions(1.5, torch.float64, mode == "in place")
     x, W, bias, A, B, out = (
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
         for shape in [(2, 3, n), (m, n), (m,), (k, n // k, r), (k, r, m // k), (2, 3, m)]
