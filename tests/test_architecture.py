@@ -161,11 +161,11 @@ def test_rule_sees_what_breaks_it(rule, module, source, monkeypatch):
     assert rule(module)
 
 
-def test_no_room_needs_another_library_through_glue():
+def test_no_part_needs_another_library_through_glue():
     assert not [module for module in FILES for source, _ in own_imports(module) if part(source) in GLUE]
 
 
-def test_every_room_has_a_floor():
+def test_every_part_has_a_level():
     assert {part(module) for module in FILES} <= LEVELS.keys()
 
 
