@@ -185,14 +185,17 @@ def test_trainer_and_resume(tmp_path):
     assert "test accuracy" in resumed
 
 
-def test_nothing_to_resume_is_one_line(tmp_path):
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "trainer.py"), "--resume", "--output", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 1 and result.stderr.startswith("error: --resume: there is no checkpoint")
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["trainer.py", "--resume", "--output", "."], "error: --resume: there is no checkpoint"),
+        (["research/compare.py", "--train-file", "none.tsv"], "error: cannot read"),
+    ],
+)
+def test_what_is_missing_is_told_in_one_line(command, says, tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / command[0]), *command[1:]]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and result.stderr.startswith(says)
 
 
 @pytest.mark.slow

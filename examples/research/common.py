@@ -1,4 +1,4 @@
-"""What the examples share: texts, a small pretrained encoder with a LoRA adapter, batches, evaluation."""
+"""What these scripts share: texts, a small pretrained encoder, batches, arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported, and peft imports it
 
@@ -154,17 +154,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_model(folder: Path, tokenizer: PreTrainedTokenizerBase, labels: list[str], r: int) -> torch.nn.Module:
-    """The pretrained model with LoRA on all its linear layers, and a new classification head that is trained whole."""
-    from peft import LoraConfig, get_peft_model
-
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(labels), local_files_only=True)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    head = [name for name in ("classifier", "score") if hasattr(model, name)]
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", modules_to_save=head, task_type="SEQ_CLS")
-    return get_peft_model(model, config)
-
-
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -180,25 +169,6 @@ def encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, labels: 
 
 def make_batches(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, size: int) -> list[dict[str, Any]]:
     return [dict(tokenizer.pad(rows[i : i + size], return_tensors="pt")) for i in range(0, len(rows), size)]
-
-
-def mean_loss(model: torch.nn.Module, batch: dict[str, Any]) -> torch.Tensor:
-    """Loss of one batch, in the form that `flatlora.noise_rise` takes."""
-    return model(**batch).loss
-
-
-@torch.no_grad()
-def evaluate(model: torch.nn.Module, batches: list[dict[str, Any]]) -> tuple[float, float]:
-    """Accuracy and mean loss."""
-    model.eval()
-    right, loss, count = 0, 0.0, 0
-    for batch in batches:
-        output = model(**batch)
-        size = len(batch["labels"])
-        right += int((output.logits.argmax(-1) == batch["labels"]).sum())
-        loss += float(output.loss) * size
-        count += size
-    return right / count, loss / count
 
 
 # --- arguments ----------------------------------------------------------------------------------------------------

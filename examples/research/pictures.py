@@ -13,15 +13,15 @@ from matplotlib.patches import FancyBboxPatch
 
 EXAMPLES = Path(__file__).parent.parent
 GAINS = (  # setting, difference of test accuracy in points and its standard error, as in results.md
-    ("40 % wrong labels, headlines: ρ 0.05, at LoRA's rate", "+1.3 ± 0.3"),
-    ("20 % wrong labels, movies: ρ 0.05, at LoRA's rate", "+1.1 ± 0.3"),
+    ("40 % wrong labels, headlines: ρ 0.05, same rate", "+1.3 ± 0.3"),
+    ("20 % wrong labels, movies: ρ 0.05, same rate", "+1.1 ± 0.3"),
     ("40 % wrong, headlines: ρ 0.15, against LoRA's better rate", "+2.1 ± 0.7"),
     ("20 % wrong, movies: ρ 0.05, against LoRA's better rate", "−0.9 ± 0.3"),
-    ("20 % wrong, movies: ρ 0.05, both at LoRA's better rate", "−0.1 ± 0.3"),
-    ("20 % wrong, movies: ρ 0.15, at LoRA's rate", "−2.6 ± 1.5"),
-    ("clean labels, 200 headlines: ρ 0.05", "+0.5 ± 0.1"),
-    ("clean labels, 1,000 headlines: ρ 0.05", "−0.2 ± 0.1"),
-    ("two-pass SAM, best of five radii, 40 % wrong, headlines", "+0.6 ± 1.2"),
+    ("20 % wrong, movies: ρ 0.05, both at the better rate", "−0.1 ± 0.3"),
+    ("20 % wrong, movies: ρ 0.15, same rate", "−2.6 ± 1.5"),
+    ("clean labels, 200 headlines: ρ 0.05, same rate", "+0.5 ± 0.1"),
+    ("clean labels, 1,000 headlines: ρ 0.05, same rate", "−0.2 ± 0.1"),
+    ("40 % wrong, headlines: two-pass SAM, best ρ, against the better rate", "+0.6 ± 1.2"),
 )
 
 
@@ -65,7 +65,7 @@ def result() -> Figure:
     axes = figure.subplots()
     for row, (name, gain) in enumerate(GAINS):
         mean, error = map(number, gain.split("±"))
-        colour = "0.5" if name.startswith("two-pass") else "#1f5fa8"
+        colour = "0.5" if "two-pass" in name else "#1f5fa8"
         axes.errorbar(mean, row, xerr=error, fmt="o", capsize=3, color=colour)
     axes.axvline(0, color="0.3", lw=1)
     axes.set_yticks(range(len(GAINS)), [name for name, _ in GAINS], fontsize=9)
