@@ -42,6 +42,7 @@ class LastGradient(Source):
         self.gradient_norm = torch.zeros((), dtype=torch.float32)
         self._next: dict[tuple[str, Names], tuple[Tensor, Tensor]] = {}
         self._norms = BaseNorms()
+        self._ran: set[tuple[str, Names]] = set()  # passes of the last step
 
     def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Adapter | None:
         if self.rho == 0 or not self.direction:
@@ -63,12 +64,12 @@ class LastGradient(Source):
     def norm(self, acted: bool = False) -> Tensor:
         """‖u‖_F over all layers, by ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``: 1 up to rounding, 0 before there is a direction.
 
-        `acted`: over those alone that a pass has gone through in the last step. Of passes that add different adapters,
+        `acted`: over those alone that passes of the last step went through. Of passes that add different adapters,
         which have a u each, the largest.
         """
         squares: dict[Names, Tensor] = {}
         for (layer, names), factors in self.direction.items():
-            if not acted or layer in self.acted or layer in self.passes:
+            if not acted or (layer, names) in self._ran:
                 B, A = (factor.to(sum_dtype(factor.device)) for factor in factors)
                 square = ((B.mT @ B) * (A @ A.mT)).sum().to(self.gradient_norm.device)
                 squares[names] = squares[names] + square if names in squares else square
@@ -91,7 +92,8 @@ class LastGradient(Source):
                 if found:
                     squares.append(self._note(found, names))
             if squares:
-                self.gradient_norm = torch.stack(squares).sum().sqrt()
+                total = torch.stack(squares).sum() if len(squares) > 1 else squares[0]
+                self.gradient_norm = total.sqrt()
         return bool(squares)
 
     def _note(self, found: list[tuple[Stack, Factors]], names: Names) -> Tensor:
@@ -123,6 +125,7 @@ class LastGradient(Source):
 
     def next_step(self) -> None:
         """Goes on to the direction noted last, if one was; that of passes which did not run stays."""
+        self._ran = {(layer, names) for layer, kinds in self.passes.items() for names in kinds}
         super().next_step()
         self.direction = {**self.direction, **self._next}
         self._next = {}

@@ -215,6 +215,51 @@ def test_compiled_passes_are_seen(method, said):
         assert float(optimizer.metrics()["perturbation_to_rho"]) == pytest.approx(1, rel=1e-4)
 
 
+@ALL
+def test_a_layer_that_is_fused_from_some_step_on_is_told_of(method, said):
+    model = lora()
+    optimizer = method(model)
+    steps(model, optimizer)
+    net = model.base_model.model
+    net.forward = lambda x: fuse(net.b)(torch.tanh(net.a(x)))
+    steps(model, optimizer, 4)
+    assert len(said()) == 1 and "1 layers" in said()[0] and "forward" in said()[0]
+
+
+@ALL
+def test_fused_layers_are_noticed_though_the_adapter_is_frozen_at_the_step(method):
+    model = lora("default", "reference")
+    net = model.base_model.model
+    net.forward = lambda x: fuse(net.b)(torch.tanh(fuse(net.a)(x)))
+    optimizer = method(model, adapter="default")
+    loss(model).backward()
+    model.set_adapter("reference")
+    with pytest.raises(RuntimeError, match="forward"):
+        optimizer.step()
+
+
+@ALL
+def test_a_forward_that_took_the_place_of_ours_is_stood_in_for_again(method):
+    """As where Accelerate's hooks were on the layer before the optimizer came, and are taken off."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    model = lora()
+    layers = [module for module in model.modules() if isinstance(module, PeftLinear)]
+    for layer in layers:
+        add_hook_to_module(layer, ModelHook())
+    optimizer = method(model)
+    for layer in layers:
+        remove_hook_from_module(layer)
+    loss(model).backward()
+    with pytest.raises(RuntimeError, match="forward"):
+        optimizer.step()
+    optimizer.remove()
+    optimizer = method(model)
+    optimizer.zero_grad()
+    steps(model, optimizer)
+    assert perturbed(model) > 0
+
+
 # --- recomputation --------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +306,21 @@ class WithSetup(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
+class Caller:
+    """A decorator that is an object."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+
+class ByObject(torch.autograd.Function):
+    forward = staticmethod(Caller(NamedSelf.forward))
+    backward = staticmethod(_backward)
+
+
 class CustomForward(torch.autograd.Function):
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
@@ -270,7 +330,7 @@ class CustomForward(torch.autograd.Function):
     backward = staticmethod(torch.amp.custom_bwd(_backward, device_type="cpu"))
 
 
-FUNCTIONS = pytest.mark.parametrize("function", [NamedSelf, InArgs, WithSetup, CustomForward])
+FUNCTIONS = pytest.mark.parametrize("function", [NamedSelf, InArgs, WithSetup, CustomForward, ByObject])
 
 
 @ALL
@@ -336,6 +396,24 @@ def test_no_word_of_two_passes_where_nothing_is_perturbed_or_a_step_lies_between
     model.train()
     steps(model, optimizer)
     assert len(said()) <= 1
+
+
+@ALL
+def test_no_word_of_two_passes_where_other_layers_ran_without_gradients(method, said):
+    """A tower that is frozen for a while, or lower layers."""
+    model = lora()
+    optimizer = method(model)
+    net = model.base_model.model
+
+    def forward(x):
+        with torch.no_grad():
+            x = torch.tanh(net.a(x))
+        return net.b(x)
+
+    steps(model, optimizer)
+    net.forward = forward
+    steps(model, optimizer)
+    assert not said()
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------
@@ -482,6 +560,19 @@ def test_a_closure_may_set_the_mode_and_choose_the_adapter(method, said):
     assert perturbed(model) > 0
 
 
+@ALL
+def test_a_base_that_does_not_call_its_closure_is_told_of(method, said):
+    class Ignores(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step()
+
+    model = lora()
+    optimizer = method(model, Ignores)
+    loss(model).backward()
+    optimizer.step(lambda: None)
+    assert any("Ignores did not call its closure" in message for message in said())
+
+
 # --- adapters that are not active when the step comes ---------------------------------------------------------------
 
 
@@ -616,6 +707,55 @@ def test_one_optimizer_for_each_parameter_is_named(method):
         kept = []
         for p in params(model):
             kept.append(kind(torch.optim.SGD([p], lr=0.1), model) if kind else bilora(model))
+
+
+@pytest.mark.parametrize("how", ["unmarked", "merged", "popped"])
+def test_an_auxiliary_that_comes_out_of_its_ascent_group_is_refused(how):
+    model = lora()
+    optimizer = bilora(model)
+    steps(model, optimizer)
+    if how == "unmarked":
+        optimizer.param_groups[-1]["ascent"] = False
+    elif how == "merged":
+        optimizer.param_groups[0]["params"].extend(optimizer.param_groups.pop()["params"])
+    else:
+        optimizer.param_groups.pop()
+    before = values(model)
+    loss(model).backward()
+    with pytest.raises(ValueError, match=r"ascends|no ascent group"):
+        optimizer.step()
+    assert same(before, values(model))
+
+
+def test_gradients_of_the_primary_alone_are_told_of(said):
+    model = lora()
+    optimizer = bilora(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(model).backward(inputs=params(model))
+        optimizer.step()
+    assert len(said()) == 1 and "no gradient of the auxiliary" in said()[0]
+
+
+class Around(torch.optim.Optimizer):
+    """A base that keeps another."""
+
+    def __init__(self, params, lr, inner=torch.optim.SGD):
+        super().__init__(params, {"lr": lr})
+        self.optimizer = inner(self.param_groups, lr=lr)
+
+    def step(self, closure=None):
+        self.optimizer.step()
+
+
+@pytest.mark.parametrize("method", [ggpo, lorasam])
+def test_the_innermost_of_several_bases_is_not_stepped_alone(method):
+    model = lora()
+    optimizer = method(model, lambda params, lr: Around(params, lr, Around))
+    steps(model, optimizer)
+    loss(model).backward()
+    with pytest.raises(RuntimeError, match="goes past"):
+        optimizer.base_optimizer.optimizer.optimizer.step()
 
 
 # --- forward, patched by others -------------------------------------------------------------------------------------

@@ -288,8 +288,8 @@ class BilevelOptimizer(TwoPhases):
 
     def _hypergradient(self, direct: Values, implicit: Values) -> list[Tensor]:
         """``∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v`` of every magnitude, 0 of one that a loss does not have."""
-        zero = torch.zeros_like
-        return [direct.get(p, zero(p)) - implicit.get(p, zero(p)) for p in self._magnitudes()]
+        zeros = ((p, torch.zeros_like(p)) for p in self._magnitudes())
+        return [direct.get(p, zero) - implicit.get(p, zero) for p, zero in zeros]
 
     def hypergradient(self, train_batch: Any, val_batch: Any, *, virtual_step: bool = True) -> list[Tensor]:
         """``∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v`` at the present V, which stays; nothing at all is changed.

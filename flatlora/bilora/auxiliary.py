@@ -98,8 +98,13 @@ class AuxiliarySource(Source):
         return Adapter("", A, B, auxiliary.scaling, grad_scale=self.grad_scale)
 
     def acts_on(self, layer: LoRALayer) -> bool:
-        # A graph does not tell of its passes, but leaves gradients.
-        return super().acts_on(layer) or self.auxiliaries[layer.name].B.grad is not None
+        if super().acts_on(layer):
+            return True
+        # A graph does not tell of its passes, but leaves gradients. Zeros, as of zero_grad(set_to_none=False), tell
+        # nothing, and are looked for where the host need not wait for a device.
+        grad: Any = self.auxiliaries[layer.name].B.grad
+        grad = getattr(grad, "_local_tensor", grad)
+        return grad is not None and (grad.device.type != "cpu" or bool(grad.any()))
 
 
 def attach_auxiliary(
@@ -177,7 +182,7 @@ def _refuse_wrapped(model: nn.Module, layers: list[LoRALayer]) -> None:
     if sharded:
         raise ValueError(
             f"the adapters of {len(sharded)} layers (first: {sharded[0]!r}) are sharded, and an auxiliary that comes "
-            "after fully_shard is never reduced; call attach_auxiliary(model), or BiLoRAOptimizer.for_model, before it"
+            "after fully_shard is never reduced; call attach_auxiliary(model) before it, and build the optimizer after"
         )
 
 

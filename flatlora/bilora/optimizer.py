@@ -24,7 +24,7 @@ from .auxiliary import (
     detach_auxiliary,
     primary_ranks,
 )
-from .triples import named_triples, total_norm
+from .triples import named_triples, shapes_of, total_norm
 
 __all__ = ["BiLoRAOptimizer"]
 
@@ -97,9 +97,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             if auxiliaries.attachment is not None:
                 auxiliaries.attachment.remove()
                 auxiliaries.attachment = None
-        source = AuxiliarySource(
-            (module for module in self._model.modules() if isinstance(module, Auxiliary)), scale_grads=True
-        )
+        ours = [module for module in self._model.modules() if isinstance(module, Auxiliary)]
+        source = AuxiliarySource(ours, scale_grads=True)
         source.no_grad = self._no_grad
         held = held_ids(True, self.base_optimizer)
         for layer in source.layers.values():
@@ -174,6 +173,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
         if self._triples is not None and not self._clips[1]:
             self.look_at_first_step()
+        self._look_at_ascent()
         handles = self._turn_within_hooks() if closure is None else []
         try:
             return super().step(None if closure is None else evaluate, **kwargs)
@@ -181,6 +181,13 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             for handle in handles:
                 handle.remove()
             self._turn_back()
+
+    def _look_at_ascent(self) -> None:
+        """ValueError if the auxiliary has come out of the ascent groups, in which case it would descend, or stay."""
+        held = {id(p) for group in self.param_groups if group.get("ascent") for p in group["params"]}
+        ours = {id(p) for p in self.perturbation_parameters()}
+        if self._attached and held != ours and not self._watch.holds_foreign_tensors():
+            self._check_groups()
 
     def _turn_within_hooks(self) -> list[Any]:
         """Has the base's update alone see turned gradients, and the step hooks that others put around it not."""
@@ -205,6 +212,12 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         last_before, first_after = base.register_step_pre_hook(before), base.register_step_post_hook(after)
         base._optimizer_step_post_hooks.move_to_end(first_after.id, last=False)
         return [last_before, first_after]
+
+    def before_step(self) -> None:
+        super().before_step()
+        if self._attached and self._source.passes and all(p.grad is None for p in self.perturbation_parameters()):
+            how = "gradients were taken of others alone, as by torch.autograd.grad or backward(inputs=...)"
+            self._watch.tell("auxiliary", "step() found no gradient of the auxiliary, which stays as it is: %s", how)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -249,12 +262,15 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def metrics(self) -> dict[str, Tensor]:
         """Two numbers without a unit, from 0 to 1.
 
-        ``perturbation_to_rho``: ``sqrt(Σ_layers ‖s2·B2·A2‖_F²)`` over ρ, 1 where the last step clipped it.
+        ``perturbation_to_rho``: ``sqrt(Σ_layers ‖s2·B2·A2‖_F²)`` over ρ, of the layers that the last step's passes went
+        through; 1 where the step clipped it.
         ``clipped_share``: the share of steps, since this optimizer was built, that clipped it.
         """
         if not (auxiliaries := self._auxiliaries()):
             return super().metrics()
-        norm, (clipped, steps) = total_norm(auxiliaries), self._clips
+        source, (clipped, steps) = self._source, self._clips
+        acted = {n: one for n, one in auxiliaries.items() if source is None or n in source.acted or n in source.passes}
+        norm = total_norm(acted or auxiliaries) * bool(acted)
         share = torch.as_tensor(clipped, dtype=norm.dtype, device=norm.device) / max(steps, 1)
         return self._with_inner({"perturbation_to_rho": norm / self.rho, "clipped_share": share})
 
@@ -363,7 +379,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def check_method_state(self, state: dict[str, Any]) -> None:
         checks.state_fields("Bi-LoRA", state, "rho", "layers")
         checks.number("the state_dict's rho", state["rho"], above=0)
-        checks.same_layers("auxiliaries", _shapes(state["layers"]), _shapes(self.method_state()["layers"]))
+        checks.same_layers("auxiliaries", shapes_of(state["layers"]), shapes_of(self.method_state()["layers"]))
 
     @torch.no_grad()
     def load_method_state(self, state: dict[str, Any] | None) -> None:
@@ -374,20 +390,6 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         for name, (A, B, _) in self._auxiliaries().items():
             A.copy_(state["layers"][name]["A"])
             B.copy_(state["layers"][name]["B"])
-
-
-_ALIKE = ("scaling", "ranks")  # of a checkpoint's layer and the model's, beside the shapes
-
-
-def _shapes(layers: Any) -> dict[str, Any]:
-    """The shapes of A and B of a checkpoint's layers, their scaling, and the ranks of the adapters beside them."""
-    try:
-        return {
-            name: {factor: tuple(layer[factor].shape) for factor in "AB"} | {key: layer[key] for key in _ALIKE}
-            for name, layer in layers.items()
-        }
-    except (AttributeError, KeyError, TypeError) as reason:
-        raise ValueError("the state_dict's Bi-LoRA part has no A, B, scaling and ranks for each layer") from reason
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from ..layers.base import full_tensor, sum_dtype
 from ..layers.stack import together
 from ..layers.view import plain_name
 
-__all__ = ["named_triples", "total_norm"]
+__all__ = ["named_triples", "shapes_of", "total_norm"]
 
 Triple = tuple[Tensor, Tensor, float]
 
@@ -54,3 +54,17 @@ def total_norm(triples: dict[str, Triple]) -> Tensor:
             a, b = (torch.stack(same).to(sum_dtype(same[0].device)) for same in zip(*group[i : i + most], strict=True))
             squares.append(scaling**2 * ((b.mT @ b) * (a @ a.mT)).sum())
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().clamp_(min=0.0).sqrt_()
+
+
+_ALIKE = ("scaling", "ranks")  # of a checkpoint's layer and the model's, beside the shapes
+
+
+def shapes_of(layers: Any) -> dict[str, Any]:
+    """The shapes of A and B of a checkpoint's layers, their scaling, and the ranks of the adapters beside them."""
+    try:
+        return {
+            name: {factor: tuple(layer[factor].shape) for factor in "AB"} | {key: layer[key] for key in _ALIKE}
+            for name, layer in layers.items()
+        }
+    except (AttributeError, KeyError, TypeError) as reason:
+        raise ValueError("the state_dict's Bi-LoRA part has no A, B, scaling and ranks for each layer") from reason

@@ -33,7 +33,7 @@ from .passes import records_gradients, runs_again_with_gradients, would_perturb
 from .products import Terms, beside_output, fused_output
 from .source import Source
 
-__all__ = ["AttachedModules", "Attachment", "attachments", "remove_perturbation"]
+__all__ = ["AttachedModules", "Attachment", "attachments", "forget_replaced", "remove_perturbation"]
 
 logger = logging.getLogger("flatlora")
 
@@ -174,6 +174,13 @@ def _perturbed_forward(module: nn.Module) -> PerturbedForward | None:
     return found.forward if isinstance(found, _NoReplica) else None
 
 
+def forget_replaced(module: nn.Module) -> None:
+    """Has the next attachment stand in for the forward that others put in the place of ours."""
+    forward = _perturbed_forward(module)
+    if forward is not None and module.__dict__.get("forward") is not forward:
+        del module.__dict__["_replicate_for_data_parallel"]
+
+
 def attachments(module: nn.Module) -> list[tuple[Attachment, LoRALayer]]:
     """What is attached to a module at present, with the layer as each sees it."""
     forward = _perturbed_forward(module)
@@ -202,13 +209,13 @@ def remove_perturbation(model: nn.Module) -> None:
 def _in_pass(source: Source, layer: LoRALayer, adapters: list[Adapter]) -> Draw | Adapter | None:
     """The ε of this pass of a layer."""
     if not records_gradients(source):
-        source.skipped = True
+        source.skipped.add(layer.name)
         return None
     if torch.is_grad_enabled():
         source.note_pass(layer, adapters)
     extra = source.given(layer, adapters)
-    if source.skipped and extra is not None and not source.always:
-        source.skipped = False
+    if layer.name in source.skipped and extra is not None and not source.always:
+        source.skipped.clear()
         _tell_of_two_passes(source)
     return extra
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ..layers.view import LoRALayer, lora_layers
 from ..wrapper import chain, only_initialises
-from .attachment import Attachment
+from .attachment import Attachment, forget_replaced
 
 __all__ = ["Watch", "held_ids"]
 
@@ -32,16 +32,18 @@ class Watch:
 
     Attributes:
         stepping: whether the wrapper's own step is running.
+        looked: whether the step that runs has had a look at its gradients.
         seen: identities of the parameters that the groups held when they were looked at last.
         known: of those that the user gave to the optimizer.
     """
 
     def __init__(self, kind: str, model: nn.Module, optimizer: Optimizer, attachment: Attachment, all_trained: bool):
         self.kind, self.model, self.optimizer, self.attachment = kind, model, optimizer, attachment
-        self.stepping = False
+        self.stepping = self.looked = False
         self._steps = 0
         self._told: set[str] = set()
         self._acted: set[str] = set()  # layers that any pass has gone through
+        self._left: dict[str, Any] = {}  # gradients of layers that no pass of the last step went through, weakly
         self.look_at_groups(all_trained)
         self.known = self.seen
         for base in _bases(optimizer):
@@ -90,8 +92,8 @@ class Watch:
         if trained := {name for name, p in self._frozen if p.grad is not None}:
             self.tell(
                 "frozen",
-                "adapters %s are trained but not perturbed: they were frozen when the %s was built. Build it again, or "
-                "name them as adapter=...",
+                "adapters %s are trained but not perturbed: they were frozen, or not there, when the %s was built. "
+                "Build it again, or name them as adapter=...",
                 sorted(trained),
                 self.kind,
             )
@@ -119,6 +121,7 @@ class Watch:
         Raises:
             RuntimeError: in the first step, if none did. Later, and where some did, it is said once.
         """
+        self.looked = True
         if self._excused:
             self._excused = False
             return
@@ -127,7 +130,9 @@ class Watch:
         silent = [layer for layer in layers if not source.acts_on(layer)]
         none_acted = len(silent) == len(layers)
         if not none_acted:  # a layer may well be out of use for a step, as an expert is
-            silent = [layer for layer in silent if layer.name not in self._acted and not _used_elsewhere(layer, source)]
+            new = self._new_gradients(silent)
+            silent = [layer for layer in silent if layer.name not in self._acted or layer.name in new]
+            silent = [layer for layer in silent if not _used_elsewhere(layer, source)]
         if not silent:
             return
         if gone := [layer.name for layer in silent if not layer.all_adapters()]:
@@ -144,9 +149,17 @@ class Watch:
             if none_acted or any(_gradients(layer) for layer in silent):
                 self._tell_of_mode(how)
             return
-        past = [layer.name for layer in silent if _gradients(layer)]
-        if past:
-            self._refuse_or_tell_of(past, refuse=none_acted and self._steps == 1)
+        if past := [layer for layer in silent if _gradients(layer)]:
+            for layer in past:
+                forget_replaced(layer.module)
+            self._refuse_or_tell_of([layer.name for layer in past], refuse=none_acted and self._steps == 1)
+
+    def _new_gradients(self, silent: list[LoRALayer]) -> set[str]:
+        """Of layers without a pass in this step and the last, those whose gradient is another one than it was: those of
+        an expert out of use may be left from before."""
+        grads = {layer.name: next(iter(_grads(layer)), None) for layer in silent}
+        former, self._left = self._left, {name: weakref.ref(grad) for name, grad in grads.items() if grad is not None}
+        return {name for name in former.keys() & self._left.keys() if former[name]() is not grads[name]}
 
     def _tell_of_mode(self, layers: str) -> None:
         self.tell(
@@ -161,7 +174,8 @@ class Watch:
         message = (
             f"{self.kind}.step(): the adapters of {len(past)} layers (first: {past[0]!r}) have gradients, and no pass "
             "that trains has gone through these layers' forward: something computes with their weights and never "
-            "calls them, so they were not perturbed. Fused kernels do so. For axolotl set lora_mlp_kernel, "
+            "calls them, so they were not perturbed, or it ran before this optimizer was built. Fused kernels do so, "
+            "and terms of a loss on the weights themselves. For axolotl set lora_mlp_kernel, "
             "lora_qkv_kernel and lora_o_kernel to false; for Unsloth give its get_peft_model bias='lora_only', or "
             "lora_dropout > 0 with UNSLOTH_FUSED_LORA_DROPOUT=0 in the environment (read in its source, not run); code "
             "of your own has to call the layers. Gradients that were set by hand: call optimizer.remove() to go on "
@@ -177,16 +191,24 @@ def held_ids(adapter: Any, optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"] if adapter or p.requires_grad}
 
 
-def _trained(layer: LoRALayer) -> list[nn.Parameter]:
-    """The factors of the layer's adapters that get gradients."""
+def _factors(layer: LoRALayer) -> list[nn.Parameter]:
+    """The factors of the layer's adapters that have gradients, though they may be frozen by now."""
     factors = [p for adapter in layer.all_adapters() for p in (adapter.A_param, adapter.B_param)]
-    return [p for p in factors if p is not None and p.requires_grad and p.grad is not None]
+    return [p for p in factors if p is not None and p.grad is not None]
+
+
+def _trained(layer: LoRALayer) -> list[nn.Parameter]:
+    return [p for p in _factors(layer) if p.requires_grad]
+
+
+def _grads(layer: LoRALayer) -> list[Any]:
+    return [p.grad for p in _factors(layer)]
 
 
 def _gradients(layer: LoRALayer) -> bool:
     """Whether a factor of the layer's adapters has a gradient that is not zero. The host waits for the device, but only
     where something is wrong already."""
-    local: list[Any] = [getattr(p.grad, "_local_tensor", p.grad) for p in _trained(layer)]
+    local = [getattr(grad, "_local_tensor", grad) for grad in _grads(layer)]
     return any(bool(grad.any()) for grad in local if not grad.is_meta)
 
 
@@ -203,8 +225,11 @@ def _used_elsewhere(layer: LoRALayer, source: Any) -> bool:
 def _bases(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizer beneath all wrappers, and those that it keeps itself, as Lookahead and SAM do."""
     inner = list(chain(optimizer))
-    base = inner[-1].base_optimizer if inner else optimizer
-    return [base, *(value for value in vars(base).values() if isinstance(value, Optimizer))]
+    found = [inner[-1].base_optimizer if inner else optimizer]
+    for base in found:
+        kept = [value for value in vars(base).values() if isinstance(value, Optimizer)]
+        found += [value for value in kept if all(value is not other for other in found)]
+    return found
 
 
 def _refuse_step(watched: weakref.ref[Watch], base: weakref.ref[Optimizer], stepped: Optimizer, *_: Any) -> None:

@@ -156,10 +156,15 @@ class PerturbingOptimizer(OptimizerWrapper):
         if watch.found_new_parameters():
             self.look_at_groups()
         attachment.used = watch.stepping = True
+        watch.looked = False
         try:
-            return super().step(closure, **kwargs)
+            loss = super().step(closure, **kwargs)
         finally:
             watch.stepping = False
+        if closure is not None and not watch.looked:
+            name = type(self.base_optimizer).__name__
+            watch.tell("closure", "%s did not call its closure, so the %s saw no gradients", name, self._kind)
+        return loss
 
     def look_at_first_step(self) -> None:
         """Called when the first step begins; an error refuses it."""

@@ -7,8 +7,8 @@ again with gradients and make up one loss with the second run:
 - The first pass of a reentrant checkpoint, whoever wrote it. It runs within `torch.autograd.Function.apply`, of a
   function that autograd will call backward: its context has edges into the graph, which that of a checkpoint under
   `torch.no_grad()` has not. A function with `setup_context` has no context yet; there, what is asked is whether an
-  input requires a gradient. (Code of a checkpointed region that itself switches gradients off can't be told apart from
-  it there; such layers are perturbed in the first pass.)
+  input requires a gradient, as nothing tells of an outer `torch.no_grad()`. (Code of a checkpointed region that
+  itself switches gradients off can't be told apart from it there; such layers are perturbed in the first pass.)
 - The first pass of sentence-transformers' cached losses (GradCache, arXiv:2101.06983). Of other implementations nothing
   tells it from a pass that is no part of the loss, such as one for old log-probabilities.
 """
@@ -66,12 +66,10 @@ def runs_again_with_gradients() -> bool:
 
 def _will_run_backward(apply: FrameType, forward: FrameType) -> bool:
     """Whether autograd will call backward of the function whose `apply` is running, and within it `forward`."""
-    names, variables = forward.f_code.co_varnames, forward.f_locals
-    first: Any = variables.get(names[0]) if names else None
-    if isinstance(first, tuple) and first:  # a decorator's *args
-        first = first[0]
-    if isinstance(first, FunctionCtx):
-        return bool(first.next_functions)  # type: ignore[attr-defined]
+    for value in forward.f_locals.values():  # under whatever name, or in a decorator's *args
+        for one in value[:1] if isinstance(value, tuple) else (value,):
+            if isinstance(one, FunctionCtx):
+                return bool(one.next_functions)  # type: ignore[attr-defined]
     return any(isinstance(value, Tensor) and value.requires_grad for value in apply.f_locals["args"])
 
 

@@ -28,7 +28,7 @@ class Source:
             added, by those among them that the layer is seen through, and how they were scaled: some models change
             that for the pass alone.
         acted: the layers among them in the step before.
-        skipped: whether a pass in train mode has gone unperturbed since the last step, as it recorded no gradients.
+        skipped: layers of which a pass in train mode has gone unperturbed since the last step, without gradients.
         told_of_two_passes: whether the user knows that such a pass was followed by one that is perturbed.
     """
 
@@ -41,7 +41,8 @@ class Source:
         self.fixed: dict[str, Draw | Adapter | None] | None = None
         self.passes: dict[str, dict[Names, dict[str, float]]] = {}
         self.acted: frozenset[str] = frozenset()
-        self.skipped = self.told_of_two_passes = self._keeping = False
+        self.skipped: set[str] = set()
+        self.told_of_two_passes = self._keeping = False
 
     def form(self, layer: LoRALayer) -> Literal["gaussian"] | tuple[tuple[int, ...], tuple[int, ...]] | None:
         """What a graph that runs at many steps may count on: Gaussian noise, or the shapes of an ε's factors B and A.
@@ -108,9 +109,9 @@ class Source:
 
     def next_step(self) -> None:
         """Goes on to the ε of the next step."""
-        self.acted = frozenset(self.passes)
+        self.acted = frozenset(name for name, layer in self.layers.items() if self.acts_on(layer))
         self.passes = {}
-        self.skipped = False
+        self.skipped = set()
 
 
 def held_names(layer: LoRALayer, adapters: Iterable[Adapter]) -> Names:
