@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from ecosystem import tiny_llama, tokens
 from models import llama
 from peft import PeftModel
@@ -32,6 +33,8 @@ def blocks(page):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("block", [*blocks("README.md"), *blocks("examples/methods.md")])
 def test_code_of_the_pages(block, tmp_path, monkeypatch):
+    if "Factory" in block and "is_optimizer_factory" not in vars(transformers.trainer):
+        pytest.skip("this version of transformers calls no factories")
     batches = [{"input_ids": tokens(i), "labels": tokens(i)} for i in range(2)]
     rows = [{"input_ids": tokens(i)[0], "labels": tokens(i)[0]} for i in range(8)]
     plain = tiny_llama()
