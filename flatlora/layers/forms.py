@@ -83,7 +83,14 @@ def fitting(module: Any, forms: list[Form]) -> Form:
         )
         update, found = answer.x @ down.t() @ up.t(), answer.found - answer.bases[form.transposed]
         scaling = scaling_of(module, form, down.shape[0])
-        if misses(found, scaling * update) < (_ROUNDED if answer.rounded else _EXACT) or not (scaling or found.any()):
+        if not (scaling or found.any()):
+            if len(forms) > 1:
+                raise ValueError(
+                    "its scaling is 0 at present, so that it can't be told which of its factors comes first, or how "
+                    "they are scaled; build the optimizer while it is another number"
+                )
+            return form
+        if misses(found, scaling * update) < (_ROUNDED if answer.rounded else _EXACT):
             return form
         factor = float((found * update).sum() / update.square().sum())
         least = min(least, (misses(found, factor * update), factor, scaling))
@@ -162,7 +169,8 @@ def _outputs(
         first.down: (numbers(1, *down.shape) / x.shape[1] ** 0.5).to(down.dtype),
         first.up: (numbers(2, *up.shape) * size / scaling).to(up.dtype),
     }
-    with _in_place_of(holder, {name: factor.to(x.device) for name, factor in factors.items()}):
+    others = _others(module, first, (down, up))
+    with _in_place_of(holder, {name: factor.to(x.device) for name, factor in factors.items()}), _put(others):
         y = module.forward(x.view(*lead, *x.shape))
     bases = {transposed: linear_part(out) for transposed, out in outputs.items()}
     return y, bases, {name: factor.double() for name, factor in factors.items()}
@@ -179,7 +187,27 @@ def _base_output(module: Any, form: Form, x: Tensor, lead: tuple[int, ...]) -> T
 def scaling_of(module: Any, form: Form, rank: int) -> float:
     """What a form says that the product of the factors is multiplied by."""
     owner, attribute, power = form.scale
-    return float(getattr(child_of(module, owner), attribute)) / rank**power
+    value = getattr(child_of(module, owner), attribute)
+    return float(value.detach() if isinstance(value, Tensor) else value) / rank**power
+
+
+def _others(module: Any, form: Form, factors: tuple[Tensor, Tensor]) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Numbers for all else that is trained in a layer, such as a gate or a second adapter: what is neutral now need not
+    stay so. As places of `_put`."""
+    owner, attribute, _ = form.scale
+    base = list(child_of(module, form.base).parameters(recurse=bool(form.base)))
+    known = {id(p) for p in (*factors, *base, getattr(child_of(module, owner), attribute))}
+    return [
+        (part._parameters, name, numbers(3, *p.shape).to(p.device, p.dtype))
+        for part in module.modules()
+        for name, p in part._parameters.items()
+        if p is not None and p.requires_grad and id(p) not in known
+    ]
+
+
+def is_switch(value: Any) -> bool:
+    """Whether it is a number, of whatever kind, that says yes or no."""
+    return isinstance(value, bool | int) or type(value).__name__ in ("bool_", "bool") or isinstance(value, Tensor)
 
 
 @contextmanager
@@ -187,23 +215,30 @@ def _undisturbed(module: Any) -> Iterator[None]:
     """Within the context a layer adds its adapter and computes as in evaluation; nothing of it stays."""
     wanted = {"merged": False} | {name: not off for name, off in SWITCHES.items()}
     with asked(module):
-        module.__dict__.update({name: on for name, on in wanted.items() if isinstance(module.__dict__.get(name), bool)})
+        module.__dict__.update({name: on for name, on in wanted.items() if is_switch(module.__dict__.get(name))})
         yield
 
 
 @contextmanager
 def _in_place_of(holder: Any, factors: dict[str, Tensor]) -> Iterator[None]:
     """Within the context the layer computes with other factors; the stored ones are not written to."""
-    places: list[tuple[dict[str, Any], str, Any, Tensor]] = []
+    places: list[tuple[dict[str, Any], str, Tensor]] = []
     for name, factor in factors.items():
         value = getattr(holder, name)
         owner, own = (value, "weight") if isinstance(value, nn.Linear) else (holder, name)
-        store: dict[str, Any] = owner._parameters if own in owner._parameters else owner._buffers
-        places.append((store, own, store[own], factor))
+        places.append((owner._parameters if own in owner._parameters else owner._buffers, own, factor))
+    with _put(places):
+        yield
+
+
+@contextmanager
+def _put(places: list[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
+    """Within the context these stores hold other tensors under these names."""
+    stored = [store[name] for store, name, _ in places]
     try:
-        for store, own, _, factor in places:
-            store[own] = factor
+        for store, name, tensor in places:
+            store[name] = tensor
         yield
     finally:
-        for store, own, stored, _ in places:
-            store[own] = stored
+        for (store, name, _), before in zip(places, stored, strict=True):
+            store[name] = before

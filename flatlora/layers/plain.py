@@ -14,7 +14,7 @@ from .adapter import Adapter
 from .base import BaseWeight
 from .bases import linear_base
 from .bnb import Bnb4bitBase
-from .forms import SWITCHES, Form, child_of, factor_of, fitting, own_base
+from .forms import SWITCHES, Form, child_of, factor_of, fitting, is_switch, own_base
 from .probe import at_hand
 from .reader import NotLinear, Reader
 
@@ -55,7 +55,14 @@ class PlainLoRA(Reader):
         forms = list(_forms(module, _branch(module) or "", pair, factors, base_name))
         if not at_hand(*factors, *child_of(module, base_name).parameters()):
             return PlainLoRA(forms[0])  # can't be asked: as the shapes have it
-        reader = PlainLoRA(fitting(module, forms))
+        form = fitting(module, forms)
+        down = getattr(holder, form.down)
+        if isinstance(down, nn.Linear) and down.bias is not None:
+            raise ValueError(
+                f"its {form.down} has a bias, which is in the gradient of {form.up} too, so that the weight's own "
+                "can't be told from it; build it with bias=False"
+            )
+        reader = PlainLoRA(form)
         _READ[module] = look, reader
         return reader
 
@@ -72,12 +79,15 @@ class PlainLoRA(Reader):
 
     def enabled(self, module: Any) -> bool:
         own, cls = module.__dict__, type(module)  # looked up there, as modules search long for what they lack
-        return not any(
-            (getattr(module, name) if hasattr(cls, name) else own.get(name)) is off for name, off in SWITCHES.items()
-        )
+        for name, off in SWITCHES.items():
+            value = getattr(module, name) if hasattr(cls, name) else own.get(name, own["_buffers"].get(name))
+            if is_switch(value) and bool(value) is off:
+                return False
+        return True
 
     def merged(self, module: Any) -> Sequence[str]:
-        return ("default",) if getattr(module, "merged", False) else ()
+        merged = getattr(module, "merged", False)
+        return ("default",) if is_switch(merged) and merged else ()
 
     def adapters(self, module: Any, name: str, shape: tuple[int, int]) -> list[Adapter]:
         form = self._form(module)
@@ -100,7 +110,7 @@ class PlainLoRA(Reader):
         if torch.compiler.is_compiling() and self._number is not None:
             return self._number[2]
         if self._number is None or value.device.type == "cpu" or self._number[:2] != (id(value), value._version):
-            self._number = id(value), value._version, float(value)
+            self._number = id(value), value._version, float(value.detach())
         return self._number[2]
 
     def _base_name(self, module: Any, holder: Any) -> str:

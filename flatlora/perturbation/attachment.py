@@ -12,6 +12,7 @@ gradients, whether a checkpoint runs it. torch.func's transforms take the same p
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import operator
 import weakref
@@ -94,6 +95,7 @@ class PerturbedForward:
         forward = module.__dict__.get("forward")
         # Another library's patch; or, in a copy of a perturbed model, the class's own, which is none.
         self.patch = None if forward == MethodType(type(module).forward, module) else forward
+        self._input = next(iter(inspect.signature(self.patch or module.forward).parameters), "")
         module.forward = self
         module._replicate_for_data_parallel = _NoReplica(self)  # type: ignore[method-assign]
 
@@ -115,8 +117,10 @@ class PerturbedForward:
                 extras += [] if extra is None else [extra]
         if not extras or adapters is None:
             return self.original(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if args else kwargs.get(self._input, next(iter(kwargs.values())))
         refuse_capture(x.device)
+        if len(args) + len(kwargs) > 1 and not layer.is_peft and not is_tracing():
+            _tell_of_arguments(layer.name)
         base = layer.base
         if self.patch is None and len(args) + len(kwargs) == 1 and fusable(layer, base, adapters, x):
             return fused_output(layer, base, x, adapters, extras)
@@ -218,6 +222,15 @@ def _in_pass(source: Source, layer: LoRALayer, adapters: list[Adapter]) -> Draw 
         source.skipped.clear()
         _tell_of_two_passes(source)
     return extra
+
+
+@functools.cache
+def _tell_of_arguments(layer: str) -> None:
+    logger.warning(
+        "layer %r is called with more than its input. It is perturbed as it computes without: if the rest scales, "
+        "masks or switches its update, keep that in a module around it, or in its attributes `scaling` and `enabled`",
+        layer,
+    )
 
 
 def _tell_of_two_passes(source: Source) -> None:

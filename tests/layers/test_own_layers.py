@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -295,7 +296,47 @@ class Parametrized(Own):
         torch.nn.utils.parametrizations.weight_norm(self, "lora_A")
 
 
+class Gate(Own):
+    """Neutral at first, and trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(1))
+
+    def update(self, x):
+        return self.gate * super().update(x)
+
+
+class SecondPair(Own):
+    def __init__(self):
+        super().__init__()
+        self.lora_C, self.lora_D = nn.Parameter(torch.randn(R, N)), nn.Parameter(torch.zeros(M, R))
+
+    def update(self, x):
+        return super().update(x) + x @ self.lora_C.t() @ self.lora_D.t()
+
+
+class DownBias(Own):
+    def __init__(self):
+        super().__init__()
+        del self.lora_A, self.lora_B
+        self.lora_A, self.lora_B = nn.Linear(N, R), nn.Linear(R, M, bias=False)
+
+    def update(self, x):
+        return self.lora_B(self.lora_A(x))
+
+
+class NoScaleYet(Reversed):
+    def __init__(self):
+        super().__init__(6, 6)
+        self.scaling = 0.0
+
+
 REFUSED = [
+    (Gate, ["'fc', a Gate", "times the product of its factors"]),
+    (SecondPair, ["'fc', a SecondPair", "(W0 + s·B·A)"]),
+    (DownBias, ["'fc', a DownBias", "lora_A has a bias", "bias=False"]),
+    (NoScaleYet, ["'fc', a NoScaleYet", "scaling is 0", "another number"]),
     (OwnDoRA, ["'fc', a OwnDoRA", "(W0 + s·B·A)", "DoRA"]),
     (Activated, ["'fc', a Activated", "activation", "module around it"]),
     (Between, ["'fc', a Between", "between its factors"]),
@@ -366,6 +407,53 @@ def test_a_layer_is_asked_once():
     assert len(calls) == 1
     model.fc.lora_A, model.fc.lora_B = nn.Parameter(torch.randn(3, N)), nn.Parameter(torch.randn(M, 3))
     assert lora_layers(model)[0].adapters()[0].rank == 3 and len(calls) == 2
+
+
+@pytest.mark.parametrize("off", [0, torch.tensor(False), np.bool_(False)], ids=["int", "tensor", "numpy"])
+def test_a_switch_may_be_a_number_of_any_kind(off):
+    class Switched(Own):
+        enabled = True
+
+        def forward(self, x):
+            return super().forward(x) if self.enabled else self.linear(x)
+
+    model = Net(Switched()).train()
+    optimizer = GGPOOptimizer(torch.optim.SGD([model.fc.lora_A, model.fc.lora_B], lr=0.1), model, sigma=0.5, seed=1)
+    assert optimizer.current_perturbation()["fc"] is not None
+    model.fc.enabled = off
+    x = torch.randn(4, N)
+    assert torch.equal(model(x), model.fc.linear(x)) and optimizer.current_perturbation()["fc"] is None
+
+
+def test_a_method_called_merged_says_nothing():
+    class WithMethod(Own):
+        def merged(self):
+            return False
+
+    assert lora_layers(Net(WithMethod()))[0].adapters()
+
+
+def test_the_input_is_found_among_keywords_and_further_arguments_are_told_of(caplog):
+    class Keywords(Own):
+        def forward(self, x, shift=None):
+            return super().forward(x) + (0 if shift is None else shift)
+
+    model = Net(Keywords()).train()
+    optimizer = GGPOOptimizer(torch.optim.SGD([model.fc.lora_A, model.fc.lora_B], lr=0.1), model, sigma=0.5, seed=1)
+    x, shift = torch.randn(4, N), torch.randn(4, M)
+    found = model.fc(shift=shift, x=x)
+    torch.testing.assert_close(found, model.fc(x) + shift)
+    assert "is called with more than its input" in caplog.text
+    optimizer.remove()
+    assert not torch.allclose(found, model.fc(shift=shift, x=x))
+
+
+def test_a_base_that_a_hook_changes_is_read_as_it_computes():
+    model = Net(Own()).train()
+    model.fc.linear.register_forward_hook(lambda module, inputs, out: 10 * out)
+    optimizer = GGPOOptimizer(torch.optim.SGD([model.fc.lora_A, model.fc.lora_B], lr=0.1), model, sigma=0.5, beta=0.0)
+    W = 10 * model.fc.linear.weight + model.fc.scaling * model.fc.lora_B @ model.fc.lora_A
+    torch.testing.assert_close(optimizer.row_std()["fc"].float(), 0.5 * W.detach().norm(dim=1) / N**0.5)
 
 
 @pytest.mark.parametrize(("name", "off"), [("enabled", False), ("disable_adapters", True), ("disabled", True)])
