@@ -38,7 +38,7 @@ ROWS = {
     "DeepSpeed, ZeRO stage 0 (two processes)": r"test_method_deepspeed.*one_does",
     "`torch.distributed.checkpoint`": r"test_method_checkpoint.*goes_on",
     "hooks of Accelerate's on the layers": r"test_bypass.*others_patched",
-    "pytorch_optimizer's `Lookahead` and `ScheduleFreeWrapper`": r"test_base_states",
+    "pytorch_optimizer's `Lookahead` and `ScheduleFreeWrapper`": r"test_base_states(?!.*(dtype|metrics))",
     "8-bit and paged optimizers": r"test_method_bitsandbytes.*8bit",
     "NF4 base": r"test_method_bitsandbytes.*nf4",
     "int8 base": r"test_method_bitsandbytes.*int8",
