@@ -56,8 +56,7 @@ def _trusted(module: Any, weight: Any) -> bool:
         return True
     if not FloatBase(module, (0, 0), False).plain:
         return False
-    changed = "forward" in module.__dict__ or module._forward_pre_hooks or module._forward_hooks
-    return not changed or not at_hand(weight)
+    return not ("forward" in module.__dict__ or module._forward_pre_hooks) or not at_hand(weight)
 
 
 def linear_base(module: Any) -> BaseWeight | None:

@@ -207,7 +207,7 @@ def _others(module: Any, form: Form, factors: tuple[Tensor, Tensor]) -> list[tup
 
 def is_switch(value: Any) -> bool:
     """Whether it is a number, of whatever kind, that says yes or no."""
-    return isinstance(value, bool | int) or type(value).__name__ in ("bool_", "bool") or isinstance(value, Tensor)
+    return isinstance(value, int) or type(value).__name__ in ("bool_", "bool") or isinstance(value, Tensor)
 
 
 @contextmanager

@@ -448,14 +448,6 @@ def test_the_input_is_found_among_keywords_and_further_arguments_are_told_of(cap
     assert not torch.allclose(found, model.fc(shift=shift, x=x))
 
 
-def test_a_base_that_a_hook_changes_is_read_as_it_computes():
-    model = Net(Own()).train()
-    model.fc.linear.register_forward_hook(lambda module, inputs, out: 10 * out)
-    optimizer = GGPOOptimizer(torch.optim.SGD([model.fc.lora_A, model.fc.lora_B], lr=0.1), model, sigma=0.5, beta=0.0)
-    W = 10 * model.fc.linear.weight + model.fc.scaling * model.fc.lora_B @ model.fc.lora_A
-    torch.testing.assert_close(optimizer.row_std()["fc"].float(), 0.5 * W.detach().norm(dim=1) / N**0.5)
-
-
 @pytest.mark.parametrize(("name", "off"), [("enabled", False), ("disable_adapters", True), ("disabled", True)])
 def test_a_layer_that_says_that_it_is_off_is_left_alone(name, off):
     class Switched(Own):
