@@ -146,7 +146,7 @@ def attach_auxiliary(
     layers = lora_layers(model, adapter)
     if adapter is None:
         layers = _without_frozen(layers)
-    _refuse_wrapped(model, layers)
+    _refuse_unfit(model, layers)
     former = {
         other for layer in layers for other, _ in attachments(layer.module) if isinstance(other.source, AuxiliarySource)
     }
@@ -154,12 +154,6 @@ def attach_auxiliary(
         raise ValueError(
             f"{type(model).__name__} has an auxiliary already; call detach_auxiliary(model) before attaching another"
         )
-    for layer in layers:
-        if layer.merged:
-            raise ValueError(
-                f"layer {layer.name!r} has merged adapters {sorted(layer.merged)}; unmerge them with "
-                "model.unmerge_adapter() before attaching an auxiliary"
-            )
     generator = torch.Generator("cpu").manual_seed(seed)
     auxiliaries = [Auxiliary(layer, r, alpha, generator) for layer in layers]
     detach_auxiliary(model)  # what an optimizer that is gone, or one that has had its time, left
@@ -174,8 +168,15 @@ def attach_auxiliary(
     return [p for auxiliary in auxiliaries for p in (auxiliary.A, auxiliary.B)]
 
 
-def _refuse_wrapped(model: nn.Module, layers: list[LoRALayer]) -> None:
-    """ValueError if parameters that come now would be no part of what DDP or FSDP2 averages over the ranks."""
+def _refuse_unfit(model: nn.Module, layers: list[LoRALayer]) -> None:
+    """ValueError if adapters are merged, or if parameters that come now would be no part of what DDP or FSDP2 averages
+    over the ranks."""
+    for layer in layers:
+        if layer.merged:
+            raise ValueError(
+                f"layer {layer.name!r} has merged adapters {sorted(layer.merged)}; unmerge them with "
+                "model.unmerge_adapter() before attaching an auxiliary"
+            )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("attach the auxiliary before DistributedDataParallel wraps the model, or it is never reduced")
     sharded = [layer.name for layer in layers if any(hasattr(a.A, "full_tensor") for a in layer.all_adapters())]
