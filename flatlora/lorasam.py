@@ -18,6 +18,7 @@ from .layers.stack import BaseNorms, Stack, stacks
 from .layers.tangent import Factors, project
 from .layers.view import LoRALayer
 from .perturbation.optimizer import PerturbingOptimizer, trained_by
+from .perturbation.rise import check_rise
 from .perturbation.source import Names, Source, held_names
 
 __all__ = ["LoRASAMOptimizer"]
@@ -243,8 +244,11 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         return self.rho * float(self._source.norm()) if self._attached else 0.0
 
     def metrics(self) -> dict[str, Tensor]:
-        """Two numbers over all layers together.
+        """Three numbers over all layers together.
 
+        ``loss_rise``: how far ε raised the loss of the last step, to first order at the perturbed point,
+        ``Σ_layers ⟨G, ε⟩`` over its micro-batches, in the units of the loss that was backpropagated; averaged over the
+        ranks of DDP and FSDP2. ``ρ·projected_gradient_norm`` where successive gradients agree, as early, later less.
         ``perturbation_to_rho``: ``sqrt(Σ_layers ‖ε‖_F²)`` over ρ, of the layers that the last step's passes went
         through; 0 before the first gradients and where the method is off, otherwise 1.
         ``projected_gradient_norm``: ``sqrt(Σ_layers ‖P(G)‖_F²)`` of the gradients that the last step was taken with, in
@@ -253,7 +257,8 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         norm = self._source.gradient_norm
         off = self.rho == 0 or not self._attached
         relative = torch.zeros_like(norm) if off else self._source.norm(acted=True)
-        return self._with_inner({"perturbation_to_rho": relative, "projected_gradient_norm": norm})
+        rise = self._source.rise.value
+        return self._with_inner({"loss_rise": rise, "perturbation_to_rho": relative, "projected_gradient_norm": norm})
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -267,11 +272,12 @@ class LoRASAMOptimizer(PerturbingOptimizer):
                 layer.update(B=B, A=A)
             else:  # of passes that add some of the adapters
                 layer.setdefault("directions", {})[".".join(names)] = {"B": B, "A": A}
-        return {"rho": self.rho, "layers": layers}
+        return {"rho": self.rho, "layers": layers, "rise": self._source.rise.state()}
 
     def check_method_state(self, state: dict[str, Any]) -> None:
         checks.state_fields("LoRASAM", state, "rho", "layers")
         checks.number("the state_dict's rho", state["rho"])
+        check_rise(state)
         self.check_layer_states("LoRASAM", state["layers"], "B", "A")
         for name, layer in state["layers"].items():
             if not all(_fit(B, A, *layer["shape"]) for _, B, A in _directions(layer)):
@@ -283,6 +289,7 @@ class LoRASAMOptimizer(PerturbingOptimizer):
     def load_method_state(self, state: dict[str, Any] | None) -> None:
         source = self._source
         source.direction, source._next = {}, {}
+        source.rise.load(state)
         if state is None:
             logger.warning("the checkpoint has no LoRASAM part: there is no perturbation until the next step")
             return

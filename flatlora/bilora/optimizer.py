@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from .. import checks
 from ..perturbation.bypass import held_ids
 from ..perturbation.optimizer import PerturbingOptimizer, trainable, trained_by
+from ..perturbation.rise import check_rise
 from ..wrapper import chain, saved_groups
 from .auxiliary import (
     Auxiliaries,
@@ -260,8 +261,11 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
     @torch.no_grad()
     def metrics(self) -> dict[str, Tensor]:
-        """Two numbers without a unit, from 0 to 1.
+        """A rise of the loss, and two numbers without a unit, from 0 to 1.
 
+        ``loss_rise``: how far the auxiliary raised the loss of the last step, to first order at the perturbed point,
+        ``Σ_layers ⟨B2, ∂L/∂B2⟩`` over its micro-batches, in the units of the loss that was backpropagated; averaged
+        over the ranks of DDP and FSDP2. Not known of auxiliaries that your own layers apply.
         ``perturbation_to_rho``: ``sqrt(Σ_layers ‖s2·B2·A2‖_F²)`` over ρ, of the layers that the last step's passes went
         through; 1 where the step clipped it.
         ``clipped_share``: the share of steps, since this optimizer was built, that clipped it.
@@ -272,7 +276,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         acted = {n: one for n, one in auxiliaries.items() if source is None or n in source.acted or n in source.passes}
         norm = total_norm(acted or auxiliaries) * bool(acted)
         share = torch.as_tensor(clipped, dtype=norm.dtype, device=norm.device) / max(steps, 1)
-        return self._with_inner({"perturbation_to_rho": norm / self.rho, "clipped_share": share})
+        rise = {} if source is None else {"loss_rise": source.rise.value}
+        return self._with_inner({**rise, "perturbation_to_rho": norm / self.rho, "clipped_share": share})
 
     def perturbation_parameters(self) -> list[Tensor]:
         return [p for A, B, _ in self._auxiliaries().values() for p in (A, B)]
@@ -364,7 +369,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             name: {"A": A.detach(), "B": B.detach(), "scaling": scaling, "ranks": ranks.get(name, {})}
             for name, (A, B, scaling) in self._auxiliaries().items()
         }
-        return {"rho": self.rho, "layers": layers}
+        rise = {} if self._source is None else {"rise": self._source.rise.state()}
+        return {"rho": self.rho, "layers": layers, **rise}
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().check_state_dict(state_dict)
@@ -379,10 +385,13 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def check_method_state(self, state: dict[str, Any]) -> None:
         checks.state_fields("Bi-LoRA", state, "rho", "layers")
         checks.number("the state_dict's rho", state["rho"], above=0)
+        check_rise(state)
         checks.same_layers("auxiliaries", shapes_of(state["layers"]), shapes_of(self.method_state()["layers"]))
 
     @torch.no_grad()
     def load_method_state(self, state: dict[str, Any] | None) -> None:
+        if self._source is not None:
+            self._source.rise.load(state)
         if state is None:
             logger.warning("the checkpoint has no Bi-LoRA part: the auxiliary stays as it is")
             return

@@ -79,6 +79,15 @@ class RowNoise(Source):
         m, n = layer.shape
         return "gaussian" if self.kind == "gaussian" else ((m, self.rank), (self.rank, n))
 
+    def measures(self, layer: LoRALayer) -> bool:
+        # Of Gaussian noise ⟨G, ε⟩ is a large product of its own: one layer's in a step, each in turn.
+        names = list(self.layers) if self.kind == "gaussian" else [layer.name]
+        return not self.always and names[self.step % len(names)] == layer.name
+
+    def read_rise(self) -> None:
+        # E⟨G(W'+ε), ε⟩ = E[εᵀHε], twice what noise adds to the loss: its first order has no mean.
+        self.rise.read(0.5 * (len(self.passes) if self.kind == "gaussian" else 1))
+
     def std(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Tensor:
         """Standard deviations (m,) of a layer's rows; the first layer asked in a step has others computed with it."""
         known = self._stds.get(layer.name)

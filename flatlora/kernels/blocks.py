@@ -8,6 +8,7 @@ cost as much in writing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +29,21 @@ class BlockOptions:
     in_place: bool = False
 
 
-def add_blocks(how: BlockOptions, x: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
+def add_blocks(
+    how: BlockOptions,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    out: Tensor,
+    watch: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """``out + s·x·ΔWᵀ`` in plain operations.
 
-    The reference for `AddBlocks`, and what `torch.compile` gets, which can't trace the other's writes.
+    The reference for `AddBlocks`, and what `torch.compile` gets, which can't trace the other's writes. `watch` returns
+    the product of x and A (k, T, r), of which it may look at the gradient.
     """
     h = _regroup(torch.bmm(_columns(x, A.shape[0]).to(how.dtype), A.to(how.dtype)))
+    h = h if watch is None else watch(h)
     update = torch.bmm(h, B.to(how.dtype)).transpose(0, 1).reshape(out.shape)
     return out + (how.scaling * update).to(out.dtype)
 

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "draw_gaussian", "draw_low_rank", "refuse_capture"]
+__all__ = ["Draw", "draw_gaussian", "draw_low_rank", "refuse_capture", "rise_of"]
 
 _BLOCK = 1 << 24  # elements drawn at a time
 _CPU_BLOCK = 1 << 16  # on a CPU, in whose cache they stay
@@ -154,3 +154,9 @@ def draw_low_rank(draw: Draw, n: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
     u, v = _normal(((m + n) * rank,), draw, _generator(draw), dtype).split([m * rank, n * rank])
     u = u.view(m, rank).mul_((draw.std * rank**-0.5).to(u.dtype).unsqueeze(1))
     return u.to(dtype), v.view(rank, n).to(dtype)
+
+
+def rise_of(draw: Draw, x: Tensor, g: Tensor) -> Tensor:
+    """``⟨G, ε⟩`` of a Gaussian draw for inputs x (T, n) and gradients of outputs g (T, m), as (1, 1)."""
+    noise = draw_gaussian(draw, x.shape[1], None, g.dtype)
+    return torch.dot((x.to(g.dtype) @ noise.t()).flatten(), g.flatten()).reshape(1, 1)

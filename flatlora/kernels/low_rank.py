@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .draw import Draw, rise_of
 
 __all__ = [
     "Added",
@@ -74,6 +76,8 @@ class AddedTerms:
         weight: makes W (m, n), such as W0 + ε, from the stored weight or from None; None if there is no such product.
             It is called in forward and again in backward, so that W lives during each of its two products alone.
         in_place: whether the output that is given may be written to.
+        queries: of each term, the `GraphQuery` that is told ``⟨G, s_k·B_k·A_k⟩`` in backward, or None; empty for none.
+        noise: the draws in `weight` of which the same is told, with whom.
     """
 
     dtype: torch.dtype
@@ -82,6 +86,25 @@ class AddedTerms:
     grad_scale: tuple[float, ...] = ()
     weight: Callable[[Tensor | None], Tensor] | None = None
     in_place: bool = False
+    queries: tuple[Any, ...] = ()
+    noise: tuple[tuple[Any, Draw], ...] = ()
+
+    @property
+    def tells(self) -> bool:
+        return any(query is not None for query in self.queries)
+
+    def tell(self, h: Tensor, g: Tensor, learned: Sequence[int]) -> None:
+        """Tells of each term that is asked for the traces that add up to ``⟨G, s·B·A⟩``: of ``hᵀ·g``, its columns."""
+        if self.tells:
+            parts = (one.split_with_sizes(self.ranks(learned), 1) for one in (h, g))
+            for query, h_k, g_k in zip(self.queries, *parts, strict=True):
+                if query is not None:
+                    query.tell(h_k.t() @ g_k)
+
+    def tell_of_noise(self, x: Tensor, g: Tensor) -> None:
+        """The same of Gaussian draws, each by a product of its own."""
+        for query, draw in self.noise:
+            query.tell(rise_of(draw, x.reshape(-1, x.shape[-1]), g))
 
     def factors(self, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """All terms as one, but for their scalings: the factors A (R, n) and B (m, R), the learned ones first."""
@@ -113,9 +136,13 @@ def added(
     if learned or plan.constant:
         kept = [scale_grad(factor, plan.grad_scale[i // 2]) for i, factor in enumerate(learned)]
         a, b = plan.factors(kept)
-        columns = b.split(plan.ranks(_ranks(learned)), 1)
-        b = torch.cat([B * s for B, s in zip(columns, plan.scalings, strict=True)], 1)
-        out = out + (x.to(plan.dtype) @ a.t() @ b.t()).to(out.dtype)
+        ranks = plan.ranks(_ranks(learned))
+        b = torch.cat([B * s for B, s in zip(b.split(ranks, 1), plan.scalings, strict=True)], 1)
+        h = x.to(plan.dtype) @ a.t()
+        if plan.tells:
+            parts = zip(h.split(ranks, -1), plan.queries, strict=True)
+            h = torch.cat([part if query is None else query.watched(part) for part, query in parts], -1)
+        out = out + (h @ b.t()).to(out.dtype)
     return out
 
 
@@ -161,8 +188,9 @@ class Added(torch.autograd.Function):
         if result is out:
             ctx.mark_dirty(out)
         # The adapters' own parameters are kept to be looked at: autograd refuses them if they have moved since.
-        trained = (x, h) if any(ctx.needs_input_grad[5:]) else (None, None)
-        ctx.save_for_backward(weight, a, b, *trained, *learned)
+        trained = any(ctx.needs_input_grad[5:])
+        kept = (x if trained or plan.noise else None, h if trained or plan.tells else None)
+        ctx.save_for_backward(weight, a, b, *kept, *learned)
         return result
 
     @staticmethod
@@ -176,6 +204,8 @@ class Added(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * (2 * len(ctx.ranks))
         with without_autocast(grad.device):
             grad_bias = g.sum(0) if ctx.needs_input_grad[4] else None
+            if plan.noise:
+                plan.tell_of_noise(x, g)
             if of_x and plan.weight is not None:
                 W = plan.weight(weight)
                 grad_x = cast(g, W.dtype) @ W
@@ -183,10 +213,11 @@ class Added(torch.autograd.Function):
             if a is not None:
                 g = cast(g, a.dtype)
                 gh = g @ b
+                plan.tell(h, gh, ctx.ranks)
                 plan.scale(gh, ctx.ranks)
                 if of_x:
                     grad_x = gh @ a if grad_x is None else cast(grad_x, a.dtype).addmm_(gh, a)
-                if x is not None:
+                if ctx.ranks and x is not None:
                     r = sum(ctx.ranks)
                     grad_a = gh[:, :r].t() @ cast(x.reshape(-1, x.shape[-1]), h.dtype)
                     grad_b = g.t() @ h[:, :r]
@@ -203,13 +234,19 @@ class Added(torch.autograd.Function):
 
 def _differentiable(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """What `Added.backward` returns, by autograd of its plain reference, so that it can be differentiated again."""
-    weight, _, _, x, _, *learned = ctx.saved_tensors
+    weight, a, b, x, h, *learned = ctx.saved_tensors
+    with torch.no_grad(), without_autocast(grad.device):
+        g = grad.reshape(-1, grad.shape[-1])
+        if ctx.plan.noise:
+            ctx.plan.tell_of_noise(x, g)
+        if ctx.plan.tells:
+            ctx.plan.tell(h, cast(g, a.dtype) @ b, ctx.ranks)
     if x is None:  # of whose values its own gradient does not depend
         x = torch.zeros(ctx.x_shape, dtype=ctx.x_dtype, device=grad.device, requires_grad=True)
     places = [i for i, needed in enumerate(ctx.needs_input_grad) if needed and i not in (1, 3, 4)]
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     with without_autocast(grad.device):
-        out = added(ctx.plan, torch.zeros_like(grad), x, weight, None, *learned)
+        out = added(replace(ctx.plan, queries=()), torch.zeros_like(grad), x, weight, None, *learned)
         inputs = [x if i == 2 else learned[i - 5] for i in places]
         found = torch.autograd.grad(out, inputs, grad.to(out.dtype), create_graph=True) if inputs else ()
     for i, one in zip(places, found, strict=True):

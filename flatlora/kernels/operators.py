@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .draw import Draw, draw_gaussian, draw_low_rank
+from .draw import Draw, draw_gaussian, draw_low_rank, rise_of
 from .low_rank import without_autocast
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "noisy_product",
     "noisy_weight",
     "row_noise",
+    "watched",
 ]
 
 _NOTHING = -1  # the seed of no ε at all
@@ -63,13 +64,26 @@ class GraphQuery:
     Args:
         ask: returns a `Draw`, or the factors ``(B, A)`` of an ε; None for no ε. It is told whether the graph records no
             gradients, so that its answer may have to depend on who runs it.
+        tell: takes what backward knows of ``⟨G, ε⟩``, as `LossRise.note`.
+        measures: whether it would.
     """
 
-    def __init__(self, ask: Callable[[bool], Draw | tuple[Tensor, Tensor] | None]):
-        self.ask = ask
+    def __init__(
+        self,
+        ask: Callable[[bool], Draw | tuple[Tensor, Tensor] | None],
+        tell: Callable[[Tensor], None],
+        measures: Callable[[], bool],
+    ):
+        self.ask, self.tell, self.measures = ask, tell, measures
         number = next(_numbers)
         self.number = torch.tensor(number, device="cpu")
+        # Has backward come by where nothing else in a product requires a gradient, as in a model's first layers.
+        self._anchor = torch.zeros((), device="cpu", requires_grad=True)
         _sites[number] = self
+
+    def watched(self, h: Tensor) -> Tensor:
+        """``h = x·Aᵀ`` of the layer's ε, in a graph, whose backward tells ``⟨G, ε⟩``."""
+        return watched(self._anchor, self.number, h)
 
 
 @torch.library.custom_op(
@@ -155,33 +169,100 @@ def _noisy_weight(weight: Tensor | None, std: Tensor, seed: Tensor, n: int, dtyp
 
 @torch.library.custom_op(
     "flatlora::noisy_product",
-    schema="(Tensor x, Tensor? weight, Tensor std, Tensor seed, int n, bool transposed) -> Tensor",
+    schema="(Tensor x, Tensor? weight, Tensor std, Tensor seed, int n, bool transposed, Tensor? site, Tensor? input)"
+    " -> Tensor",
     **_options,
 )
-def noisy_product(x: Tensor, weight: Tensor | None, std: Tensor, seed: Tensor, n: int, transposed: bool) -> Tensor:
+def noisy_product(
+    x: Tensor,
+    weight: Tensor | None,
+    std: Tensor,
+    seed: Tensor,
+    n: int,
+    transposed: bool,
+    site: Tensor | None,
+    input: Tensor | None,
+) -> Tensor:
     """``x·(W + ε)ᵀ`` for x (..., n), or, `transposed`, ``x·(W + ε)`` for x (..., m); ``W = 0`` where it is None.
 
     W + ε (m, n) is in the dtype of x and lives during this product alone: backward, which is the other of the two
-    products, draws it again. So there are gradients of gradients too.
+    products, draws it again. So there are gradients of gradients too. With a `site`, backward gets the `input` of the
+    former product too, and tells the site's query ``⟨G, ε⟩``.
     """
     with torch.no_grad(), without_autocast(x.device):
+        if site is not None and input is not None and _sites[int(site)].measures():
+            draw = Draw("gaussian", std, int(seed))
+            _sites[int(site)].tell(rise_of(draw, input.reshape(-1, n), x.reshape(-1, x.shape[-1])))
         W = _noisy_weight(weight, std, seed, n, x.dtype)
         return x @ (W if transposed else W.t())
 
 
 @noisy_product.register_fake
-def _(x: Tensor, weight: Tensor | None, std: Tensor, seed: Tensor, n: int, transposed: bool) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    std: Tensor,
+    seed: Tensor,
+    n: int,
+    transposed: bool,
+    site: Tensor | None,
+    input: Tensor | None,
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], n if transposed else std.shape[0])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, weight, std, seed, ctx.n, ctx.transposed = inputs
-    ctx.save_for_backward(weight, std, seed)
+    x, weight, std, seed, ctx.n, ctx.transposed, site, _ = inputs
+    ctx.save_for_backward(weight, std, seed, site, None if site is None else x)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weight, std, seed = ctx.saved_tensors
-    return noisy_product(grad, weight, std, seed, ctx.n, not ctx.transposed), None, None, None, None, None
+    weight, std, seed, site, x = ctx.saved_tensors
+    return noisy_product(grad, weight, std, seed, ctx.n, not ctx.transposed, site, x), *(None,) * 7
 
 
 noisy_product.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("flatlora::watched", schema="(Tensor anchor, Tensor site, Tensor h) -> Tensor", **_options)
+def watched(anchor: Tensor, site: Tensor, h: Tensor) -> Tensor:
+    """A copy of ``h = x·Aᵀ`` (..., R) of a layer's ε = B·A, whose backward tells the site's query ``⟨G, ε⟩``."""
+    return h.clone()
+
+
+@watched.register_fake
+def _(anchor: Tensor, site: Tensor, h: Tensor) -> Tensor:
+    return torch.empty_like(h)
+
+
+@torch.library.custom_op(
+    "flatlora::told", schema="(Tensor anchor, Tensor site, Tensor h, Tensor grad) -> (Tensor, Tensor)", **_options
+)
+def told(anchor: Tensor, site: Tensor, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `watched` by its anchor, 0, and by h, a copy: outputs that a graph needs, so that it runs it."""
+    query = _sites[int(site)]
+    if query.measures():
+        query.tell(h.flatten(0, -2).t() @ grad.flatten(0, -2))
+    return torch.zeros_like(anchor), grad.clone()
+
+
+@told.register_fake
+def _(anchor: Tensor, site: Tensor, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(anchor), torch.empty_like(grad)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _tell(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+    of_anchor, of_h = told(*ctx.saved_tensors, grad)
+    return of_anchor, None, of_h
+
+
+def _nothing_kept(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+watched.register_autograd(_tell, setup_context=_keep)
+told.register_autograd(lambda ctx, _, grad: (None, None, None, grad), setup_context=_nothing_kept)

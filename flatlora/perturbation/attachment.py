@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from .. import checks
 from ..kernels import operators
 from ..kernels.draw import Draw, refuse_capture
-from ..kernels.operators import GraphNoise, GraphQuery, is_tracing
+from ..kernels.operators import GraphNoise, GraphQuery, in_functorch, is_tracing
 from ..layers.adapter import Adapter
 from ..layers.base import sum_dtype
 from ..layers.bnb import hold_training_layout
 from ..layers.view import LoRALayer, fusable
 from .passes import records_gradients, runs_again_with_gradients, would_perturb
-from .products import Terms, beside_output, fused_output
+from .products import Term, Terms, beside_output, fused_output
 from .source import Source
 
 __all__ = ["AttachedModules", "Attachment", "attachments", "forget_replaced", "remove_perturbation"]
@@ -64,7 +64,8 @@ class Attachment:
     def add(self, layer: LoRALayer) -> None:
         forward = _perturbed_forward(layer.module) or PerturbedForward(layer.module)
         ref = weakref.ref(self, forward.leave_out)
-        forward.entries.append((ref, layer, GraphQuery(functools.partial(_asked, ref, layer))))
+        ask, tell = functools.partial(_asked, ref, layer), functools.partial(_told, ref, layer)
+        forward.entries.append((ref, layer, GraphQuery(ask, tell, functools.partial(_measures, ref, layer))))
         self._forwards.append(forward)
         self.layers.append(layer)
 
@@ -105,7 +106,7 @@ class PerturbedForward:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        extras: list[Draw | GraphNoise | Adapter] = []
+        extras: list[Term] = []
         adapters: list[Adapter] | None = None
         for ref, layer, site in self.entries:
             if (attachment := ref()) is None or not (layer.module.training or attachment.source.always):
@@ -113,8 +114,10 @@ class PerturbedForward:
             adapters = layer.adapters() if adapters is None else adapters
             source = attachment.source
             if would_perturb(source, layer, adapters):
-                extra = _in_graph(source, layer, site) if is_tracing() else _in_pass(source, layer, adapters)
-                extras += [] if extra is None else [extra]
+                tracing = is_tracing()
+                extra = _in_graph(source, layer, site) if tracing else _in_pass(source, layer, adapters)
+                watched = torch.is_grad_enabled() and (not in_functorch() if tracing else source.measures(layer))
+                extras += [] if extra is None else [(extra, site if watched else None)]
         if not extras or adapters is None:
             return self.original(*args, **kwargs)
         x = args[0] if args else kwargs.get(self._input, next(iter(kwargs.values())))
@@ -268,3 +271,12 @@ def _asked(ref: weakref.ref[Attachment], layer: LoRALayer, unrecorded: bool) -> 
     source.note_pass(layer, adapters)
     extra = source.given(layer, adapters)
     return (extra.B * extra.scaling, extra.A) if isinstance(extra, Adapter) else extra
+
+
+def _told(ref: weakref.ref[Attachment], layer: LoRALayer, part: Tensor) -> None:
+    if (attachment := ref()) is not None:
+        attachment.source.rise.note(layer.name, part)
+
+
+def _measures(ref: weakref.ref[Attachment], layer: LoRALayer) -> bool:
+    return (attachment := ref()) is not None and attachment.source.measures(layer)

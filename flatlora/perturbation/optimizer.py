@@ -23,6 +23,9 @@ __all__ = ["PerturbingOptimizer", "claim", "held_layers", "trainable", "trained_
 
 logger = logging.getLogger("flatlora")
 
+SAMPLES = 50  # steps after which the user is told of a perturbation that does nothing to the loss, or much
+NOTHING, MUCH = 2e-3, 0.5  # in the units of the loss
+
 _P = TypeVar("_P", bound="PerturbingOptimizer")
 
 
@@ -37,6 +40,7 @@ class PerturbingOptimizer(OptimizerWrapper):
     `look_at_groups`.
     """
 
+    strength = "rho"  # the name of the number that says how large ε is
     _model: nn.Module
     _adapter: str | Iterable[str] | None
     _source: Any
@@ -173,9 +177,27 @@ class PerturbingOptimizer(OptimizerWrapper):
         if self._attached:
             self._watch.look_at_parameters()
             self._watch.look_at_passes()
+            self._source.read_rise()
 
     def after_step(self) -> None:
         self._source.next_step()
+        rise = self._source.rise
+        if rise.samples == SAMPLES and self._attached:
+            mean, error = map(float, rise.mean())  # the one time that the host waits for it
+            much = abs(mean) - 2 * error > MUCH
+            if much or abs(mean) + 2 * error < NOTHING:
+                what = "much: training may suffer, and a smaller" if much else "next to nothing on this model: a larger"
+                self._watch.tell(
+                    "rise",
+                    "over %d steps the perturbation raised the loss by %.1g ± %.1g; for a loss near 1 that is %s %s is "
+                    'worth a try (watch metrics()["loss_rise"])',
+                    *(SAMPLES, mean, error, what, self.strength),
+                )
+
+    def zero_grad(self, set_to_none: bool = True, **kwargs: Any) -> None:
+        super().zero_grad(set_to_none, **kwargs)
+        if self._source is not None:
+            self._source.rise.forget()  # as the gradients of a step that was skipped
 
     def miss_gradients(self, effect: str) -> None:
         """A step came without adapter gradients: said once, with its `effect`, or refused where none will ever come.

@@ -16,16 +16,20 @@ from ..kernels import operators
 from ..kernels.blocks import BlockOptions, add_blocks
 from ..kernels.draw import Draw, draw_gaussian, draw_low_rank
 from ..kernels.low_rank import Added, AddedTerms, added, autocasts, cast, compute_dtype
-from ..kernels.operators import GraphNoise, is_tracing
+from ..kernels.operators import GraphNoise, GraphQuery, is_tracing
 from ..layers.adapter import Adapter, stored_blocks
 from ..layers.base import BaseWeight
 from ..layers.view import LoRALayer
 
-__all__ = ["Terms", "beside_output", "fused_output"]
+__all__ = ["Term", "Terms", "beside_output", "fused_output"]
+
+Term = tuple[Draw | GraphNoise | Adapter, GraphQuery | None]
 
 
 class Terms:
     """What is added to a layer's weight in one pass, sorted once by how it is multiplied.
+
+    Each term stands with whom backward tells ``⟨G, ε⟩`` of it, or with None.
 
     Attributes:
         gaussian: noise that is added to the weight (m, n) itself.
@@ -36,49 +40,50 @@ class Terms:
         blocks: grids of them.
     """
 
-    def __init__(self, terms: Iterable[Draw | GraphNoise | Adapter]):
-        self.gaussian: list[Draw] = []
-        self.in_graph: list[GraphNoise] = []
-        self.learned: list[Adapter] = []
-        self.low_rank: list[Draw] = []
-        self.constant: list[Adapter] = []
-        self.blocks: list[Adapter] = []
-        for term in terms:
+    def __init__(self, terms: Iterable[Term]):
+        self.gaussian: list[tuple[Draw, GraphQuery | None]] = []
+        self.in_graph: list[tuple[GraphNoise, GraphQuery | None]] = []
+        self.learned: list[tuple[Adapter, GraphQuery | None]] = []
+        self.low_rank: list[tuple[Draw, GraphQuery | None]] = []
+        self.constant: list[tuple[Adapter, GraphQuery | None]] = []
+        self.blocks: list[tuple[Adapter, GraphQuery | None]] = []
+        for term, query in terms:
             if isinstance(term, GraphNoise):
-                self.in_graph.append(term)
+                self.in_graph.append((term, query))
             elif isinstance(term, Draw):
-                (self.gaussian if term.kind == "gaussian" else self.low_rank).append(term)
+                (self.gaussian if term.kind == "gaussian" else self.low_rank).append((term, query))
             elif term.A.dim() == 4:
-                self.blocks.append(term)
+                self.blocks.append((term, query))
             else:
-                (self.learned if term.A.requires_grad or term.B.requires_grad else self.constant).append(term)
+                learned = term.A.requires_grad or term.B.requires_grad
+                (self.learned if learned else self.constant).append((term, query))
 
     def plan(
         self, n: int, dtype: torch.dtype, weight: Callable[[Any], Tensor] | None, in_place: bool
     ) -> tuple[AddedTerms, list[Tensor]]:
         """What `Added` is told of the low-rank terms, and the factors that it learns."""
         scalings = (
-            *(a.scaling for a in self.learned),
+            *(a.scaling for a, _ in self.learned),
             *(1.0 for _ in self.low_rank),
-            *(a.scaling for a in self.constant),
+            *(a.scaling for a, _ in self.constant),
         )
         constant = (
-            *(draw_low_rank(draw, n, dtype) for draw in self.low_rank),
-            *((cast(adapter.B, dtype), cast(adapter.A, dtype)) for adapter in self.constant),
+            *(draw_low_rank(draw, n, dtype) for draw, _ in self.low_rank),
+            *((cast(adapter.B, dtype), cast(adapter.A, dtype)) for adapter, _ in self.constant),
         )
-        grad_scale = tuple(adapter.grad_scale for adapter in self.learned)
-        factors = [factor for adapter in self.learned for factor in (adapter.A, adapter.B)]
-        return AddedTerms(dtype, scalings, constant, grad_scale, weight, in_place), factors
+        grad_scale = tuple(adapter.grad_scale for adapter, _ in self.learned)
+        factors = [factor for adapter, _ in self.learned for factor in (adapter.A, adapter.B)]
+        queries = tuple(query for _, query in (*self.learned, *self.low_rank, *self.constant))
+        noise = tuple((query, draw) for draw, query in self.gaussian if query is not None)
+        return AddedTerms(dtype, scalings, constant, grad_scale, weight, in_place, queries, noise), factors
 
 
-def fused_output(
-    layer: LoRALayer, base: BaseWeight, x: Tensor, adapters: list[Adapter], extras: list[Draw | GraphNoise | Adapter]
-) -> Tensor:
+def fused_output(layer: LoRALayer, base: BaseWeight, x: Tensor, adapters: list[Adapter], extras: list[Term]) -> Tensor:
     """The output of a layer that `fusable` admits, its base's product and all low-rank terms in one function."""
     # `add_update` adds adapters to whatever base output; dropout acts on an adapter's own input.
     add_update = layer.module.add_update if hasattr(type(layer.module), "add_update") else None
     undropped = [] if add_update else [adapter for adapter in adapters if isinstance(adapter.dropout, nn.Identity)]
-    out = _base_output(base, x, Terms([*undropped, *extras]))
+    out = _base_output(base, x, Terms([*((adapter, None) for adapter in undropped), *extras]))
     if add_update:
         return add_update(out, x, True)
     if len(undropped) < len(adapters):
@@ -87,7 +92,7 @@ def fused_output(
             x = x.to(adapters[0].A.dtype)
         for adapter in adapters:
             if adapter.dropout is not None and not isinstance(adapter.dropout, nn.Identity):
-                out = _add(base, out, adapter.dropout(x), Terms([adapter]), in_place=True)
+                out = _add(base, out, adapter.dropout(x), Terms([(adapter, None)]), in_place=True)
     return out
 
 
@@ -125,7 +130,7 @@ def _noisy(
     def make(weight: Tensor | None) -> Tensor:
         if weight is None and not alone:
             weight = base.dense(dtype)
-        for draw in terms.gaussian:
+        for draw, _ in terms.gaussian:
             weight = draw_gaussian(draw, base.shape[1], weight, dtype)
         assert weight is not None
         return weight
@@ -137,10 +142,11 @@ def _plus_noise(
     out: Any, base: BaseWeight, x: Tensor, terms: Terms, dtype: torch.dtype, weight: Tensor | None = None
 ) -> Any:
     """``out + x·(weight + Σ ε)ᵀ`` over the noises of a graph, in `dtype`; each part may be missing."""
-    for noise in terms.in_graph:
+    for noise, query in terms.in_graph:
         noised = weight, noise.std, noise.seed, base.shape[1]
         if not operators.in_functorch():
-            product = operators.noisy_product(x.to(dtype), *noised, False)
+            site = None if query is None else query.number
+            product = operators.noisy_product(x.to(dtype), *noised, False, site, None)
         else:
             product = x.to(dtype) @ operators.noisy_weight(*noised, dtype).t()
         out, weight = product if out is None else out + product.to(out.dtype), None
@@ -158,11 +164,12 @@ def _add(
     in_place: bool = False,
 ) -> Tensor:
     """`Added` of the low-rank `terms`, and of grids of blocks; `make_weight` makes W out of the others."""
-    like = terms.learned[0].A if terms.learned else x if out is None else out
+    like = terms.learned[0][0].A if terms.learned else x if out is None else out
     dtype = compute_dtype(x, like.dtype)
     if out is None or make_weight or terms.learned or terms.low_rank or terms.constant:
         plan, factors = terms.plan(base.shape[1], dtype, make_weight, in_place)
         out = (added if is_tracing() else Added.apply)(plan, out, x, weight, bias, *factors)
-    for block in terms.blocks:
-        out = add_blocks(BlockOptions(block.scaling, dtype), x, *stored_blocks(block.A, block.B), out)
+    for block, query in terms.blocks:
+        watch = None if query is None else query.watched
+        out = add_blocks(BlockOptions(block.scaling, dtype), x, *stored_blocks(block.A, block.B), out, watch)
     return out

@@ -9,6 +9,7 @@ from typing import Literal
 from ..kernels.draw import Draw
 from ..layers.adapter import Adapter
 from ..layers.view import LoRALayer
+from .rise import LossRise
 
 __all__ = ["Source", "held_names"]
 
@@ -30,6 +31,7 @@ class Source:
         acted: the layers among them in the step before.
         skipped: layers of which a pass in train mode has gone unperturbed since the last step, without gradients.
         told_of_two_passes: whether the user knows that such a pass was followed by one that is perturbed.
+        rise: how far ε raises the loss.
     """
 
     always = False
@@ -43,6 +45,7 @@ class Source:
         self.acted: frozenset[str] = frozenset()
         self.skipped: set[str] = set()
         self.told_of_two_passes = self._keeping = False
+        self.rise = LossRise()
 
     def form(self, layer: LoRALayer) -> Literal["gaussian"] | tuple[tuple[int, ...], tuple[int, ...]] | None:
         """What a graph that runs at many steps may count on: Gaussian noise, or the shapes of an ε's factors B and A.
@@ -78,10 +81,16 @@ class Source:
         finally:
             self.fixed, self._keeping = before
 
+    def measures(self, layer: LoRALayer) -> bool:
+        """Whether backward is to tell what the layer's ε of this step does to the loss."""
+        return not self.always
+
     # --- passes and steps -------------------------------------------------------------------------------------------
 
     def note_pass(self, layer: LoRALayer, adapters: list[Adapter]) -> None:
         """Called in each pass that is perturbed and records gradients."""
+        if not self.passes:
+            self.rise.find_ranks()
         kinds = self.passes.setdefault(layer.name, {})
         kinds[held_names(layer, adapters)] = {adapter.name: adapter.scaling for adapter in adapters}
 
@@ -107,8 +116,13 @@ class Source:
         """Notes what the next step's ε needs of the gradients at hand; whether there are any."""
         return True
 
+    def read_rise(self) -> None:
+        """Takes from the backward passes of this step how far ε raised the loss."""
+        self.rise.read()
+
     def next_step(self) -> None:
         """Goes on to the ε of the next step."""
+        self.rise.advance()
         self.acted = frozenset(name for name, layer in self.layers.items() if self.acts_on(layer))
         self.passes = {}
         self.skipped = set()

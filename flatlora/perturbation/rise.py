@@ -1,0 +1,129 @@
+"""How far a perturbation raises the loss: ``⟨G, ε⟩`` over all layers, which products with ε give away for nothing."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import checks
+from ..layers.base import sum_dtype
+
+__all__ = ["LossRise", "check_rise"]
+
+MEMORY = 0.98  # what a step keeps of the running mean's weight: fifty steps
+_SCALER_STEP: Any = torch.amp.GradScaler.step.__code__
+
+
+class LossRise:
+    """To first order, what ε adds to the loss of a step, at the perturbed point and in the units of that loss.
+
+    G is the gradient of a layer's weight. A layer's low-rank term computes ``h = s·x·Aᵀ`` in forward and
+    ``g = (∂L/∂out)·B`` in backward; then ``⟨G, s·B·A⟩ = Σ h∘g``, the trace of ``hᵀ·g``. Backward leaves one such small
+    matrix for each layer, summed over micro-batches, and a step adds up their diagonals: one launch more for a layer,
+    before clipping, and no wait for the device.
+
+    Attributes:
+        value: of the last step, on its device; averaged over the ranks of DDP and of FSDP2.
+        samples: the steps that the running mean is of.
+    """
+
+    def __init__(self) -> None:
+        self.value = torch.zeros(())
+        self.samples = 0
+        self._parts: dict[Any, Tensor] = {}
+        self._group: Any = None
+        # Sums over steps, newer ones of more weight: of the weights, of their squares, of the rise, of its square.
+        self._sums = torch.zeros(4)
+        self._told = False
+
+    def note(self, layer: str, part: Tensor) -> None:
+        """Takes what a backward pass tells of a layer: square matrices, of whose traces ``⟨G, ε⟩`` is the sum."""
+        key = layer, part.shape
+        self._parts[key] = self._parts[key] + part if key in self._parts else part
+
+    def find_ranks(self, parameter: Any = None) -> None:
+        """Finds the ranks that average their gradients: within DDP's forward, or by a parameter that FSDP2 shards."""
+        ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        mesh = getattr(parameter, "device_mesh", None)
+        if ddp is not None:
+            self._group = ddp.process_group
+        elif mesh is not None and mesh.ndim == 1:
+            self._group = mesh.get_group()
+
+    def forget(self) -> None:
+        """Has what backward passes told since the last step count no more, as their gradients do not."""
+        self._parts.clear()
+
+    @torch.no_grad()
+    def read(self, factor: float = 1.0) -> None:
+        """Adds up what the backward passes told since the last step, times `factor`."""
+        parts, self._parts = list(self._parts.values()), {}
+        found: dict[torch.device, list[Tensor]] = {}
+        for part in parts:
+            found.setdefault(part.device, []).append(part.diagonal(dim1=-2, dim2=-1).flatten())
+        # One concatenation and one sum for each device, whatever the number of layers.
+        sums = [torch.cat(diagonals).to(sum_dtype(device)).sum() for device, diagonals in found.items()]
+        total = sum((one.to(sums[0].device) for one in sums[1:]), sums[0]) if sums else torch.zeros_like(self.value)
+        if (scale := _loss_scale()) is not None:
+            total = total / scale.to(total.device)
+        if self._group is not None:
+            dist.all_reduce(total, group=self._group)
+            total = total / dist.get_world_size(self._group)
+        self.value, self._told = total * factor, bool(sums)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Takes the last value into the running mean, unless it is not finite, as when a scaled loss overflowed."""
+        if not self._told:
+            return
+        self.samples, self._told = self.samples + 1, False
+        v = self.value
+        former = self._sums.to(v.device, v.dtype)
+        one = torch.ones_like(v)
+        new = torch.stack([one, one, v, v.square()]) + former * MEMORY
+        new[1] -= former[1] * (MEMORY - MEMORY**2)
+        self._sums = torch.where(v.isfinite(), new, former)
+
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """The running mean over about fifty steps, and its standard error; on the device, 0 where there is none yet."""
+        weight, squares, total, total_sq = self._sums
+        mean = total / weight
+        independent = weight.square() / squares  # as many steps of equal weight
+        variance = (total_sq / weight - mean.square()).clamp(min=0.0) / (independent - 1)
+        return mean.nan_to_num(0.0), variance.sqrt().nan_to_num(0.0, posinf=0.0)
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        return {"samples": self.samples, "sums": self._sums.clone()}
+
+    def load(self, method_state: dict[str, Any] | None) -> None:
+        """Takes over what a method's state has of `state`, or starts afresh."""
+        self.__init__()  # type: ignore[misc]
+        if (found := (method_state or {}).get("rise")) is not None:
+            self.samples, self._sums = found["samples"], found["sums"].clone()
+
+
+def check_rise(method_state: dict[str, Any]) -> None:
+    """ValueError unless a method's state has of a rise what `LossRise.state` gives, or nothing."""
+    if (found := method_state.get("rise")) is not None:
+        checks.state_fields("loss rise", found, "samples", "sums")
+        checks.integer("the state_dict's samples", found["samples"], 0)
+        if not (isinstance(found["sums"], Tensor) and tuple(found["sums"].shape) == (4,)):
+            raise ValueError(f"the state_dict's sums of the loss rise must be a tensor (4,), got {found['sums']!r}")
+
+
+def _loss_scale() -> Tensor | None:
+    """What a GradScaler has multiplied the loss by, if one calls `step()` now; it does not tell optimizers."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _SCALER_STEP:
+            return frame.f_locals["self"]._scale
+        frame = frame.f_back
+    return None
