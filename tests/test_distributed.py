@@ -48,7 +48,8 @@ def run(model, optimizer, rank=None, accumulate=False):
 
 
 def report(model, optimizer):
-    return {"adapters": adapters(model), "outputs": outputs(model), "row_std": optimizer.row_std()}
+    rise = optimizer.metrics()["loss_rise"]
+    return {"adapters": adapters(model), "outputs": outputs(model), "row_std": optimizer.row_std(), "rise": rise}
 
 
 def ddp(case, rank, folder):
@@ -101,6 +102,7 @@ def fsdp(case, rank, folder):
         "noisy": noisy,
         "clean": clean,
         "held": held,
+        "rise": optimizer.metrics()["loss_rise"],
         "reads": reads(model.train(), optimizer, x),
     }
 
@@ -172,6 +174,7 @@ def test_fsdp2_is_one_process_on_the_whole_batch(ranks, case):
     torch.testing.assert_close(found["first"], std)
     torch.testing.assert_close(found["adapters"], adapters(model), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["row_std"], optimizer.row_std(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["rise"], optimizer.metrics()["loss_rise"], rtol=1e-3, atol=1e-6)
     assert difference(found["base"], frozen(lora_mlp())) is None
     x = batch(99)[0]
     noisy = model(x).detach()

@@ -177,6 +177,7 @@ class PerturbingOptimizer(OptimizerWrapper):
         if self._attached:
             self._watch.look_at_parameters()
             self._watch.look_at_passes()
+            self._source.rise.find_ranks(self.param_groups[0]["params"][0])
             self._source.read_rise()
 
     def after_step(self) -> None:

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from ecosystem import lora_mlp
 from methods import METHODS, PERTURBING, Method, adapted, batch, every_method, gralora, lorasam, sgd, trained
 from torch import Tensor, nn
 
 import flatlora
 from flatlora.kernels.draw import draw_gaussian, draw_low_rank
 from flatlora.layers.adapter import Adapter
+from flatlora.perturbation.rise import LossRise
 
 MEASURED = [
     *PERTURBING[:4],
@@ -86,8 +88,96 @@ def test_it_is_the_derivative_of_the_loss_by_the_perturbations_size(method: Meth
         optimizer.zero_grad()
         expected *= 0.5 * len(layers) if gaussian else 0.5 if "GGPO" in method.name else 1.0
         if gaussian and compiled and i < 3:
-            continue  # queries, keys and values of the first block, whose input needs no gradient: backward stops before
+            continue  # the first block's queries, keys and values, whose input needs no gradient: backward stops before
         assert optimizer._source.rise.value.item() == pytest.approx(expected, rel=1e-5, abs=1e-12), i
         if i:  # LoRASAM's first step has no ε, Bi-LoRA's auxiliary is zero in it
             assert abs(expected) > 1e-7
             assert "loss_rise" in optimizer.metrics()
+
+
+@every_method(among=MEASURED[:4])
+def test_a_grad_scaler_leaves_it_in_units_of_the_loss(method: Method) -> None:
+    found = []
+    for scale in (1.0, 1024.0):
+        model, optimizer = started(method)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        for i in range(2):
+            scaler.scale(model(**batch(i)).loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        found.append(optimizer._source.rise.value.item())
+    assert found[1] == pytest.approx(found[0], rel=1e-9) and found[0] != 0
+
+
+@every_method(among=MEASURED[:4])
+def test_gradients_that_are_dropped_do_not_count_and_an_infinite_loss_is_left_out(method: Method) -> None:
+    found = []
+    for wasted in (False, True):
+        model, optimizer = started(method)
+        for i in range(3):
+            if wasted:  # as where a scaler skips a step
+                (100 * model(**batch(50 + i)).loss).backward()
+                optimizer.zero_grad()
+            model(**batch(i)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(torch.stack([optimizer._source.rise.value, *optimizer._source.rise.mean()]))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    (model(**batch(9)).loss * float("inf")).backward()
+    for p in trained(model):
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(torch.stack(optimizer._source.rise.mean()), found[1][1:])
+
+
+def test_the_running_mean_and_its_error_are_those_of_the_steps() -> None:
+    rise, generator = LossRise(), torch.Generator().manual_seed(0)
+    values = 0.3 + torch.randn(400, dtype=torch.float64, generator=generator)
+    for value in values:
+        rise.note("layer", value.reshape(1, 1))
+        rise.read()
+        rise.advance()
+    w = 0.98 ** torch.arange(399, -1, -1, dtype=torch.float64)
+    mean = (w * values).sum() / w.sum()
+    share = (w / w.sum()).square().sum()
+    error = ((w * (values - mean).square()).sum() / w.sum() / (1 - share) * share).sqrt()
+    torch.testing.assert_close(torch.stack(rise.mean()), torch.stack([mean, error]))
+    assert 0.05 < error < 0.2
+
+
+@pytest.mark.parametrize(("unit", "told"), [(1e-4, "next to nothing"), (1.0, None), (1e3, "training may suffer")])
+def test_it_is_said_once_that_a_perturbation_does_nothing_or_much(unit, told, caplog) -> None:
+    model = lora_mlp()
+    optimizer = flatlora.GGPOOptimizer(sgd(trained(model)), model, sigma=0.2, noise="low_rank", seed=0)
+    optimizer.param_groups[0]["lr"] = 0.0
+    for i in range(70):
+        x, y = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(i))
+        (unit * (model(x) - y).square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    said = [record.getMessage() for record in caplog.records if "raised the loss" in record.getMessage()]
+    assert len(said) == (told is not None), optimizer.metrics()
+    assert all(told in one and "sigma" in one for one in said)
+
+
+@every_method(among=MEASURED[:4])
+def test_it_goes_on_after_a_resume_and_starts_afresh_without(method: Method) -> None:
+    model, optimizer = started(method)
+    for i in range(3):
+        model(**batch(i)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = optimizer.state_dict()
+    _, other = started(method)
+    other.load_state_dict(state)
+    torch.testing.assert_close(torch.stack(other._source.rise.mean()), torch.stack(optimizer._source.rise.mean()))
+    assert other._source.rise.samples == optimizer._source.rise.samples > 0
+    (part,) = state["flatlora"].values()
+    with pytest.raises(ValueError, match="sums of the loss rise"):
+        other.load_state_dict(
+            {**state, "flatlora": {type(other).__name__: {**part, "rise": {"samples": 1, "sums": 2}}}}
+        )
+    older = {key: value for key, value in part.items() if key != "rise"}
+    other.load_state_dict({**state, "flatlora": {type(other).__name__: older}})
+    assert other._source.rise.samples == 0
