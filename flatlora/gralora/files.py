@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..layers.kinds import linear_base
+from ..layers.bases import linear_base
 from ..layers.view import plain_name
 from .contents import PREFIX, SHAPES, adapter, gralora_layers, saved_modules, settings_of
 from .disk import read_adapter, write_adapter

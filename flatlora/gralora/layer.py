@@ -13,8 +13,8 @@ from ..kernels.low_rank import add_low_rank, base_product, compute_dtype
 from ..kernels.operators import is_tracing
 from ..layers.adapter import block_factors
 from ..layers.base import BaseWeight
+from ..layers.bases import linear_base
 from ..layers.bnb import hold_training_layout
-from ..layers.kinds import linear_base
 from .targets import check_blocks, check_numbers
 
 __all__ = ["GraLoRALinear"]

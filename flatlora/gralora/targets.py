@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .. import checks
-from ..layers.kinds import linear_base
+from ..layers.bases import linear_base
 
 __all__ = ["check_blocks", "check_numbers", "find_saved", "find_targets"]
 
