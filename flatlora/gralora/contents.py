@@ -52,9 +52,10 @@ def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def shapes(m: int, n: int, r: int, k: int, hybrid_r: int) -> dict[str, tuple[int, ...]]:
     """The adapter's weights over a layer (m, n), by name."""
-    blocks = {"gralora_A": (k, n // k, r), "gralora_B": (k, r, m // k)}
-    general = {"gralora_A_general.weight": (hybrid_r, n), "gralora_B_general.weight": (m, hybrid_r)}
-    return {**blocks, **general} if hybrid_r else blocks
+    found: dict[str, tuple[int, ...]] = {"gralora_A": (k, n // k, r), "gralora_B": (k, r, m // k)}
+    if hybrid_r:
+        found |= {"gralora_A_general.weight": (hybrid_r, n), "gralora_B_general.weight": (m, hybrid_r)}
+    return found
 
 
 def settings_of(layer: GraLoRALinear) -> dict[str, Any]:

@@ -100,8 +100,9 @@ def _check_config(config: dict[str, Any], source: Path) -> dict[str, Any]:
         raise ValueError(f"the configuration in {source} lacks {', '.join(missing)}")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{source} has bias={config['bias']!r}; only 'none' can be loaded")
+    r, k, alpha, hybrid_r = (config[key] for key in _NUMBERS)
     try:
-        return check_numbers(*(config[key] for key in _NUMBERS), config.get("gralora_dropout", 0.0))
+        return check_numbers(r, k, alpha, hybrid_r, config.get("gralora_dropout", 0.0))
     except ValueError as reason:
         raise ValueError(f"the configuration in {source} can't be used: {reason}") from reason
 
