@@ -23,9 +23,9 @@ class TopEigenvalue:
 
     Attributes:
         value: λ, the Rayleigh quotient ``vᵀHv`` of its last unit vector.
-        residual: ``‖Hv − λv‖``; an eigenvalue of H lies within it of λ. Near convergence λ's own error is of the
-            order of its square.
-        iterations: Hessian-vector products that were made.
+        residual: ``‖Hv − λv‖``; an eigenvalue of H lies this close to λ. Near convergence λ's error is of the order of
+            its square.
+        iterations: number of Hessian-vector products.
         converged: whether the residual came below ``tolerance · |λ|``.
     """
 
@@ -48,16 +48,16 @@ def hessian_top_eigenvalue(
 ) -> TopEigenvalue:
     """The largest eigenvalue of the Hessian of the mean loss by the adapters' parameters: the smaller, the flatter.
 
-    Power iteration on Hessian-vector products ``Hv``, each one forward and two backward passes over `batches`. What it
-    iterates on is ``H + s·I`` with s the largest ``‖Hv‖`` so far, which keeps it from running to an eigenvalue that is
-    negative and larger in size: the Hessian of a LoRA always has negative ones while B is zero.
+    Power iteration, with one forward and two backward passes over `batches` for each product ``Hv``. It iterates on
+    ``H + s·I``, with s the largest ``‖Hv‖`` so far, so as not to find a negative eigenvalue that is larger in size: the
+    Hessian of a LoRA has negative ones while B is zero.
 
     Eigenvalues depend on how A and B are scaled against each other: compare models of one rank, scaling and
-    initialisation, or use `worst_case_rise`, which is of the full weights. PEFT's DoRA holds the norms in its gradient
-    constant, and so does its Hessian.
+    initialisation, or use `worst_case_rise`, which is of the full weights. PEFT's DoRA takes the norms as constant in
+    its gradient, and so does this Hessian.
 
-    The model is measured in eval mode and left as it was found, `.grad` of its parameters included. Attention by
-    `scaled_dot_product_attention` takes torch's plain path meanwhile, as the fused ones can't be differentiated twice.
+    The model is measured in eval mode and left as it was found, `.grad` included. `scaled_dot_product_attention` takes
+    torch's plain path meanwhile, as its fused ones can't be differentiated twice.
 
     Args:
         model, loss_fn, batches, progress: as in `noise_rise`.
@@ -98,10 +98,7 @@ def _trained(model: nn.Module, adapter: str | Iterable[str] | None) -> list[nn.P
     held = [p for a in adapters for p in (a.A_param, a.B_param, a.magnitude)]
     params = {id(p): p for p in held if isinstance(p, nn.Parameter) and p.requires_grad}
     if not params:
-        raise ValueError(
-            f"none of the {len(held)} parameters of the adapters requires a gradient, and the Hessian is by those that "
-            f"do; {checks.UNFREEZE}"
-        )
+        raise ValueError(f"none of the {len(held)} parameters of the adapters requires a gradient; {checks.UNFREEZE}")
     return list(params.values())
 
 
@@ -113,13 +110,13 @@ def _hessian_times(
     batches: list[Any],
     advance: Callable[[], object],
 ) -> Tensor:
-    """``Hv`` of the mean loss, a vector like `v`: all parameters one after the other."""
+    """``Hv`` of the mean loss, as one vector over all parameters."""
     parts = [part.view_as(p).to(p) for part, p in zip(v.split([p.numel() for p in params]), params, strict=True)]
     total = torch.zeros_like(v)
     for batch in batches:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             grads = torch.autograd.grad(loss_fn(model, batch), params, create_graph=True, allow_unused=True)
-        # A gradient that depends on no parameter has no graph, and nothing of the Hessian.
+        # A gradient that depends on no parameter has no graph and adds nothing.
         pairs = [(g, part) for g, part in zip(grads, parts, strict=True) if g is not None and g.requires_grad]
         if pairs:
             outputs, vectors = zip(*pairs, strict=True)

@@ -34,7 +34,7 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def list_of(batches: Iterable[Any]) -> list[Any]:
-    """The batches, to be gone through several times; ValueError if there are none."""
+    """The batches as a list; ValueError if there are none."""
     if not (found := list(batches)):
         raise ValueError("need at least one batch, got none")
     return found
@@ -51,8 +51,7 @@ def mean_loss(model: nn.Module, loss_fn: LossFn, batches: list[Any], advance: Ca
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within the context, without the repacking of 4-bit weights that it may bring; afterwards each module's
-    own mode."""
+    """Eval mode within the context, in which 4-bit weights are not repacked; afterwards each module's own mode."""
     modes = [(module, module.training) for module in model.modules()]
     layout = hold_training_layout(model)
     model.eval()
@@ -66,7 +65,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attached(model: nn.Module, source: Source) -> Iterator[None]:
-    """Within the context layers see the source's ε; no weight is written to, so an exception leaves no trace."""
+    """Within the context layers see the source's ε; no weight is written to."""
     attachment = Attachment(model, source)
     try:
         yield
@@ -76,11 +75,7 @@ def attached(model: nn.Module, source: Source) -> Iterator[None]:
 
 @contextmanager
 def progress_bar(wanted: bool, total: int, name: str) -> Iterator[Callable[[], object]]:
-    """Yields what to call after each of `total` batches; it moves a bar of tqdm if one is wanted.
-
-    Raises:
-        ImportError: a bar is wanted and tqdm is missing.
-    """
+    """Yields what to call after each of `total` batches. It moves a bar of tqdm if one is wanted."""
     if not wanted:
         yield lambda: None
         return
@@ -93,46 +88,46 @@ def progress_bar(wanted: bool, total: int, name: str) -> Iterator[Callable[[], o
 
 
 class WorstDirection(Source):
-    """``at · G/‖G‖_F``: up the gradient of the mean loss by all layers' weights together.
+    """``at · G/‖G‖_F``, with G the gradient of the mean loss by all layers' weights together.
 
-    It is an adapter of full rank, ``at · B·I``. Until `find` B is zero and `at` one, so that the gradient of B is the
-    layer's whole G.
+    It is an adapter of full rank, ``at · B·I``. Before `find`, B is zero and `at` 1, so that G is the gradient of B.
     """
 
     always = True
 
     def __init__(self, layers: list[LoRALayer]):
         super().__init__(layers)
-        likes = [layer.all_adapters()[0].A for layer in layers]
         self.at = 1.0
-        self.weights = [like.new_zeros(layer.shape).requires_grad_() for layer, like in zip(layers, likes, strict=True)]
-        self._of = {layer.name: weight for layer, weight in zip(layers, self.weights, strict=True)}
+        self.weights = {
+            layer.name: layer.all_adapters()[0].A.new_zeros(layer.shape).requires_grad_() for layer in layers
+        }
 
     def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Adapter:
-        weight = self._of[layer.name]
+        weight = self.weights[layer.name]
         return Adapter("", torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight, self.at)
 
     @torch.no_grad()
     def find(self, model: nn.Module, loss_fn: LossFn, batches: list[Any], advance: Callable[[], object]) -> float:
         """Sets the direction, zero where the gradient is; returns the mean loss."""
-        grads = [torch.zeros_like(weight) for weight in self.weights]
+        weights = list(self.weights.values())
+        grads = [torch.zeros_like(weight) for weight in weights]
         clean = 0.0
         for batch in batches:
             with torch.enable_grad():
                 loss = loss_fn(model, batch) / len(batches)
             clean += float(loss)
-            for total, grad in zip(grads, torch.autograd.grad(loss, self.weights), strict=True):
+            for total, grad in zip(grads, torch.autograd.grad(loss, weights), strict=True):
                 total += grad
             advance()
         squares = [grad.to(sum_dtype(grad.device)).square().sum() for grad in grads]
         norm = torch.stack([square.to(squares[0]) for square in squares]).sum().sqrt()
-        for weight, grad in zip(self.weights, grads, strict=True):
+        for weight, grad in zip(weights, grads, strict=True):
             weight.copy_(grad / norm.to(grad.device) if norm > 0 else grad)
         return clean
 
 
 class RandomDirection(Source):
-    """``at · ε`` with one ε: that of `weight_noise` at σ = 1, whose rows have those of ``W'``'s norms on average."""
+    """``at · ε``, with the ε of `weight_noise` at σ = 1."""
 
     always = True
 

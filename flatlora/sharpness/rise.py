@@ -19,11 +19,11 @@ __all__ = ["NoiseRise", "WeightNoise", "noise_rise", "weight_noise", "worst_case
 
 
 class WeightNoise:
-    """What `weight_noise` yields: the noise that is on a model, to be changed while it is.
+    """What `weight_noise` yields, for changing the noise within the context.
 
     Attributes:
         sigma: σ, relative to each row's norm.
-        step: number of the draw; another number is another ε.
+        step: number of the draw; each number has an ε of its own.
     """
 
     def __init__(self, noise: RowNoise):
@@ -52,8 +52,8 @@ def weight_noise(
 ) -> Iterator[WeightNoise]:
     """Within the context every adapted layer computes at ``W' + ε``, in eval mode too; no weight is written to.
 
-    Row i of ε is drawn from ``N(0, σ²/n · ‖W'_i‖² · I)``: its expected norm is σ times the row's. The same ε holds
-    until `step` or `sigma` of the `WeightNoise` that the context yields is set.
+    Row i of ε is drawn from ``N(0, σ²/n · ‖W'_i‖² · I)``: its expected norm is σ times the row's. ε stays the same
+    until `step` or `sigma` of the yielded `WeightNoise` is set.
 
     Args:
         model: a model with adapters; a `GGPOOptimizer` may be on it.
@@ -138,10 +138,9 @@ def worst_case_rise(
 ) -> float:
     """How much the mean loss over `batches` rises after one step of length ρ up its gradient in the full weights.
 
-    The step is ``ρ·G/‖G‖_F`` with G the gradient of the mean loss by all adapted layers' weights together: the ascent
-    step of sharpness-aware minimisation (arXiv:2010.01412, Eq. 2), taken where LoRA can't. Needs one (m, n) gradient
-    per layer and an (n, n) identity: a tool for measuring, not for training. The model is measured in eval mode and
-    left as it was found.
+    The step is ``ρ·G/‖G‖_F`` with G the gradient of the mean loss by all adapted layers' weights together, the ascent
+    step of sharpness-aware minimisation (arXiv:2010.01412, Eq. 2). It needs an (m, n) gradient per layer and an (n, n)
+    identity. The model is measured in eval mode and left as it was found.
 
     Args:
         model, loss_fn, batches, adapter, progress: as in `noise_rise`.
