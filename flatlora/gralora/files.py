@@ -134,8 +134,8 @@ def _bases_of_present(
     instead = "Call unload_gralora(model) and load on the base"
     if odd := sorted(layers.keys() ^ names):
         raise ValueError(
-            f"the adapter has {len(names)} layers, the model {len(layers)}; found in one alone: "
-            f"{', '.join(odd[:3])}{' and others' if len(odd) > 3 else ''}. {instead}"
+            f"the adapter has {len(names)} layers, the model {len(layers)}; found in one alone: {checks.some(odd)}. "
+            + instead
         )
     for name, layer in layers.items():
         own = {key: value for key, value in settings_of(layer).items() if key in settings}

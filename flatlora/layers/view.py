@@ -156,13 +156,13 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
     if wanted is not None and not wanted <= known:
         raise ValueError(f"unknown adapter {sorted(wanted - known)}; the model has {sorted(known) or 'no adapters'}")
     if not found:
-        others = f" (adapters that are not linear layers: {_some(skipped)})" if skipped else ""
+        others = f" (adapters that are not linear layers: {checks.some(skipped)})" if skipped else ""
         raise ValueError(
             f"{type(model).__name__} has no adapted linear layer{others}; add adapters first, for example with "
             "peft.get_peft_model(model, LoraConfig(target_modules='all-linear'))"
         )
     if skipped:
-        _tell_once(f"left alone, as their adapters are not linear layers: {_some(skipped)}")
+        _tell_once(f"left alone, as their adapters are not linear layers: {checks.some(skipped)}")
     return found
 
 
@@ -240,8 +240,8 @@ def _refuse_shared(layers: list[LoRALayer]) -> None:
         both = [users[id(param)] for param in adapter.params]
         if all(len(names) > 1 for names in both):
             raise ValueError(
-                f"layer {name!r} shares both factors of its adapter, A with {_some(both[0])} and B with "
-                f"{_some(both[1])}, so that their gradients are sums over layers; share one of them alone, or use one "
+                f"layer {name!r} shares both factors of its adapter, A with {checks.some(both[0])} and B with "
+                f"{checks.some(both[1])}, so that their gradients are sums over layers; share one of them, or use one "
                 "module in all places"
             )
 
@@ -249,10 +249,6 @@ def _refuse_shared(layers: list[LoRALayer]) -> None:
 @functools.cache
 def _tell_once(message: str) -> None:
     logger.warning(message)
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import checks
 from ..layers.view import lora_layers
-from .measuring import LossFn, evaluating, list_of, progress_bar
+from .measuring import Losses, LossFn, measuring
 
 __all__ = ["TopEigenvalue", "hessian_top_eigenvalue"]
 
@@ -70,7 +70,6 @@ def hessian_top_eigenvalue(
         ValueError: no batches, no adapted layer, no parameter of one that requires a gradient.
         RuntimeError: torch's, from an operation that can't be differentiated twice.
     """
-    batches = list_of(batches)
     tolerance, iterations = checks.number("tolerance", tolerance), checks.integer("iterations", iterations, 1)
     params = _trained(model, adapter)
     generator = torch.Generator().manual_seed(checks.integer("seed", seed, -(2**63)))
@@ -79,9 +78,9 @@ def hessian_top_eigenvalue(
     v = torch.randn(sum(p.numel() for p in params), dtype=dtype, generator=generator, device="cpu").to(like.device)
     v /= v.norm()
     shift = torch.zeros((), dtype=dtype, device=like.device)
-    with progress_bar(progress, iterations * len(batches), "hessian_top_eigenvalue") as advance, evaluating(model):
+    with measuring(model, loss_fn, batches, "hessian_top_eigenvalue", iterations, progress) as losses:
         for made in range(1, iterations + 1):
-            product = _hessian_times(v, params, model, loss_fn, batches, advance)
+            product = _hessian_times(v, params, losses)
             value = v @ product
             residual = (product - value * v).norm()
             found = TopEigenvalue(float(value), float(residual), made, bool(residual <= tolerance * value.abs()))
@@ -102,25 +101,17 @@ def _trained(model: nn.Module, adapter: str | Iterable[str] | None) -> list[nn.P
     return list(params.values())
 
 
-def _hessian_times(
-    v: Tensor,
-    params: list[nn.Parameter],
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: list[Any],
-    advance: Callable[[], object],
-) -> Tensor:
+def _hessian_times(v: Tensor, params: list[nn.Parameter], losses: Losses) -> Tensor:
     """``Hv`` of the mean loss, as one vector over all parameters."""
     parts = [part.view_as(p).to(p) for part, p in zip(v.split([p.numel() for p in params]), params, strict=True)]
     total = torch.zeros_like(v)
-    for batch in batches:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            grads = torch.autograd.grad(loss_fn(model, batch), params, create_graph=True, allow_unused=True)
-        # A gradient that depends on no parameter has no graph and adds nothing.
-        pairs = [(g, part) for g, part in zip(grads, parts, strict=True) if g is not None and g.requires_grad]
-        if pairs:
-            outputs, vectors = zip(*pairs, strict=True)
-            products = torch.autograd.grad(outputs, params, vectors, allow_unused=True, materialize_grads=True)
-            total += torch.cat([product.reshape(-1).to(total) for product in products])
-        advance()
-    return total / len(batches)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        for loss in losses:
+            grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+            # A gradient that depends on no parameter has no graph and adds nothing.
+            pairs = [(g, part) for g, part in zip(grads, parts, strict=True) if g is not None and g.requires_grad]
+            if pairs:
+                outputs, vectors = zip(*pairs, strict=True)
+                products = torch.autograd.grad(outputs, params, vectors, allow_unused=True, materialize_grads=True)
+                total += torch.cat([product.reshape(-1).to(total) for product in products])
+    return total / len(losses)

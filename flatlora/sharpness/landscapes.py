@@ -14,16 +14,7 @@ from torch import nn
 
 from .. import checks
 from ..layers.view import lora_layers
-from .measuring import (
-    LossFn,
-    RandomDirection,
-    WorstDirection,
-    attached,
-    evaluating,
-    list_of,
-    mean_loss,
-    progress_bar,
-)
+from .measuring import LossFn, RandomDirection, WorstDirection, attached, measuring
 
 __all__ = ["Landscape", "landscape", "plot_landscape"]
 
@@ -79,17 +70,17 @@ def landscape(
         ValueError: an unknown direction, one twice, a plane of one, an even number of points, no batches, no adapted
             layer.
     """
-    batches, reach = list_of(batches), checks.number("reach", reach, above=0.0)
+    reach = checks.number("reach", reach, above=0.0)
     directions, at = _directions(directions, plane), _distances(reach, points)
     layers = lora_layers(model, adapter)
     random, worst = RandomDirection(layers, seed), None
     passes = (points**2 if plane else points * len(directions)) + ("worst" in directions)
-    with progress_bar(progress, passes * len(batches), "landscape") as advance, evaluating(model), ExitStack() as stack:
+    with measuring(model, loss_fn, batches, "landscape", passes, progress) as losses, ExitStack() as stack:
         norm = random.weight_norm()
         if "worst" in directions:
             worst = WorstDirection(layers)
             stack.enter_context(attached(model, worst))
-            worst.find(model, loss_fn, batches, advance)
+            worst.find(losses)
         if "random" in directions:
             stack.enter_context(attached(model, random))
 
@@ -97,13 +88,13 @@ def landscape(
             random.at = moved.get("random", 0.0)
             if worst is not None:
                 worst.at = moved.get("worst", 0.0) * norm
-            return mean_loss(model, loss_fn, batches, advance)
+            return losses.mean()
 
         if not plane:
             return Landscape(at, {name: [loss_at(**{name: t}) for t in at] for name in directions})
         first, second = directions
-        losses = [[loss_at(**{first: t, second: u}) for u in at] for t in at]
-        return Landscape(at, {first: [row[points // 2] for row in losses], second: losses[points // 2]}, losses)
+        grid = [[loss_at(**{first: t, second: u}) for u in at] for t in at]
+        return Landscape(at, {first: [row[points // 2] for row in grid], second: grid[points // 2]}, grid)
 
 
 def _directions(directions: Sequence[str], plane: bool) -> list[str]:

@@ -1,9 +1,9 @@
-"""What every measure is made of: the mean loss in eval mode, directions in the full weights, a progress bar."""
+"""What every measure is made of: losses in eval mode, and directions in the full weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,48 +19,63 @@ from ..layers.view import LoRALayer
 from ..perturbation.attachment import Attachment
 from ..perturbation.source import Source
 
-__all__ = [
-    "LossFn",
-    "RandomDirection",
-    "WorstDirection",
-    "attached",
-    "evaluating",
-    "list_of",
-    "mean_loss",
-    "progress_bar",
-]
+__all__ = ["LossFn", "Losses", "RandomDirection", "WorstDirection", "attached", "measuring"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
-def list_of(batches: Iterable[Any]) -> list[Any]:
-    """The batches as a list; ValueError if there are none."""
-    if not (found := list(batches)):
-        raise ValueError("need at least one batch, got none")
-    return found
+class Losses:
+    """The losses of a model over batches, one after the other; `measuring` makes it."""
 
+    def __init__(self, model: nn.Module, loss_fn: LossFn, batches: list[Any], advance: Callable[[], object]):
+        self.model, self.loss_fn, self.batches, self.advance = model, loss_fn, batches, advance
 
-def mean_loss(model: nn.Module, loss_fn: LossFn, batches: list[Any], advance: Callable[[], object]) -> float:
-    """The mean over batches, each counted equally; `advance` is called after every one."""
-    total = 0.0
-    for batch in batches:
-        total += float(loss_fn(model, batch))
-        advance()
-    return total / len(batches)
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self.batches:
+            yield self.loss_fn(self.model, batch)
+            self.advance()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def mean(self) -> float:
+        """The mean over batches, each counted equally."""
+        total = 0.0
+        for loss in self:
+            total += float(loss)
+        return total / len(self)
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within the context, in which 4-bit weights are not repacked; afterwards each module's own mode."""
+def measuring(
+    model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], name: str, passes: int, progress: bool
+) -> Iterator[Losses]:
+    """Eval mode within the context, in which 4-bit weights are not repacked; afterwards each module's own mode.
+
+    With `progress` a bar of tqdm goes through that many passes over the batches.
+    """
+    found = list(batches)
+    if not found:
+        raise ValueError("need at least one batch, got none")
+    bar = _progress_bar(passes * len(found), name) if progress else None
     modes = [(module, module.training) for module in model.modules()]
     layout = hold_training_layout(model)
     model.eval()
     try:
-        yield
+        with nullcontext() if bar is None else bar:
+            yield Losses(model, loss_fn, found, (lambda: None) if bar is None else bar.update)
     finally:
         layout.release()
         for module, mode in modes:
             module.training = mode
+
+
+def _progress_bar(total: int, name: str) -> Any:
+    try:
+        from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
+    except ImportError as reason:
+        raise ImportError("progress=True shows a bar of tqdm; install it with: pip install tqdm") from reason
+    return tqdm(total=total, desc=name, unit="batch")
 
 
 @contextmanager
@@ -71,20 +86,6 @@ def attached(model: nn.Module, source: Source) -> Iterator[None]:
         yield
     finally:
         attachment.remove()
-
-
-@contextmanager
-def progress_bar(wanted: bool, total: int, name: str) -> Iterator[Callable[[], object]]:
-    """Yields what to call after each of `total` batches. It moves a bar of tqdm if one is wanted."""
-    if not wanted:
-        yield lambda: None
-        return
-    try:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
-    except ImportError as reason:
-        raise ImportError("progress=True shows a bar of tqdm; install it with: pip install tqdm") from reason
-    with tqdm(total=total, desc=name, unit="batch") as bar:
-        yield bar.update
 
 
 class WorstDirection(Source):
@@ -107,18 +108,17 @@ class WorstDirection(Source):
         return Adapter("", torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight, self.at)
 
     @torch.no_grad()
-    def find(self, model: nn.Module, loss_fn: LossFn, batches: list[Any], advance: Callable[[], object]) -> float:
+    def find(self, losses: Losses) -> float:
         """Sets the direction, zero where the gradient is; returns the mean loss."""
         weights = list(self.weights.values())
         grads = [torch.zeros_like(weight) for weight in weights]
         clean = 0.0
-        for batch in batches:
-            with torch.enable_grad():
-                loss = loss_fn(model, batch) / len(batches)
-            clean += float(loss)
-            for total, grad in zip(grads, torch.autograd.grad(loss, weights), strict=True):
-                total += grad
-            advance()
+        with torch.enable_grad():
+            for loss in losses:
+                part = loss / len(losses)
+                clean += float(part)
+                for total, grad in zip(grads, torch.autograd.grad(part, weights), strict=True):
+                    total += grad
         squares = [grad.to(sum_dtype(grad.device)).square().sum() for grad in grads]
         norm = torch.stack([square.to(squares[0]) for square in squares]).sum().sqrt()
         for weight, grad in zip(weights, grads, strict=True):

@@ -13,7 +13,7 @@ from torch import nn
 from .. import checks
 from ..ggpo.noise import RowNoise
 from ..layers.view import lora_layers
-from .measuring import LossFn, WorstDirection, attached, evaluating, list_of, mean_loss, progress_bar
+from .measuring import LossFn, WorstDirection, attached, measuring
 
 __all__ = ["NoiseRise", "WeightNoise", "noise_rise", "weight_noise", "worst_case_rise"]
 
@@ -109,18 +109,17 @@ def noise_rise(
         ValueError: no draws, no batches, no adapted layer.
         ImportError: `progress` without tqdm.
     """
-    batches, draws = list_of(batches), checks.integer("draws", draws, 1)
+    draws = checks.integer("draws", draws, 1)
     rises = []
     with (
-        progress_bar(progress, (draws + 1) * len(batches), "noise_rise") as advance,
-        evaluating(model),
+        measuring(model, loss_fn, batches, "noise_rise", draws + 1, progress) as losses,
         weight_noise(model, sigma, seed=seed, adapter=adapter) as noise,
     ):
         noise.sigma = 0.0
-        clean = mean_loss(model, loss_fn, batches, advance)
+        clean = losses.mean()
         noise.sigma = sigma
         for noise.step in range(draws):
-            rises.append(mean_loss(model, loss_fn, batches, advance) - clean)
+            rises.append(losses.mean() - clean)
     spread = torch.tensor(rises, dtype=torch.float64)
     error = float(spread.std()) / draws**0.5 if draws > 1 else float("nan")
     return NoiseRise(clean, float(spread.mean()), error)
@@ -149,14 +148,9 @@ def worst_case_rise(
     Raises:
         ValueError: no batches, no adapted layer.
     """
-    batches, rho = list_of(batches), checks.number("rho", rho)
-    layers = lora_layers(model, adapter)
-    step = WorstDirection(layers)
-    with (
-        progress_bar(progress, 2 * len(batches), "worst_case_rise") as advance,
-        evaluating(model),
-        attached(model, step),
-    ):
-        clean = step.find(model, loss_fn, batches, advance)
+    rho = checks.number("rho", rho)
+    step = WorstDirection(lora_layers(model, adapter))
+    with measuring(model, loss_fn, batches, "worst_case_rise", 2, progress) as losses, attached(model, step):
+        clean = step.find(losses)
         step.at = rho
-        return mean_loss(model, loss_fn, batches, advance) - clean
+        return losses.mean() - clean
