@@ -90,7 +90,7 @@ class AuxiliarySource(Source):
             auxiliary.requires_grad_(True)
         # In float16, which FSDP may cast to, scaled gradients would vanish.
         factor = GRAD_SCALE if self.scale_grads and auxiliary.A.dtype != torch.float16 else 1.0
-        if self.grad_scale != factor:  # an assignment would have torch.compile trace again
+        if self.grad_scale != factor:  # so that a traced pass writes nothing
             self.grad_scale = factor
         return Adapter("", auxiliary.A, auxiliary.B, auxiliary.scaling, grad_scale=self.grad_scale)
 

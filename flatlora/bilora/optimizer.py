@@ -320,22 +320,20 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         if not auxiliaries:
             raise ValueError(
                 f"{type(self._model).__name__} has no auxiliary; call attach_auxiliary(model) first, or pass "
-                "auxiliary=[(A, B, scaling), ...] for layers of your own, or use BiLoRAOptimizer.for_model"
+                "auxiliary=[(A, B, scaling), ...] for layers of your own"
             )
         if not ascent:
             raise ValueError(
                 f"none of the {len(self.param_groups)} parameter groups ascends; put the auxiliary's parameters in one "
                 'with "ascent": True: optimizer_cls([{"params": primary}, {"params": aux, "ascent": True}])'
             )
-        held = {id(p) for group in ascent for p in group["params"]}
-        foreign = [tuple(p.shape) for group in ascent for p in group["params"] if id(p) not in ours]
-        if foreign:
+        held = {id(p): tuple(p.shape) for group in ascent for p in group["params"]}
+        if foreign := [shape for key, shape in held.items() if key not in ours]:
             raise ValueError(
                 f"the ascent groups hold {len(foreign)} parameters of no auxiliary (first shape: {foreign[0]}); only "
                 "what attach_auxiliary returned may ascend"
             )
-        missing = sorted({name for key, name in ours.items() if key not in held})
-        if missing:
+        if missing := sorted({name for key, name in ours.items() if key not in held}):
             raise ValueError(
                 f"the auxiliary of {len(missing)} layers is in no ascent group (first: {missing[0]!r}); pass all that "
                 "attach_auxiliary returned"
@@ -345,8 +343,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         theirs = [group for group in self.param_groups if not beside.isdisjoint(map(id, group["params"]))]
         if len({bool(group.get("maximize")) for group in [*ascent, *theirs]}) > 1:
             raise ValueError(
-                "maximize is on in some of the ascent groups and the adapters' groups, and off in others: the "
-                "auxiliary would go the adapters' way. Give all the same; the auxiliary is turned around in any case"
+                "maximize is on in some of the ascent groups and the adapters' groups, and off in others; give all the "
+                "same, as the auxiliary's gradients are turned in any case"
             )
 
     # --- checkpoints: a saved adapter leaves the auxiliary out, so the optimizer's state carries it ---------------
@@ -366,8 +364,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         theirs, ours = ([bool(group.get("ascent")) for group in of] for of in groups)
         if theirs != ours:
             raise ValueError(
-                f"the groups of the state_dict ascend as {theirs}, this optimizer's as {ours}, and loading takes over "
-                "what a group says; load a state_dict that this class wrote, or train the auxiliary afresh"
+                f"the groups of the state_dict ascend as {theirs}, this optimizer's as {ours}; load a state_dict that "
+                "this class wrote, or train the auxiliary afresh"
             )
 
     def check_method_state(self, state: dict[str, Any]) -> None:

@@ -106,26 +106,20 @@ class GraLoRALinear(nn.Module):
         Without `out` the base's output is computed too, which saves a temporary; for a float base without dropout.
         """
         dtype = compute_dtype(x, self.gralora_A.dtype)
-        if is_tracing():
+        how, blocks = BlockOptions(self.scaling, dtype, in_place), (self.gralora_A, self.gralora_B)
+        if is_tracing():  # plain operations, which the compiler fuses
             assert out is not None
-            return self._add_update_compiled(out, x, dtype)
-        weight = bias = None
-        if out is None:
-            weight, bias = self.base.float_weight(), self.base_layer.bias
-        how = BlockOptions(self.scaling, dtype, in_place)
-        out = AddBlocks.apply(how, self._dropped(x), self.gralora_A, self.gralora_B, out, weight, bias)
+            out = add_blocks(how, self._dropped(x), *blocks, out)
+        else:
+            base = (self.base.float_weight(), self.base_layer.bias) if out is None else (None, None)
+            out = AddBlocks.apply(how, self._dropped(x), *blocks, out, *base)
         if self.gralora_A_general is None:
             return out
         A, B = self.gralora_A_general.weight, self.gralora_B_general.weight
+        if is_tracing():
+            update = self._dropped(x).to(dtype) @ A.to(dtype).t() @ B.to(dtype).t()
+            return out + (self.scaling * update).to(out.dtype)
         return add_low_rank(out, self._dropped(x), True, dtype, (self.scaling,), A, B)
-
-    def _add_update_compiled(self, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The same in plain operations, which the compiler fuses itself."""
-        out = add_blocks(BlockOptions(self.scaling, dtype), self._dropped(x), self.gralora_A, self.gralora_B, out)
-        if self.gralora_A_general is None:
-            return out
-        A, B = self.gralora_A_general.weight.to(dtype), self.gralora_B_general.weight.to(dtype)
-        return out + (self.scaling * (self._dropped(x).to(dtype) @ A.t() @ B.t())).to(out.dtype)
 
     def _dropped(self, x: Tensor) -> Tensor:
         """The input of one part of the adapter: blocks and hybrid have dropout masks of their own, as in PEFT."""

@@ -16,7 +16,7 @@ from .base import BaseWeight, OpaqueBase
 from .bases import base_weight
 from .probe import asked, inputs, linear_part, misses, numbers
 
-__all__ = ["SWITCHES", "Form", "child_of", "factor_of", "fitting", "is_switch", "own_base", "place_of"]
+__all__ = ["SWITCHES", "Form", "child_of", "factor_of", "fitting", "is_switch", "own_base", "place_of", "scale_of"]
 
 # Attributes by which a layer tells that its adapter is off, and the value that says so.
 SWITCHES = {"enabled": False, "disable_adapters": True, "disabled": True}
@@ -54,6 +54,12 @@ def place_of(holder: Any, name: str) -> tuple[dict[str, Any], str]:
     value = getattr(holder, name)
     owner, key = (value, "weight") if isinstance(value, nn.Linear) else (holder, name)
     return (owner._parameters if key in owner._parameters else owner._buffers), key
+
+
+def scale_of(module: Any, form: Form) -> Any:
+    """The number or tensor by which the layer says its scaling."""
+    owner, attribute, _ = form.scale
+    return getattr(child_of(module, owner), attribute)
 
 
 def is_switch(value: Any) -> bool:
@@ -199,16 +205,14 @@ def _base_output(module: Any, form: Form, x: Tensor, lead: tuple[int, ...]) -> T
 
 def _scaling_of(module: Any, form: Form, rank: int) -> float:
     """What multiplies the product of the factors, by a form."""
-    owner, attribute, power = form.scale
-    value = getattr(child_of(module, owner), attribute)
-    return float(value.detach() if isinstance(value, Tensor) else value) / rank**power
+    value = scale_of(module, form)
+    return float(value.detach() if isinstance(value, Tensor) else value) / rank ** form.scale[2]
 
 
 def _others(module: Any, form: Form, factors: tuple[Tensor, Tensor]) -> _Places:
     """Numbers for all else that is trained in the layer, a gate or a second adapter, which may be neutral only now."""
-    owner, attribute, _ = form.scale
     base = list(child_of(module, form.base).parameters(recurse=bool(form.base)))
-    known = {id(p) for p in (*factors, *base, getattr(child_of(module, owner), attribute))}
+    known = {id(p) for p in (*factors, *base, scale_of(module, form))}
     return [
         (part._parameters, name, numbers(3, *p.shape).to(p.device, p.dtype))
         for part in module.modules()

@@ -15,7 +15,7 @@ from .adapter import Adapter, NotLinear, Reader
 from .base import BaseWeight
 from .bases import linear_base
 from .bnb import Bnb4bitBase
-from .forms import SWITCHES, Form, child_of, factor_of, fitting, is_switch, own_base, place_of
+from .forms import SWITCHES, Form, child_of, factor_of, fitting, is_switch, own_base, place_of, scale_of
 from .probe import at_hand
 
 __all__ = ["PlainLoRA"]
@@ -88,8 +88,7 @@ class PlainLoRA(Reader):
         holder = child_of(module, form.holder)
         params = factor_of(holder, form.down), factor_of(holder, form.up)
         A, B = (param.t() if turned else param for param, turned in zip(params, form.turned, strict=True))
-        owner, attribute, power = form.scale
-        scaling = self._scaling(getattr(child_of(module, owner), attribute)) / A.shape[0] ** power
+        scaling = self._scaling(scale_of(module, form)) / A.shape[0] ** form.scale[2]
         return [Adapter(name, A, B, scaling, None, None, *params)]
 
     def _scaling(self, value: Any) -> float:
