@@ -17,10 +17,9 @@ __all__ = ["CheckpointState", "MethodState"]
 
 
 class MethodState:
-    """The methods' part of an optimizer alone, for checkpoints that have the base optimizer's already.
+    """The methods' part of an optimizer, for checkpoints that have the base optimizer's part alone.
 
-    Accelerate's ``save_state`` keeps no more than that where FSDP2 shards the model; what is registered with it is
-    loaded after the optimizers. All ranks must take part.
+    Such are those of Accelerate's ``save_state`` under FSDP2. All ranks must take part.
 
     Args:
         optimizer: the optimizer, as this library made it; Accelerate's wrapper has it as `.optimizer`.
@@ -38,8 +37,8 @@ class MethodState:
     def __init__(self, optimizer: Optimizer):
         if not isinstance(optimizer, Method):
             raise TypeError(
-                f"optimizer must be one of flatlora's, got {type(optimizer).__name__}; if another library has wrapped "
-                "it, pass what is within (Accelerate's and Lightning's have it as .optimizer)"
+                f"optimizer must be one of flatlora's, got {type(optimizer).__name__}; if Accelerate or Lightning has "
+                "wrapped it, pass its .optimizer"
             )
         self._optimizer: Any = optimizer
 
@@ -55,7 +54,7 @@ class MethodState:
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), STATE_KEY: own})
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> Any:
-        """The methods' part in `state_dict`, sharded as the optimizer's; ValueError if that would refuse it."""
+        """The methods' part in `state_dict`, sharded like the optimizer's; ValueError if the optimizer refuses it."""
         checks.state_fields("optimizer", state_dict, STATE_KEY)
         try:
             saved = torch.load(io.BytesIO(state_dict[STATE_KEY]), map_location="cpu", weights_only=True)
@@ -72,9 +71,9 @@ class MethodState:
 class CheckpointState:
     """An optimizer of this library as `torch.distributed.checkpoint` (DCP) saves and loads it, methods included.
 
-    DCP's `get_optimizer_state_dict` keeps the base optimizer's state alone: by the parameters' names and as FSDP2
-    shards it, so that any number of processes can load it. This is a `Stateful` that puts the methods' part beside it,
-    whole. As everywhere in DCP, all ranks must take part.
+    DCP's `get_optimizer_state_dict` has the base optimizer's state alone, by the parameters' names, so that any number
+    of processes can load it. This is a `Stateful` that adds the methods' part. As always in DCP, all ranks must take
+    part.
 
     Args:
         model: the model, as DDP or FSDP2 have wrapped it.
@@ -102,7 +101,7 @@ class CheckpointState:
         for module in self._model.modules():
             if callable(reshard := getattr(module, "reshard", None)):  # FSDP2 leaves its root whole after evaluation
                 reshard()
-        # The bases, as DCP has a new optimizer step once to make its state, which would be a step of the methods too.
+        # Of the bases: DCP makes a new optimizer's state by a step, which is to be none of the methods'.
         base = get_optimizer_state_dict(self._model, self._bases)
         return {"base": base, **self._methods.state_dict()}
 
@@ -117,14 +116,14 @@ class CheckpointState:
 
 
 def _bases(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizers of others at the bottom of one of ours."""
+    """The base optimizers beneath all wrappers."""
     if not isinstance(optimizer, Method):
         return [optimizer]
     return [base for inner in optimizer.inner_optimizers() for base in _bases(inner)]
 
 
 def _gathered(value: Any) -> Any:
-    """The same with every sharded tensor whole."""
+    """The same with full tensors in place of sharded ones."""
     if isinstance(value, Tensor):
         return full_tensor(value).detach().cpu()
     if isinstance(value, dict):
@@ -133,7 +132,7 @@ def _gathered(value: Any) -> Any:
 
 
 def _sharded_as(ours: Any, value: Any) -> Any:
-    """`value` with every tensor sharded for which there is a sharded one in `ours`."""
+    """The same with every tensor sharded whose counterpart in `ours` is."""
     if isinstance(value, dict) and isinstance(ours, dict):
         return {key: _sharded_as(ours.get(key), one) for key, one in value.items()}
     if isinstance(value, Tensor) and hasattr(ours, "full_tensor") and value.shape == ours.shape:

@@ -19,6 +19,7 @@ __all__ = [
     "optimizer_cls",
     "option",
     "same_layers",
+    "some",
     "state_fields",
 ]
 
@@ -44,6 +45,11 @@ def integer(name: str, value: Any, least: int) -> int:
     if isinstance(item, bool) or not isinstance(item, numbers.Integral) or item < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
     return int(item)
+
+
+def some(names: list[str], most: int = 5) -> str:
+    """The first names of a list that may be long, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _item(value: Any) -> Any:
@@ -102,12 +108,10 @@ def same_layers(what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -
         odd = sorted(theirs.keys() ^ ours.keys())
         raise ValueError(
             f"the state_dict is of another model: it has {len(theirs)} {what}, this one {len(ours)}; found in one "
-            f"alone: {', '.join(odd[:3])}{' and others' if len(odd) > 3 else ''}. Load the checkpoint that was saved "
-            "with this model's adapters"
+            f"alone: {some(odd)}. Load the checkpoint that was saved with this model's adapters"
         )
     for name, own in ours.items():
         if theirs[name] != own:
             raise ValueError(
-                f"the state_dict is of another model: {name!r} has other shapes or ranks in it, {theirs[name]}, than "
-                f"here, {own}"
+                f"the state_dict is of another model: {name!r} has other shapes or ranks, {theirs[name]}; here {own}"
             )

@@ -1,11 +1,9 @@
-"""The methods in the Hugging Face Trainer and its relatives, and by the call that PEFT's LoRA+ has. Needs transformers.
+"""The methods in the Hugging Face Trainer and its relatives. Needs transformers.
 
-Three ways to the same optimizer. By name in the Trainer, which calls a factory once it has placed the model:
+The Trainer takes a factory, which it calls once it has placed the model, or a built optimizer:
 
     Trainer(..., optimizer_cls_and_kwargs=(GGPOFactory, {"args": args, "sigma": 0.2}))
-
-as a built one, ``Trainer(..., optimizers=(create_ggpo_optimizer(model, torch.optim.AdamW, lr=2e-4), None))``, and in a
-loop of your own.
+    Trainer(..., optimizers=(create_ggpo_optimizer(model, torch.optim.AdamW, lr=2e-4), None))
 """
 
 from __future__ import annotations
@@ -132,8 +130,8 @@ def create_bidora_optimizer(
     """
     if "train_dataloader" in kwargs:
         raise TypeError(
-            "create_bidora_optimizer takes no train_dataloader: the Trainer, or your loop, runs the training batches; "
-            "leave it out, or build BilevelOptimizer(lower, upper, model, train_dataloader, val_dataloader)"
+            "create_bidora_optimizer takes no train_dataloader: the Trainer, or your loop, runs the training batches. "
+            "Leave it out, or build a BilevelOptimizer"
         )
     known = inspect.signature(BilevelOptimizer).parameters
     own = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
@@ -171,9 +169,9 @@ def _create(
 
 
 def _decay_groups(model: nn.Module, weight_decay: float, but: Iterable[nn.Parameter] = ()) -> list[dict[str, Any]]:
-    """What is to be trained, in the two groups that the Trainer makes, also where one is empty."""
+    """What is to be trained, in the Trainer's two groups, of which one may be empty."""
     trainer: Any = transformers.Trainer
-    decayed = set(trainer.get_decay_parameter_names(None, model))  # reads nothing of a trainer
+    decayed = set(trainer.get_decay_parameter_names(None, model))  # without a trainer: it is not used
     names = {id(p): name for name, p in model.named_parameters()}
     left_out = {id(p) for p in but}
     params = [p for p in trainable(model) if id(p) not in left_out]
@@ -187,18 +185,17 @@ def _decay_groups(model: nn.Module, weight_decay: float, but: Iterable[nn.Parame
 
 
 class OptimizerFactory:
-    """Makes an optimizer of the model that the Trainer trains: ``optimizer_cls_and_kwargs=(GGPOFactory, {...})``.
+    """Makes the optimizer of the Trainer's model: ``optimizer_cls_and_kwargs=(GGPOFactory, {...})``.
 
-    Unlike a built optimizer it is made after the model has been placed, and anew where the Trainer makes the model
-    anew, as with `model_init`.
+    The Trainer calls it after it has placed the model, and again when `model_init` makes a new one.
 
     The dictionary's entries:
-        args: the `TrainingArguments`. Learning rate, weight decay, Adam's numbers, `optim` and `optim_args` are then
-            theirs, where no entry of the same name overrides them.
-        optim: the base optimizer, as ``TrainingArguments(optim=...)`` spells it, "adamw_torch" without `args`; or an
-            optimizer class.
+        args: the `TrainingArguments`. They give the learning rate, weight decay, Adam's numbers, `optim` and
+            `optim_args`, unless an entry of the same name does.
+        optim: the base optimizer, as in ``TrainingArguments(optim=...)``, or an optimizer class; "adamw_torch" without
+            `args`.
         optim_args: "name=value,..." as in `TrainingArguments`.
-        lr, weight_decay: needed, and 0, without `args`.
+        lr, weight_decay: without `args`, `lr` is needed, and `weight_decay` is 0.
 
     All others are those of the method's ``create_..._optimizer``: its options, LoRA+'s, and the base optimizer's.
 
@@ -212,9 +209,8 @@ class OptimizerFactory:
     def __init__(self, *args: Any, **kwargs: Any):
         if args or kwargs:
             raise RuntimeError(
-                f"transformers {transformers.__version__} calls {type(self).__name__} with parameter groups, as if it "
-                "were an optimizer class; a factory needs the model. Update transformers, or pass "
-                f"Trainer(..., optimizers=({type(self).create.__name__}(model, torch.optim.AdamW, lr=...), None))"
+                f"transformers {transformers.__version__} does not call {type(self).__name__} with the model. Update "
+                f"it, or pass Trainer(..., optimizers=({type(self).create.__name__}(model, AdamW, lr=...), None))"
             )
 
     def __call__(self, model: nn.Module, args: Any = None, **kwargs: Any) -> Optimizer:
@@ -247,14 +243,14 @@ class BiDoRAFactory(OptimizerFactory):
 
 
 def _base(model: nn.Module, given: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What makes the base optimizer, and its lr and weight decay. Takes what chooses them out of `kwargs`.
+    """What makes the base optimizer, and its lr and weight decay. Takes the entries that choose them out of `kwargs`.
 
-    The rest of what the Trainer chose is bound to the class: a method's options may have the same names.
+    The Trainer's other choices are bound to the class, as a method's options may have the same names.
     """
     optim = kwargs.pop("optim", None)
     if given is None and "lr" not in kwargs:
         raise ValueError('there is no learning rate; add "lr": 2e-4, or "args": args for that of TrainingArguments')
-    if given is None:  # TrainingArguments of its own would set up devices and distributed state again
+    if given is None:  # not TrainingArguments(), which sets up devices and distributed state
         fields = {field.name: field.default for field in dataclasses.fields(transformers.TrainingArguments)}
         given = SimpleNamespace(**{**fields, "optim": "adamw_torch"})
     settings: Any = copy.copy(given)
@@ -266,7 +262,7 @@ def _base(model: nn.Module, given: Any, kwargs: dict[str, Any]) -> tuple[Any, di
         if settings.optim_args:
             raise ValueError(
                 f"optim_args={settings.optim_args!r} is not read where optim is a class; give {optim.__name__}'s "
-                "arguments as entries of their own"
+                "arguments as entries"
             )
         return optim, own
     settings.optim = OptimizerNames(optim or settings.optim)
@@ -286,9 +282,8 @@ def _base(model: nn.Module, given: Any, kwargs: dict[str, Any]) -> tuple[Any, di
 class FlatLoRACallback(transformers.TrainerCallback):
     """Adds ``optimizer.metrics()`` to what the Trainer logs in training, as ``flatlora/...``.
 
-    The numbers are read, and the device is waited for, when the Trainer logs and at no other time. It has to stand
-    before the callbacks that are to report them, and the Trainer puts its own, such as TensorBoard's, before those that
-    it is given: use `log_metrics`.
+    The numbers are read, and the device is waited for, only when the Trainer logs. The callback must come before those
+    that report, such as TensorBoard's: `log_metrics` puts it first.
     """
 
     def on_log(
@@ -302,7 +297,7 @@ class FlatLoRACallback(transformers.TrainerCallback):
 
 
 def log_metrics(trainer: transformers.Trainer) -> None:
-    """Has `trainer` log ``optimizer.metrics()`` with its own numbers, to wherever it reports them.
+    """Has `trainer` log ``optimizer.metrics()`` with its own numbers.
 
     Example:
         >>> trainer = Trainer(..., optimizers=(optimizer, None))

@@ -1,4 +1,4 @@
-"""Reading what optimizers tell of themselves, for whoever logs it."""
+"""Reading an optimizer's metrics, for logging."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def read_metrics(optimizer: Any) -> dict[str, float]:
     """``optimizer.metrics()`` as numbers: the one place where the host waits for the device.
 
     Args:
-        optimizer: one of flatlora's, also beneath wrappers that keep it as `optimizer`, as Accelerate's does. Empty for
-            any other.
+        optimizer: one of flatlora's, also beneath wrappers that have it as `.optimizer` (Accelerate's). Empty for
+        others.
     """
     while not isinstance(optimizer, Method) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer

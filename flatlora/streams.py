@@ -22,7 +22,7 @@ def shared_seed() -> int:
 
 
 class RandomStreams:
-    """Where the global random streams stand at one moment: torch's on the CPU and on `devices`, Python's, NumPy's."""
+    """The states of the global random streams: torch's on the CPU and on `devices`, Python's, NumPy's."""
 
     def __init__(self, devices: Iterable[torch.device] = ()):
         self._cpu = torch.get_rng_state()
@@ -42,7 +42,7 @@ class RandomStreams:
 
 @contextmanager
 def private_streams(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """Within the context the global streams start from `seed`; afterwards they are as if it had not been entered."""
+    """Within the context the global streams start from `seed`; they are restored afterwards."""
     devices = list(devices)
     before = RandomStreams(devices)
     try:
@@ -60,6 +60,6 @@ def private_streams(seed: int, devices: Iterable[torch.device] = ()) -> Iterator
 
 
 def derived_seed(*parts: object) -> int:
-    """A seed that is a function of `parts`, so that nothing but them has to be kept to draw the same again."""
+    """A seed that is a function of `parts`."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

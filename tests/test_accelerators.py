@@ -16,7 +16,7 @@ from torch import nn
 from flatlora import lora_layers
 from flatlora.kernels.draw import Draw, draw_gaussian, draw_low_rank, refuse_capture
 from flatlora.layers import base
-from flatlora.layers.kinds import base_weight
+from flatlora.layers.bases import base_weight
 from flatlora.layers.stack import base_products, stacks
 from flatlora.streams import RandomStreams, private_streams
 

@@ -16,15 +16,7 @@ from ..perturbation.bypass import held_ids
 from ..perturbation.optimizer import PerturbingOptimizer, trainable, trained_by
 from ..perturbation.rise import check_rise
 from ..wrapper import chain, saved_groups
-from .auxiliary import (
-    Auxiliaries,
-    Auxiliary,
-    AuxiliarySource,
-    attach_auxiliary,
-    attached_auxiliaries,
-    detach_auxiliary,
-    primary_ranks,
-)
+from .auxiliary import AuxiliarySource, attach_auxiliary, attached_auxiliaries, auxiliaries_of, detach_auxiliary
 from .triples import named_triples, shapes_of, total_norm
 
 __all__ = ["BiLoRAOptimizer"]
@@ -37,21 +29,18 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
     Bi-LoRA (arXiv:2508.19564, Eq. 7-9) trains ``min over (B1, A1), max over ‖s2·B2·A2‖_F ≤ ρ`` of the loss at
     ``W0 + s1·B1·A1 + s2·B2·A2``: one forward and one backward give both sides their gradients. A step turns the sign of
-    the ascent groups' gradients (8-bit optimizers have no `maximize`), lets the base optimizer move everything, turns
-    the signs back, and clips the auxiliaries together: with ``c = sqrt(Σ_layers ‖s2·B2·A2‖_F²)``, every B2 and A2 is
-    multiplied by ``sqrt(ρ/c)`` if ``c > ρ``. `flatlora.reference.bilora_step` is that in a few lines.
+    the ascent groups' gradients (8-bit optimizers have no `maximize`), steps the base optimizer, turns the signs back,
+    and clips all auxiliaries together: with ``c = sqrt(Σ_layers ‖s2·B2·A2‖_F²)``, every B2 and A2 is multiplied by
+    ``sqrt(ρ/c)`` if ``c > ρ``. `flatlora.reference.bilora_step` is that in a few lines.
 
-    As an adversary the auxiliary is weak (`examples/results.md`): it raised the next batch's loss by a fiftieth of what
-    that batch's gradient does at the same norm, by a third or less of what the last gradient's projection does, which
-    is `LoRASAMOptimizer`'s perturbation. It turns slowly, and the primary learns at the perturbed weights to undo it;
-    fresh starts, a resting primary and other learning rates did not change that.
+    The auxiliary is a weak adversary (`examples/results.md`): it raised the next batch's loss by a fiftieth of what
+    that batch's gradient does at the same norm, and by a third or less of what `LoRASAMOptimizer`'s perturbation does.
 
-    Gradient norms and clipping are those of plain LoRA: until the step the auxiliary's gradients, which have their
-    bound in ρ, are kept 2⁻²⁰ times their size, too small to count in the norm over all parameters. A factor by which
-    others scale all gradients reaches both sides. Those of float16 auxiliaries and of your own layers are not scaled.
-    A reduction in float16 (DDP's `fp16_compress_hook`) would lose them and leave the auxiliary zero, as
-    ``metrics()["perturbation_to_rho"]`` then shows: reduce in bfloat16 or float32. Opacus raises at the first step:
-    it finds no per-sample gradients of the auxiliary.
+    Gradient norms and clipping are those of plain LoRA: until the step the auxiliary's gradients are scaled by 2⁻²⁰,
+    too small to count in the norm over all parameters. Those of float16 auxiliaries and of your own layers are not
+    scaled. A reduction in float16 (DDP's `fp16_compress_hook`) would lose them and leave the auxiliary zero, as
+    ``metrics()["perturbation_to_rho"]`` shows: reduce in bfloat16 or float32. Opacus raises at the first step, as it
+    finds no per-sample gradients of the auxiliary.
 
     Args:
         optimizer: the built base optimizer, with at least one ascent group. An ascent group has its own `lr` and
@@ -94,16 +83,16 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             self.reattach()
 
     def reattach(self) -> None:
-        for auxiliaries in [module for module in self._model.modules() if isinstance(module, Auxiliaries)]:
-            if auxiliaries.attachment is not None:
-                auxiliaries.attachment.remove()
-                auxiliaries.attachment = None
-        ours = [module for module in self._model.modules() if isinstance(module, Auxiliary)]
+        ours = auxiliaries_of(self._model)
+        for auxiliary in ours:
+            if auxiliary.attachment is not None:
+                auxiliary.attachment.remove()
+                auxiliary.attachment = None
         source = AuxiliarySource(ours, scale_grads=True)
         source.no_grad = self._no_grad
         held = held_ids(True, self.base_optimizer)
         for layer in source.layers.values():
-            names = {a.name for a in layer.all_adapters() if id(a.A_param) in held or id(a.B_param) in held}
+            names = {a.name for a in layer.all_adapters() if not held.isdisjoint(map(id, a.params))}
             layer.names = frozenset(names) or layer.names  # another optimizer may hold the primary
         self.attach(source)
 
@@ -141,10 +130,13 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     ) -> BiLoRAOptimizer:
         """Attaches an auxiliary and builds the optimizer over it and every parameter that requires a gradient.
 
-        ``optimizer_cls(groups, **kwargs)`` is the base. `params` are the primary's parameters or parameter groups, by
-        default one group of all; the auxiliary's group is the last, with no weight decay and with `auxiliary_lr`, by
-        default the ``lr`` among `kwargs`. `r`, `alpha`, `adapter` and `seed` are `attach_auxiliary`'s. If anything
-        fails, the auxiliary is taken off again.
+        Args:
+            model: the model with adapters.
+            optimizer_cls: makes the base: ``optimizer_cls(groups, **kwargs)``. The auxiliary's group is the last, with
+                no weight decay.
+            params: the primary's parameters or parameter groups; by default one group of all.
+            auxiliary_lr: by default the ``lr`` among `kwargs`.
+            r, alpha, adapter, seed: as in `attach_auxiliary`. If anything fails, the auxiliary is taken off again.
         """
         checks.optimizer_cls(optimizer_cls)
         own_lr = {} if auxiliary_lr is None else {"lr": checks.number("auxiliary_lr", auxiliary_lr)}
@@ -184,19 +176,19 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             self._turn_back()
 
     def _look_at_ascent(self) -> None:
-        """ValueError if the auxiliary has come out of the ascent groups, in which case it would descend, or stay."""
+        """ValueError if the auxiliary is no longer in the ascent groups, so that it would descend, or stay."""
         held = {id(p) for group in self.param_groups if group.get("ascent") for p in group["params"]}
         ours = {id(p) for p in self.perturbation_parameters()}
         if self._attached and held != ours and not self._watch.holds_foreign_tensors():
             self._check_groups()
 
     def _turn_within_hooks(self) -> list[Any]:
-        """Has the base's update alone see turned gradients, and the step hooks that others put around it not."""
+        """Has the base's update see turned gradients, and the step hooks that others put around it not."""
         base: Any = next(reversed([self, *chain(self.base_optimizer)])).base_optimizer
-        if not getattr(type(base).step, "hooked", False):  # it knows no step hooks
+        if not getattr(type(base).step, "hooked", False):  # it has no step hooks
             self._turn()
             return []
-        depth = 0  # a class whose `step` calls that of its parent runs the hooks around both
+        depth = 0  # a class whose `step` calls its parent's runs the hooks around both
 
         def before(*_: Any) -> None:
             nonlocal depth
@@ -217,8 +209,11 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def before_step(self) -> None:
         super().before_step()
         if self._attached and self._source.passes and all(p.grad is None for p in self.perturbation_parameters()):
-            how = "gradients were taken of others alone, as by torch.autograd.grad or backward(inputs=...)"
-            self._watch.tell("auxiliary", "step() found no gradient of the auxiliary, which stays as it is: %s", how)
+            self._watch.tell(
+                "auxiliary",
+                "step() found no gradient of the auxiliary, which stays as it is: gradients were taken of others, "
+                "as by torch.autograd.grad or backward(inputs=...)",
+            )
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -228,8 +223,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         triples = self._auxiliaries()
         if not triples:  # they have been detached
             return
-        norm = total_norm(triples)
-        # On the device, as is the comparison: reading the norm would stall the host at every step.
+        norm = total_norm(triples)  # compared on the device: reading it would stall the host at every step
         factors = [p for A, B, _ in triples.values() for p in (A, B)]
         below = 1 - max(torch.finfo(p.dtype).eps for p in factors)  # or rounding could leave the norm above ρ
         clipped, steps = self._clips
@@ -267,8 +261,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         ``Σ_layers ⟨B2, ∂L/∂B2⟩`` over its micro-batches, in the units of the loss that was backpropagated; averaged
         over the ranks of DDP and FSDP2. Not known of auxiliaries that your own layers apply.
         ``perturbation_to_rho``: ``sqrt(Σ_layers ‖s2·B2·A2‖_F²)`` over ρ, of the layers that the last step's passes went
-        through; 1 where the step clipped it.
-        ``clipped_share``: the share of steps, since this optimizer was built, that clipped it.
+        through. ``clipped_share``: the share of steps, since this optimizer was built, that clipped it.
         """
         if not (auxiliaries := self._auxiliaries()):
             return super().metrics()
@@ -317,13 +310,13 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             self._watch.look_at_groups(all_trained=True)
 
     def let_go(self, params: set[int]) -> None:
-        """Nothing to undo: which layers have an auxiliary does not follow from the groups."""
+        """Nothing to undo: the layers with an auxiliary do not depend on the groups."""
 
     def look_at_first_step(self) -> None:
         ours = {id(p) for p in self.perturbation_parameters()}
         foreign = self._watch is None or self._watch.holds_foreign_tensors()
         if foreign and not ours <= held_ids(True, self.base_optimizer):
-            self.refuse_foreign_tensors()  # which would be turned, or not, and are not what ρ bounds
+            self.refuse_foreign_tensors()  # ρ does not bound these
 
     def _check_groups(self) -> None:
         auxiliaries = self._auxiliaries()
@@ -332,39 +325,38 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         if not auxiliaries:
             raise ValueError(
                 f"{type(self._model).__name__} has no auxiliary; call attach_auxiliary(model) first, or pass "
-                "auxiliary=[(A, B, scaling), ...] for layers of your own, or use BiLoRAOptimizer.for_model"
+                "auxiliary=[(A, B, scaling), ...] for layers of your own"
             )
         if not ascent:
             raise ValueError(
                 f"none of the {len(self.param_groups)} parameter groups ascends; put the auxiliary's parameters in one "
                 'with "ascent": True: optimizer_cls([{"params": primary}, {"params": aux, "ascent": True}])'
             )
-        held = {id(p) for group in ascent for p in group["params"]}
-        foreign = [tuple(p.shape) for group in ascent for p in group["params"] if id(p) not in ours]
-        if foreign:
+        held = {id(p): tuple(p.shape) for group in ascent for p in group["params"]}
+        if foreign := [shape for key, shape in held.items() if key not in ours]:
             raise ValueError(
                 f"the ascent groups hold {len(foreign)} parameters of no auxiliary (first shape: {foreign[0]}); only "
                 "what attach_auxiliary returned may ascend"
             )
-        missing = sorted({name for key, name in ours.items() if key not in held})
-        if missing:
+        if missing := sorted({name for key, name in ours.items() if key not in held}):
             raise ValueError(
                 f"the auxiliary of {len(missing)} layers is in no ascent group (first: {missing[0]!r}); pass all that "
                 "attach_auxiliary returned"
             )
-        layers = [module.layer for module in self._model.modules() if isinstance(module, Auxiliary)]
-        beside = {id(p) for layer in layers for a in layer.all_adapters() for p in (a.A_param, a.B_param)}
+        adapters = [a for one in auxiliaries_of(self._model) for a in one.layer.all_adapters()]
+        beside = {id(p) for adapter in adapters for p in adapter.params}
         theirs = [group for group in self.param_groups if not beside.isdisjoint(map(id, group["params"]))]
         if len({bool(group.get("maximize")) for group in [*ascent, *theirs]}) > 1:
             raise ValueError(
-                "maximize is on in some of the ascent groups and the adapters' groups, and off in others: the "
-                "auxiliary would go the adapters' way. Give all the same; the auxiliary is turned around in any case"
+                "maximize is on in some of the ascent groups and the adapters' groups, and off in others; give all the "
+                "same, as the auxiliary's gradients are turned in any case"
             )
 
     # --- checkpoints: a saved adapter leaves the auxiliary out, so the optimizer's state carries it ---------------
 
     def method_state(self) -> dict[str, Any]:
-        ranks = primary_ranks(self._model) if self._triples is None else {}
+        ours = auxiliaries_of(self._model) if self._triples is None else []
+        ranks = {one.layer.name: one.layer.ranks() for one in ours}
         layers = {
             name: {"A": A.detach(), "B": B.detach(), "scaling": scaling, "ranks": ranks.get(name, {})}
             for name, (A, B, scaling) in self._auxiliaries().items()
@@ -378,8 +370,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         theirs, ours = ([bool(group.get("ascent")) for group in of] for of in groups)
         if theirs != ours:
             raise ValueError(
-                f"the groups of the state_dict ascend as {theirs}, this optimizer's as {ours}, and loading takes over "
-                "what a group says; load a state_dict that this class wrote, or train the auxiliary afresh"
+                f"the groups of the state_dict ascend as {theirs}, this optimizer's as {ours}; load a state_dict that "
+                "this class wrote, or train the auxiliary afresh"
             )
 
     def check_method_state(self, state: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.base import full_tensor, sum_dtype
-from ..layers.stack import together
+from ..layers.stack import chunks
 from ..layers.view import plain_name
 
 __all__ = ["named_triples", "shapes_of", "total_norm"]
@@ -49,9 +49,9 @@ def total_norm(triples: dict[str, Triple]) -> Tensor:
         alike.setdefault((scaling, a.shape, b.shape, a.dtype, b.dtype, a.device), []).append((a, b))
     squares = []
     for (scaling, *_), group in alike.items():
-        most = together(group[0][0].numel() + group[0][1].numel(), group[0][0].device)
-        for i in range(0, len(group), most):
-            a, b = (torch.stack(same).to(sum_dtype(same[0].device)) for same in zip(*group[i : i + most], strict=True))
+        first = group[0]
+        for part in chunks(group, first[0].numel() + first[1].numel(), first[0].device):
+            a, b = (torch.stack(same).to(sum_dtype(same[0].device)) for same in zip(*part, strict=True))
             squares.append(scaling**2 * ((b.mT @ b) * (a @ a.mT)).sum())
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().clamp_(min=0.0).sqrt_()
 

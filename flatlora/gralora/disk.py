@@ -1,10 +1,10 @@
-"""An adapter's two files, written so that no fault mixes those of two adapters, and read so that none goes unseen.
+"""An adapter's two files, written so that no fault mixes those of two adapters, and read so that a mixture is noticed.
 
 PEFT's format is a pair, ``adapter_config.json`` and ``adapter_model.safetensors``, and no file system replaces two
-files at once. So the weights carry a copy of their configuration in the header of their file: to this library that one
-file is the adapter, and its rename is the moment at which the old adapter becomes the new one. PEFT reads the two
-apart, and new weights under an old alpha would be wrong without a word; so an old configuration that differs is out of
-the way before new weights arrive, and the new one comes last. A fault leaves one of these:
+files at once. So the weights' file has a copy of the configuration in its header: it alone is the adapter for this
+library, and its rename replaces the old adapter. PEFT reads both files, and would take new weights with an old alpha;
+so an old configuration that differs is moved aside before the new weights arrive, and the new one comes last. A fault
+leaves one of these:
 
     at the fault                           load_gralora              PeftModel.from_pretrained
     before anything is moved               the old adapter           the old adapter
@@ -12,9 +12,9 @@ the way before new weights arrive, and the new one comes last. A fault leaves on
     new weights in place                   the new adapter           raises: no adapter_config.json (2)
     new configuration in place             the new adapter           the new adapter
 
-(1) Weights that PEFT wrote carry no configuration: then it raises, and names the file to rename. An exception, unlike
-a kill, moves the file back itself.
-(2) Where the configuration is the same as before it is never moved, and PEFT too has the new adapter from here on.
+(1) If PEFT wrote the old weights, they carry no configuration: it raises, and names the file to rename. After an
+exception, unlike after a kill, the file is moved back.
+(2) A configuration that stays the same is never moved: PEFT has the new adapter from here on.
 
 Both files are complete and flushed to the disk before the first move, and each move before the next.
 """
@@ -25,21 +25,23 @@ import errno
 import json
 import logging
 import os
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["CONFIG", "FORMER", "WEIGHTS", "read_adapter", "write_adapter", "write_weights"]
+__all__ = ["read_adapter", "write_adapter", "write_weights"]
 
 logger = logging.getLogger("flatlora")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMER = "adapter_config.former.json"  # the old configuration, while new weights take the place of its own
 _CARRIED = "adapter_config"  # in the header of the weights' file
-_DECISIVE = ("peft_type", "r", "gralora_k", "alpha", "hybrid_r")  # what the weights mean nothing without
+_DECISIVE = ("peft_type", "r", "gralora_k", "alpha", "hybrid_r")  # what the weights depend on
 
 
 def _safetensors() -> Any:
@@ -57,46 +59,51 @@ def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tenso
     """Puts an adapter into `folder`, made if it is not there, in place of the one that may be in it.
 
     Raises:
-        OSError: the disk is full, a limit is reached, or the like; the old adapter is as it was, or the new one is
-            whole.
+        OSError: the disk is full, a limit is reached, or the like; the old adapter or the new one is whole.
         ImportError: safetensors is missing.
     """
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     # "format" is what transformers asks for.
     weights = _safetensors().torch.save(tensors, metadata={"format": "pt", _CARRIED: text})
     folder.mkdir(parents=True, exist_ok=True)
-    new_config, new_weights = (folder / f"{name}.{_rank()}.tmp" for name in (CONFIG, WEIGHTS))
-    try:
-        _write(new_weights, weights)
-        _write(new_config, text.encode())
+    with _written(folder / WEIGHTS, weights) as new_weights, _written(folder / CONFIG, text.encode()) as new_config:
         _replace(folder, new_config, new_weights)
-    finally:
-        for file in (new_config, new_weights):
-            file.unlink(missing_ok=True)
 
 
 def write_weights(file: Path, tensors: dict[str, Tensor]) -> None:
     """Writes `tensors` to `file`, in place of what it holds."""
-    new = file.with_name(f"{file.name}.{_rank()}.tmp")
-    try:
-        _write(new, _safetensors().torch.save(tensors, metadata={"format": "pt"}))
+    with _written(file, _safetensors().torch.save(tensors, metadata={"format": "pt"})) as new:
         os.replace(new, file)
+
+
+@contextmanager
+def _written(path: Path, content: bytes) -> Iterator[Path]:
+    """A complete file that is to be moved to `path`; it is removed if it was not."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    # Ranks that save the same adapter at once, as sharded models ask of all, have files of their own.
+    new = path.with_name(f"{path.name}.{torch.distributed.get_rank() if distributed else 0}.tmp")
+    try:
+        with open(new, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        yield new
     finally:
         new.unlink(missing_ok=True)
 
 
 def _replace(folder: Path, new_config: Path, new_weights: Path) -> None:
-    """The moves, in the order that the table at the top of this module is about."""
+    """The moves, in the order of the table at the top of this module."""
     config, former = folder / CONFIG, folder / FORMER
     had_config = config.exists()
     try:
         if had_config and config.read_bytes() != new_config.read_bytes():
-            with suppress(FileNotFoundError):  # another rank, that saves the same, was here first
+            with suppress(FileNotFoundError):  # another rank that saves the same was first
                 os.replace(config, former)
             _sync(folder)
         os.replace(new_weights, folder / WEIGHTS)
     except BaseException:
-        # Ctrl-C can strike right behind a rename: what is on the disk says which were made.
+        # A KeyboardInterrupt may come right after a rename, so the disk has to be asked which were made.
         if had_config and new_weights.exists() and not config.exists():
             os.replace(former, config)
         raise
@@ -106,21 +113,8 @@ def _replace(folder: Path, new_config: Path, new_weights: Path) -> None:
     former.unlink(missing_ok=True)
 
 
-def _rank() -> int:
-    """Ranks that save the same adapter at once, as sharded models ask of all, write to files of their own."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if distributed else 0
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _sync(folder: Path) -> None:
-    """Makes the moves in `folder` so far last, where the system can."""
+    """Flushes the moves in `folder` to the disk, where the system can."""
     if os.name != "posix":
         return  # Windows opens no folders
     descriptor = os.open(folder, os.O_RDONLY)
@@ -157,15 +151,14 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]
     if carried is not None:
         logger.warning("%s has no %s; the weights' own is taken. PEFT finds it once it is saved again", folder, CONFIG)
         return carried, tensors, weights_file
-    left = f"{FORMER}, which an interrupted save moved away from these weights: rename it to {CONFIG}"
-    raise FileNotFoundError(
-        f"{folder} has no {CONFIG}"
-        + (f" but {left}" if (folder / FORMER).is_file() else "; expected a folder that save_gralora or PEFT wrote")
-    )
+    if (folder / FORMER).is_file():
+        left = f"{FORMER}, which an interrupted save moved away from these weights: rename it to {CONFIG}"
+        raise FileNotFoundError(f"{folder} has no {CONFIG} but {left}")
+    raise FileNotFoundError(f"{folder} has no {CONFIG}; expected a folder that save_gralora or PEFT wrote")
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors on the CPU, and what the header of the file says beside them."""
+    """The tensors, on the CPU, and the metadata in the file's header."""
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
@@ -176,10 +169,9 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _parsed(text: bytes, path: Path) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise ValueError(f"it has {', '.join(map(repr, twice))} twice")
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"it has {key!r} twice")
         return dict(pairs)
 
     try:
@@ -194,10 +186,8 @@ def _parsed(text: bytes, path: Path) -> dict[str, Any]:
 def _check_pair(config: dict[str, Any], carried: dict[str, Any], folder: Path) -> None:
     odd = {key: (config.get(key), carried.get(key)) for key in _DECISIVE if config.get(key) != carried.get(key)}
     if odd:
-        said = ", ".join(
-            f"{key} is {in_config!r} in one and {here!r} in the other" for key, (in_config, here) in odd.items()
-        )
+        said = ", ".join(f"{key} is {one!r} in one and {other!r} in the other" for key, (one, other) in odd.items())
         raise ValueError(
-            f"{CONFIG} and {WEIGHTS} in {folder} are of two adapters: {said}. If someone is saving to it now, load "
-            f"again; else put back the file that was replaced, or remove {CONFIG}: the weights carry their own"
+            f"{CONFIG} and {WEIGHTS} in {folder} are of two adapters: {said}. If it is being saved to now, load again; "
+            f"else put back the file that was replaced, or remove {CONFIG}: the weights carry their own"
         )

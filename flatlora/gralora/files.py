@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import checks
-from ..layers.kinds import linear_base
+from ..layers.bases import linear_base
 from ..layers.view import plain_name
-from .contents import PREFIX, SHAPES, adapter, gralora_layers, saved_modules, settings_of
+from .contents import PREFIX, adapter, gralora_layers, saved_modules, settings_of, shapes
 from .disk import read_adapter, write_adapter
 from .layer import GraLoRALinear
 from .targets import check_blocks, check_numbers, find_saved, inside
@@ -26,13 +25,10 @@ logger = logging.getLogger("flatlora")
 _NUMBERS = ("r", "gralora_k", "alpha", "hybrid_r")
 
 
-# --- saving ---------------------------------------------------------------------------------------------------------
-
-
 def save_gralora(model: nn.Module, dir: str | Path) -> None:
     """Writes the adapters of `model`, and its `modules_to_save`, where ``PeftModel.from_pretrained`` can load them.
 
-    Whatever goes wrong, be it a kill or a full disk, `load_gralora` then finds the old adapter or the new one, whole.
+    After any fault, such as a kill or a full disk, `load_gralora` finds the old adapter or the new one, whole.
     Other files in the folder are left alone. A sharded model (FSDP2) is gathered: call it on every rank.
 
     Args:
@@ -41,7 +37,7 @@ def save_gralora(model: nn.Module, dir: str | Path) -> None:
 
     Raises:
         ValueError: the model has no GraLoRA layers, or layers of different r, k, alpha, hybrid_r or dropout, which the
-            format has no words for.
+            format can't hold.
         OSError: the files can't be written.
         TypeError: `model` is not a module.
         ImportError: safetensors is missing.
@@ -49,16 +45,13 @@ def save_gralora(model: nn.Module, dir: str | Path) -> None:
     write_adapter(Path(dir), *adapter(model))
 
 
-# --- loading --------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def load_gralora(model: nn.Module, dir: str | Path) -> nn.Module:
     """Loads an adapter that `save_gralora` or PEFT wrote; the adapter stays trainable.
 
-    A plain model gets GraLoRA layers first, on the layers the file has weights for; a model that has them must have
-    the file's. The log says so where the file names another base model than `model` was loaded from; a base that the
-    weights do not fit is an error. If anything is wrong, nothing has been changed.
+    A plain model gets GraLoRA layers first, where the file has weights; a model with GraLoRA layers must have the
+    file's. A warning says if the file names another base model than `model` was loaded from. If anything is wrong,
+    nothing has been changed.
 
     Args:
         model: the base model, or one after `apply_gralora` with the same layers and numbers.
@@ -76,31 +69,30 @@ def load_gralora(model: nn.Module, dir: str | Path) -> nn.Module:
     """
     present = gralora_layers(checks.module(model))
     config, tensors, source = read_adapter(Path(dir))
-    settings = _check_config(config, source)
-    by_layer, others = _by_layer(tensors)
-    if not by_layer:
+    numbers = _check_config(config, source)
+    weights = _by_plain_name(tensors)
+    names = {key.rpartition(".gralora_")[0] for key in weights if ".gralora_" in key}
+    if not names:
         raise ValueError(f"{dir} has no weights of GraLoRA layers")
-    bases = _bases_of_present(present, by_layer, settings) if present else _bases_of_fresh(model, by_layer)
+    settings = {key: config[key] for key in _NUMBERS}
+    bases = _bases_of_present(present, names, settings) if present else _bases_of_fresh(model, names)
     saved = list(saved_modules(model)) if present else find_saved(model, config.get("modules_to_save"))
-    _check_layers(bases, by_layer, settings)
-    _check_saved(model, saved, others, by_layer)
+    check_blocks(bases, numbers["r"], numbers["k"])
+    _check_weights(weights, _expected(model, bases, saved, numbers), settings)
 
-    _tell_of_another_base(config, model)
+    theirs, ours = config.get("base_model_name_or_path"), getattr(model, "name_or_path", None)
+    if theirs and ours and theirs != ours:
+        logger.warning("the adapter was trained on %r, this model is %r", theirs, ours)
     if not present:
-        install(model, bases, saved, **_words(settings), dropout=config.get("gralora_dropout", 0.0))
+        install(model, bases, saved, **numbers)
     own = {plain_name(key): value for key, value in model.state_dict(keep_vars=True).items()}
-    for key, value in tensors.items():
-        own[key.removeprefix(PREFIX)].copy_(value)
+    for key, value in weights.items():
+        own[key].copy_(value)
     return model
 
 
-def _words(settings: dict[str, Any]) -> dict[str, Any]:
-    """PEFT's words in those of `apply_gralora`."""
-    return {"k" if key == "gralora_k" else key: value for key, value in settings.items()}
-
-
 def _check_config(config: dict[str, Any], source: Path) -> dict[str, Any]:
-    """The numbers of a GraLoRA configuration that these layers can do, in PEFT's words."""
+    """The arguments of `GraLoRALinear` that a configuration stands for."""
     if config.get("peft_type") != "GRALORA":
         raise ValueError(f"{source} is of a {config.get('peft_type')} adapter; expected GRALORA")
     missing = [key for key in _NUMBERS if key not in config]
@@ -108,35 +100,26 @@ def _check_config(config: dict[str, Any], source: Path) -> dict[str, Any]:
         raise ValueError(f"the configuration in {source} lacks {', '.join(missing)}")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{source} has bias={config['bias']!r}; only 'none' can be loaded")
-    settings = {key: config[key] for key in _NUMBERS}
+    r, k, alpha, hybrid_r = (config[key] for key in _NUMBERS)
     try:
-        check_numbers(**_words(settings), dropout=config.get("gralora_dropout", 0.0))
+        return check_numbers(r, k, alpha, hybrid_r, config.get("gralora_dropout", 0.0))
     except ValueError as reason:
         raise ValueError(f"the configuration in {source} can't be used: {reason}") from reason
-    return settings
 
 
-def _by_layer(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """The adapters' weights by layer, and the rest, which are those of modules that are saved whole."""
-    by_layer: dict[str, dict[str, Tensor]] = {}
-    others = {}
-    for stored, value in tensors.items():
-        key = stored.removeprefix(PREFIX)
-        if key != stored and key in tensors:
+def _by_plain_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by their names in the model."""
+    for stored in tensors:
+        if stored.startswith(PREFIX) and (key := stored.removeprefix(PREFIX)) in tensors:
             raise ValueError(f"the adapter has weights for {key!r} twice, as {key!r} and as {stored!r}")
-        name, found, part = key.rpartition(".gralora_")
-        if found:
-            by_layer.setdefault(name, {})["gralora_" + part] = value
-        else:
-            others[key] = value
-    return by_layer, others
+    return {stored.removeprefix(PREFIX): value for stored, value in tensors.items()}
 
 
-def _bases_of_fresh(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The layers that `names` are of in a model without adapters, in the model's order."""
+def _bases_of_fresh(model: nn.Module, names: set[str]) -> dict[str, nn.Module]:
+    """The layers of those names in a model without adapters, in the model's order."""
     check_fresh(model)
     modules = dict(model.named_modules())
-    for name in names:
+    for name in sorted(names):
         if name not in modules or linear_base(modules[name]) is None:
             found = type(modules[name]).__name__ if name in modules else "no such module"
             raise ValueError(f"the adapter is for another base: layer {name!r} is {found} in {type(model).__name__}")
@@ -144,74 +127,62 @@ def _bases_of_fresh(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Modu
 
 
 def _bases_of_present(
-    present: dict[str, GraLoRALinear], names: Iterable[str], settings: dict[str, Any]
+    present: dict[str, GraLoRALinear], names: set[str], settings: dict[str, Any]
 ) -> dict[str, nn.Module]:
-    """The base layers of a model whose GraLoRA layers are those that the adapter has weights for."""
+    """The base layers of a model's GraLoRA layers, which must be those of the adapter."""
     layers = {plain_name(name): layer for name, layer in present.items()}
-    odd = sorted(layers.keys() ^ set(names))
-    if odd:
+    instead = "Call unload_gralora(model) and load on the base"
+    if odd := sorted(layers.keys() ^ names):
         raise ValueError(
-            f"the adapter has {len(set(names))} layers, the model {len(layers)}; found in one alone: "
-            f"{', '.join(odd[:3])}{' and others' if len(odd) > 3 else ''}. Call unload_gralora(model) and load on the "
-            "base"
+            f"the adapter has {len(names)} layers, the model {len(layers)}; found in one alone: {checks.some(odd)}. "
+            + instead
         )
     for name, layer in layers.items():
-        if settings_of(layer) != settings:
-            raise ValueError(
-                f"the adapter has {settings}, layer {name!r} of the model {settings_of(layer)}. Call "
-                "unload_gralora(model) and load on the base"
-            )
+        own = {key: value for key, value in settings_of(layer).items() if key in settings}
+        if own != settings:
+            raise ValueError(f"the adapter has {settings}, layer {name!r} of the model {own}. {instead}")
     return {name: layer.base_layer for name, layer in layers.items()}
 
 
-def _check_layers(
-    bases: dict[str, nn.Module], by_layer: dict[str, dict[str, Tensor]], settings: dict[str, Any]
-) -> None:
-    r, k, hybrid_r = settings["r"], settings["gralora_k"], settings["hybrid_r"]
-    check_blocks(bases, r, k)
+def _expected(
+    model: nn.Module, bases: dict[str, nn.Module], saved: list[str], numbers: dict[str, Any]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every weight that the adapter must have, by name in the model."""
+    expected = {}
+    whole = [plain_name(name) for name in saved]
     for name, base in bases.items():
+        if inside(name, whole) is not None:
+            raise ValueError(f"the adapter has weights for layer {name!r}, which its modules_to_save hold whole too")
         if base.weight.device.type == "meta":
             raise ValueError(f"layer {name!r} is on the meta device, which holds no values; load the base model first")
         m, n = linear_base(base).shape  # type: ignore[union-attr]
-        expected = {part: shape(m, n, r, k, hybrid_r) for part, shape in SHAPES.items()}
-        if not hybrid_r:
-            expected = {part: shape for part, shape in expected.items() if "general" not in part}
-        found = {part: tuple(value.shape) for part, value in by_layer[name].items()}
-        if found != expected:
+        for part, shape in shapes(m, n, numbers["r"], numbers["k"], numbers["hybrid_r"]).items():
+            expected[f"{name}.{part}"] = shape, torch.float32
+    for name, plain in zip(saved, whole, strict=True):
+        for key, value in model.get_submodule(name).state_dict().items():
+            expected[f"{plain}.{key}"] = tuple(value.shape), value.dtype
+    return expected
+
+
+def _check_weights(
+    weights: dict[str, Tensor], expected: dict[str, tuple[tuple[int, ...], torch.dtype]], settings: dict[str, Any]
+) -> None:
+    """ValueError unless the weights are those expected, in dtypes that can be copied for what they are."""
+    for key in sorted(weights.keys() | expected.keys()):
+        found = tuple(weights[key].shape) if key in weights else None
+        shape, dtype = expected.get(key, (None, torch.float32))
+        layer, is_adapter, part = key.rpartition(".gralora_")
+        if found != shape and is_adapter:
             raise ValueError(
-                f"the adapter does not fit layer {name!r} ({n} inputs, {m} outputs) with {settings}: expected "
-                f"{expected}, found {found}"
+                f"the adapter does not fit layer {layer!r} with {settings}: expected gralora_{part} "
+                f"{shape or 'missing'}, found {found or 'missing'}"
             )
-        for part, value in by_layer[name].items():
-            _check_dtype(f"{name}.{part}", value, torch.float32)
-
-
-def _check_saved(model: nn.Module, saved: list[str], others: dict[str, Tensor], adapted: Iterable[str]) -> None:
-    names = {plain_name(name): model.get_submodule(name) for name in saved}
-    both = next((name for name in adapted if inside(name, names) is not None), None)
-    if both is not None:
-        raise ValueError(f"the adapter has weights for layer {both!r}, which its modules_to_save hold whole as well")
-    own = {f"{name}.{key}": value for name, module in names.items() for key, value in module.state_dict().items()}
-    expected = {key: tuple(value.shape) for key, value in own.items()}
-    found = {key: tuple(value.shape) for key, value in others.items()}
-    if found != expected:
-        odd = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))[0]
-        raise ValueError(
-            f"the adapter's modules_to_save do not fit: {odd!r} is {found.get(odd, 'missing')} in the file and "
-            f"{expected.get(odd, 'not saved whole')} in the model"
-        )
-    for key, value in others.items():
-        _check_dtype(key, value, own[key].dtype)
-
-
-def _check_dtype(key: str, value: Tensor, own: torch.dtype) -> None:
-    """ValueError unless `value` can be copied into a tensor of dtype `own` for what it is."""
-    if value.dtype != own and not (value.is_floating_point() and own.is_floating_point):
-        kind = "a float" if own.is_floating_point else own
-        raise ValueError(f"the adapter's weight {key!r} is of {value.dtype}; expected {kind} dtype")
-
-
-def _tell_of_another_base(config: dict[str, Any], model: nn.Module) -> None:
-    theirs, ours = config.get("base_model_name_or_path"), getattr(model, "name_or_path", None)
-    if theirs and ours and theirs != ours:
-        logger.warning("the adapter was trained on %r, this model is %r", theirs, ours)
+        if found != shape:
+            raise ValueError(
+                f"the adapter's modules_to_save do not fit: {key!r} is {'missing' if found is None else found} in the "
+                f"file and {'not saved whole' if shape is None else shape} in the model"
+            )
+        given = weights[key]
+        if given.dtype != dtype and not (given.is_floating_point() and dtype.is_floating_point):
+            kind = "a float" if dtype.is_floating_point else dtype
+            raise ValueError(f"the adapter's weight {key!r} is of {given.dtype}; expected {kind} dtype")

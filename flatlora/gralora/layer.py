@@ -13,20 +13,20 @@ from ..kernels.low_rank import add_low_rank, base_product, compute_dtype
 from ..kernels.operators import is_tracing
 from ..layers.adapter import block_factors
 from ..layers.base import BaseWeight
+from ..layers.bases import linear_base
 from ..layers.bnb import hold_training_layout
-from ..layers.kinds import linear_base
 from .targets import check_blocks, check_numbers
 
 __all__ = ["GraLoRALinear"]
 
 
 class GraLoRALinear(nn.Module):
-    """A frozen linear layer whose weight (m, n) gets an own low-rank adapter in each of its k×k blocks.
+    """A frozen linear layer whose weight (m, n) has a low-rank adapter in each of its k×k blocks.
 
     GraLoRA (arXiv:2505.20355, Section 3) adds ``ΔW_ij = s·B_ij·A_ij`` to block row i, block column j, with ``A_ij``
-    (r/k, n/k), ``B_ij`` (m/k, r/k) and ``s = alpha / (r + hybrid_r)``: the parameters and the arithmetic of a LoRA of
-    rank r, an update of rank up to k·r, and an outlier among the inputs reaches the adapters of its own block column
-    alone. A hybrid has a plain LoRA of rank `hybrid_r` beside the blocks.
+    (r/k, n/k), ``B_ij`` (m/k, r/k) and ``s = alpha / (r + hybrid_r)``. It costs what a LoRA of rank r does, its update
+    has a rank of up to k·r, and an outlier among the inputs affects the adapters of its own block column alone. A
+    hybrid has a plain LoRA of rank `hybrid_r` beside the blocks.
 
     Parameters are named, shaped and initialised as PEFT's: ``gralora_A`` (k, n/k, r), Kaiming-uniform, ``gralora_B``
     (k, r, m/k), zero; of a hybrid ``gralora_A_general.weight`` (hybrid_r, n) and ``gralora_B_general.weight``
@@ -94,41 +94,35 @@ class GraLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if is_tracing() or (base := self.base).kind != "float" or not base.fusable(x):
-            # Layers of other libraries may keep their output for backward, or hand out a view of it.
+            # Not in place: layers of other libraries may keep their output for backward, or return a view.
             return self.add_update(self.base_layer(x), x)
         if self._dropping:
             return self.add_update(base_product(x, base.float_weight(), self.base_layer.bias), x, in_place=True)
         return self.add_update(None, x)
 
     def add_update(self, out: Tensor | None, x: Tensor, in_place: bool = False) -> Tensor:
-        """``out + x·ΔWᵀ`` for x (..., n) and out (..., m), in the dtype of `out`; into `out` itself if `in_place`.
+        """``out + x·ΔWᵀ`` for x (..., n) and out (..., m), in the dtype of `out`, written into `out` if `in_place`.
 
-        Without `out` it is the base's output, which saves a temporary; the base must be float, and x not dropped.
+        Without `out` the base's output is computed too, which saves a temporary; for a float base without dropout.
         """
         dtype = compute_dtype(x, self.gralora_A.dtype)
-        if is_tracing():
+        how, blocks = BlockOptions(self.scaling, dtype, in_place), (self.gralora_A, self.gralora_B)
+        if is_tracing():  # plain operations, which the compiler fuses
             assert out is not None
-            return self._add_update_compiled(out, x, dtype)
-        weight = bias = None
-        if out is None:
-            weight, bias = self.base.float_weight(), self.base_layer.bias
-        how = BlockOptions(self.scaling, dtype, in_place)
-        out = AddBlocks.apply(how, self._dropped(x), self.gralora_A, self.gralora_B, out, weight, bias)
+            out = add_blocks(how, self._dropped(x), *blocks, out)
+        else:
+            base = (self.base.float_weight(), self.base_layer.bias) if out is None else (None, None)
+            out = AddBlocks.apply(how, self._dropped(x), *blocks, out, *base)
         if self.gralora_A_general is None:
             return out
         A, B = self.gralora_A_general.weight, self.gralora_B_general.weight
+        if is_tracing():
+            update = self._dropped(x).to(dtype) @ A.to(dtype).t() @ B.to(dtype).t()
+            return out + (self.scaling * update).to(out.dtype)
         return add_low_rank(out, self._dropped(x), True, dtype, (self.scaling,), A, B)
 
-    def _add_update_compiled(self, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The same in plain operations, which the compiler fuses itself."""
-        out = add_blocks(BlockOptions(self.scaling, dtype), self._dropped(x), self.gralora_A, self.gralora_B, out)
-        if self.gralora_A_general is None:
-            return out
-        A, B = self.gralora_A_general.weight.to(dtype), self.gralora_B_general.weight.to(dtype)
-        return out + (self.scaling * (self._dropped(x).to(dtype) @ A.t() @ B.t())).to(out.dtype)
-
     def _dropped(self, x: Tensor) -> Tensor:
-        """Input of one part of the adapter: blocks and hybrid drop elements each on their own, as in PEFT."""
+        """The input of one part of the adapter: blocks and hybrid have dropout masks of their own, as in PEFT."""
         return self.dropout(x.to(self.gralora_A.dtype)) if self._dropping else x
 
     @property

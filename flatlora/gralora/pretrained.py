@@ -1,9 +1,8 @@
 """A transformers model with GraLoRA: the Trainer trains it, quantised too, and saves its adapters alone.
 
-transformers has a flag for a model that PEFT put adapters into, `_hf_peft_config_loaded`. Under it alone the Trainer
-takes a quantised model, and gradient checkpointing has the embeddings' output require a gradient; both are right for
-GraLoRA. To save such a model, transformers would look for PEFT's own layers, so the model gets a `save_pretrained` of
-its own, which writes what `save_gralora` does.
+transformers marks a model that PEFT put adapters into by `_hf_peft_config_loaded`. With it the Trainer takes a
+quantised model, and gradient checkpointing has the embeddings' output require a gradient; both are right for GraLoRA.
+To save such a model, transformers looks for PEFT's own layers, so the model gets a `save_pretrained` of its own.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def withdraw(model: nn.Module) -> None:
 
 
 def _quiet_about_frozen(model: nn.Module, keys: Any) -> None:
-    """A checkpoint that has all that is trained lacks nothing; the Trainer would list the whole base as missing."""
+    """Has the Trainer not list the frozen base as missing from a checkpoint of all that is trained."""
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     if set(keys.missing_keys) == frozen:
         keys.missing_keys.clear()
@@ -53,17 +52,17 @@ def _save_pretrained(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Writes the adapters alone, as `save_gralora` does and where it and PEFT load them; `push_to_hub` uploads them.
+    """Writes the adapters alone, as `save_gralora` does; `push_to_hub` uploads them.
 
-    Of a model without an adapter the Trainer's resuming and its best model load no other file than
-    ``model.safetensors``, so a folder that is one of its checkpoints gets one, with all that training changes.
+    The Trainer resumes, and loads its best model, from a ``model.safetensors``. So a folder that is one of its
+    checkpoints gets one too, with all that training changes.
 
     Args:
         save_directory, is_main_process, state_dict, push_to_hub: as in transformers.
-        kwargs: `repo_id` and others of the model's `push_to_hub`; what shapes the files of a whole model is not read.
+        kwargs: `repo_id` and others of the model's `push_to_hub`; options for a whole model's files are ignored.
     """
     if not is_main_process and state_dict is not None:
-        return  # it may be empty where nobody saves
+        return  # where nothing is saved it may be empty
     folder = Path(save_directory)
     config, weights = adapter(model, state_dict)
     trained = _trained(model, state_dict) if re.fullmatch(r"checkpoint-\d+", folder.name) else {}
@@ -78,7 +77,7 @@ def _save_pretrained(
 
 
 def _trained(model: nn.Module, state_dict: dict[str, Any] | None) -> dict[str, Tensor]:
-    """What a step may change beside the adapters as well, such as a norm's weight that was unfrozen and its buffers."""
+    """All that a step may change, such as an unfrozen norm's weight and its buffers."""
     state = model.state_dict(keep_vars=True) if state_dict is None else state_dict
     names = {name for name, p in model.named_parameters() if p.requires_grad} | {n for n, _ in model.named_buffers()}
     return {name: full_tensor(state[name].detach()).cpu().clone().contiguous() for name in state if name in names}

@@ -1,4 +1,4 @@
-"""What `apply_gralora` is asked for: finding the layers, as PEFT reads their names, and checking what fits them."""
+"""The arguments of `apply_gralora`: finding the layers by name, as PEFT does, and checking the numbers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from .. import checks
-from ..layers.kinds import linear_base
+from ..layers.bases import linear_base
 
-__all__ = ["check_blocks", "check_numbers", "find_saved", "find_targets"]
+__all__ = ["check_blocks", "check_numbers", "find_saved", "find_targets", "inside"]
 
 
 def check_numbers(r: int, k: int, alpha: float, hybrid_r: int, dropout: float) -> dict[str, Any]:
@@ -39,50 +39,32 @@ def check_blocks(bases: dict[str, nn.Module], r: int, k: int) -> None:
             )
 
 
-def named(model: nn.Module, entry: str) -> list[str]:
-    """Names of the modules that are `entry`, or end in it after a dot."""
-    return [name for name, _ in model.named_modules() if name == entry or name.endswith(f".{entry}")]
-
-
-def no_match(model: nn.Module, entry: str, what: str) -> ValueError:
-    """The error for an `entry` that no module's name matches, with names near it."""
-    names = [name for name, module in model.named_modules() if linear_base(module) is not None]
-    known = sorted({end for name in names for end in (name, name.rpartition(".")[2])})
-    near = difflib.get_close_matches(entry, known, 5, 0.5) or sorted({name.rpartition(".")[2] for name in names})[:8]
-    return ValueError(f"{what} {entry!r} matches no module of {type(model).__name__}; near it are: {', '.join(near)}")
-
-
-def find_saved(model: nn.Module, modules_to_save: Iterable[str] | None) -> list[str]:
-    """Full names of the modules that are trained whole; one that lies in another of them goes with that one."""
-    found: list[str] = []
-    for entry in _entries("modules_to_save", modules_to_save or ()):
-        names = named(model, entry)
-        if not names:
-            raise no_match(model, entry, "modules_to_save entry")
-        found += [name for name in names if name not in found]
-    return [name for name in found if inside(name, found) == name]
-
-
 def inside(name: str, modules: Iterable[str]) -> str | None:
     """The outermost of `modules` that the module `name` is or lies in."""
     return min((outer for outer in modules if f"{name}.".startswith(f"{outer}.")), key=len, default=None)
+
+
+def find_saved(model: nn.Module, modules_to_save: Iterable[str] | None) -> list[str]:
+    """Full names of the modules that are trained whole, without those that lie in others of them."""
+    listed = _listed(model, "modules_to_save", modules_to_save or ())
+    found = list(dict.fromkeys(name for names in listed.values() for name in names))
+    return [name for name in found if inside(name, found) == name]
 
 
 def find_targets(model: nn.Module, targets: str | Iterable[str], saved: list[str]) -> dict[str, nn.Module]:
     """The linear layers that `targets` names in PEFT's ways, without those in a saved module."""
     free = {name: module for name, module in model.named_modules() if name and inside(name, saved) is None}
     if not isinstance(targets, str):
-        names = _listed(model, targets, free)
+        names = _in_list(model, targets, free)
     elif targets.lower() == "all-linear":
         names = _all_linear(model, free)
     else:
         names = _matching(model, targets, free)
     for name in names:
         if linear_base(free[name]) is None:
-            kind = type(free[name]).__name__
             raise ValueError(
-                f"target module {name!r} is a {kind}; expected nn.Linear, Conv1D, Linear4bit or Linear8bitLt. Name the "
-                "linear layers alone"
+                f"target module {name!r} is a {type(free[name]).__name__}; expected nn.Linear, Conv1D, Linear4bit or "
+                "Linear8bitLt. Name the linear layers alone"
             )
     return {name: free[name] for name in names}
 
@@ -101,37 +83,49 @@ def _matching(model: nn.Module, pattern: str, free: dict[str, nn.Module]) -> lis
         names = [name for name in free if re.fullmatch(pattern, name)]
     except re.error as reason:
         raise ValueError(f"target_modules {pattern!r} is not a regular expression: {reason}") from reason
-    if not names and named(model, pattern):
+    if not names and _named(model, pattern):
         raise ValueError(
             f"target_modules {pattern!r} is a string, which is a regular expression for whole names, and none that may "
             f"be adapted is called so; pass a list: [{pattern!r}]"
         )
     if not names:
-        raise no_match(model, pattern, "target_modules, a regular expression for whole names,")
+        raise _no_match(model, pattern, "target_modules, a regular expression for whole names,")
     return names
 
 
-def _listed(model: nn.Module, targets: Iterable[str], free: dict[str, nn.Module]) -> list[str]:
+def _in_list(model: nn.Module, targets: Iterable[str], free: dict[str, nn.Module]) -> list[str]:
     wanted: set[str] = set()
-    for entry in _entries("target_modules", targets):
-        anywhere = named(model, entry)
-        matched = [name for name in anywhere if name in free]
-        if anywhere and not matched:
+    for entry, names in _listed(model, "target_modules", targets).items():
+        if free.keys().isdisjoint(names):
             raise ValueError(
                 f"target_modules entry {entry!r} lies in modules_to_save, whose modules are trained whole; name it in "
                 "one of the two alone"
             )
-        if not matched:
-            raise no_match(model, entry, "target_modules entry")
-        wanted.update(matched)
+        wanted.update(names)
     if not wanted:
         raise ValueError("target_modules is empty; name the layers to adapt, or pass 'all-linear'")
     return [name for name in free if name in wanted]
 
 
-def _entries(argument: str, names: Iterable[str]) -> list[str]:
-    """`names` as a list if it holds strings and is none itself; else ValueError."""
-    entries = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else None
-    if entries is None or not all(isinstance(entry, str) for entry in entries):
-        raise ValueError(f"{argument} must be a list of module names, got {names!r}")
-    return entries
+def _listed(model: nn.Module, argument: str, entries: Iterable[str]) -> dict[str, list[str]]:
+    """The modules that each entry of a list names; ValueError if it is no list of names or one names none."""
+    given = list(entries) if isinstance(entries, Iterable) and not isinstance(entries, str) else None
+    if given is None or not all(isinstance(entry, str) for entry in given):
+        raise ValueError(f"{argument} must be a list of module names, got {entries if given is None else given!r}")
+    found = {entry: _named(model, entry) for entry in given}
+    if missing := next((entry for entry, names in found.items() if not names), None):
+        raise _no_match(model, missing, f"{argument} entry")
+    return found
+
+
+def _named(model: nn.Module, entry: str) -> list[str]:
+    """Names of the modules that are `entry`, or end in it after a dot."""
+    return [name for name, _ in model.named_modules() if name == entry or name.endswith(f".{entry}")]
+
+
+def _no_match(model: nn.Module, entry: str, what: str) -> ValueError:
+    """The error for an `entry` that no module's name matches, with names near it."""
+    names = [name for name, module in model.named_modules() if linear_base(module) is not None]
+    endings = {name.rpartition(".")[2] for name in names}
+    near = difflib.get_close_matches(entry, sorted({*names, *endings}), 5, 0.5) or sorted(endings)[:8]
+    return ValueError(f"{what} {entry!r} matches no module of {type(model).__name__}; near it are: {', '.join(near)}")

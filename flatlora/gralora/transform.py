@@ -24,17 +24,6 @@ __all__ = ["apply_gralora", "merge_gralora", "unload_gralora"]
 logger = logging.getLogger("flatlora")
 
 
-def _adapted(model: nn.Module) -> dict[str, GraLoRALinear]:
-    layers = gralora_layers(checks.module(model))
-    if "" in layers:
-        raise ValueError("model is a GraLoRALinear itself; pass the module that holds it")
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no GraLoRA layers; call apply_gralora(model, target_modules) first"
-        )
-    return layers
-
-
 def apply_gralora(
     model: nn.Module,
     target_modules: str | Iterable[str],
@@ -77,7 +66,7 @@ def apply_gralora(
 
 
 def check_fresh(model: nn.Module) -> None:
-    """Raises unless `model` is a module without adapters that nothing distributed wraps yet."""
+    """Raises unless `model` is a module without adapters that DistributedDataParallel does not wrap yet."""
     checks.module(model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("apply GraLoRA before DistributedDataParallel wraps the model, or it is never reduced")
@@ -98,36 +87,29 @@ def install(model: nn.Module, targets: dict[str, nn.Module], saved: list[str], *
         for name, base in targets.items():
             layers[name] = GraLoRALinear(base, **settings).train(base.training)
         # Copies, so that what is tied to them (input embeddings to the output head) stays frozen.
-        copies = {name: deepcopy(module) for name, module in before.modules.items()}
+        copies = {name: deepcopy(module).requires_grad_(True) for name, module in before.modules.items()}
     except BaseException:  # such as a lack of memory
         for layer in layers.values():
             layer._layout.release()
         _set_trainable(model, before.trainable)
         raise
     model.requires_grad_(False)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-    for name, module in copies.items():
-        model.set_submodule(name, module.requires_grad_(True))
+    for name, module in [*layers.items(), *copies.items()]:
+        model.set_submodule(name, module)
     model._before_gralora = before  # type: ignore[assignment]
     declare(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    logger.info(
-        "GraLoRA on %d layers: %s trainable parameters of %s (%.2f %%)",
-        len(layers),
-        f"{trained:,}",
-        f"{total:,}",
-        100 * trained / total,
-    )
+    told = f"GraLoRA on {len(targets)} layers: {trained:,} trainable parameters of {total:,} ({trained / total:.2%})"
+    logger.info(told)
     return model
 
 
 def unload_gralora(model: nn.Module) -> nn.Module:
     """Takes the adapters off: `model` is as it was before `apply_gralora`, bit for bit, and is returned.
 
-    Whatever perturbs the model, such as GGPO's noise or an auxiliary of Bi-LoRA, comes off with them. What has been
-    moved to another device, or put in another mode, stays there.
+    Whatever perturbs the model, such as GGPO's noise or an auxiliary of Bi-LoRA, comes off too. Device and mode (train
+    or eval) stay what they are.
 
     Raises:
         ValueError: the model has no GraLoRA layers, or is one itself.
@@ -149,11 +131,10 @@ def merge_gralora(model: nn.Module) -> nn.Module:
     """Folds every update into its base weight, leaves plain layers behind and returns `model`.
 
     Float weights become ``W0 + ΔW``, rounded once. 4-bit and 8-bit weights are dequantised, added to and quantised
-    again with their own settings, which is not exact; that is said in one warning. Modules that were trained whole
-    stay as trained. The weights are new tensors: what else holds the old ones keeps them, and a warning says where a
-    model's own tie (of its input embeddings and its head) comes undone. Whatever perturbs the model,
-    such as GGPO's noise or an auxiliary of Bi-LoRA, comes off first. Should memory run out on the way, each layer is
-    either merged or adapted still, the model computes what it did, and another call merges the rest.
+    again with their own settings, which is not exact; a warning says so. Modules that were trained whole stay as
+    trained. The weights are new tensors; a warning says where that undoes a tie (of input embeddings and head).
+    Whatever perturbs the model comes off first. If memory runs out on the way, each layer is either merged or still
+    adapted, the model computes what it did, and another call merges the rest.
 
     Raises:
         ValueError: the model has no GraLoRA layers, is one itself, or has a base weight that can't be written; nothing
@@ -163,10 +144,8 @@ def merge_gralora(model: nn.Module) -> nn.Module:
     layers = _adapted(model)
     for name, layer in layers.items():
         if layer.base.kind == "opaque":
-            raise ValueError(
-                f"layer {name!r}: the weight of a {type(layer.base_layer).__name__} can't be merged into; merge into "
-                "the float model that it was quantised from"
-            )
+            kind = type(layer.base_layer).__name__
+            raise ValueError(f"layer {name!r}: the weight of a {kind} can't be merged into; merge into the float model")
     quantised = sum(layer.base.kind != "float" for layer in layers.values())
     if quantised:
         warnings.warn(
@@ -189,8 +168,18 @@ def merge_gralora(model: nn.Module) -> nn.Module:
     return _forget(model)
 
 
+def _adapted(model: nn.Module) -> dict[str, GraLoRALinear]:
+    layers = gralora_layers(checks.module(model))
+    if "" in layers:
+        raise ValueError("model is a GraLoRALinear itself; pass the module that holds it")
+    if not layers:
+        name = type(model).__name__
+        raise ValueError(f"{name} has no GraLoRA layers; call apply_gralora(model, target_modules) first")
+    return layers
+
+
 def _untied(model: nn.Module, layers: dict[str, GraLoRALinear]) -> list[str]:
-    """The layers, and modules that are trained whole, whose own weights merging leaves in place of shared ones."""
+    """The layers, and modules that are trained whole, whose weights merging unties from others."""
     holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     whole = [name for name, one in saved_modules(model).items() if any(id(p) in holders for p in one.parameters())]
     return [name for name, layer in layers.items() if holders[id(layer.base_layer.weight)] > 1] + whole
@@ -202,7 +191,7 @@ def _take_off(model: nn.Module, name: str, layer: GraLoRALinear) -> None:
 
 
 def _forget(model: nn.Module) -> nn.Module:
-    """Ends a model's time with GraLoRA, once the layers are off: what was trainable before is so again."""
+    """Restores what was trainable before, once the layers are off."""
     for module, before in records(model).values():
         _set_trainable(module, before.trainable)
         del module._before_gralora

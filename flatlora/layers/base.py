@@ -1,10 +1,10 @@
-"""The frozen weight of a linear layer, read without caring how it is stored: one class for each way."""
+"""The frozen weight of a linear layer: one class for each way of storing it."""
 
 from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, ClassVar, Literal
 
@@ -13,16 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels.low_rank import autocasts
 
-__all__ = [
-    "OFFLOADED",
-    "BaseWeight",
-    "FloatBase",
-    "OpaqueBase",
-    "corner",
-    "full_tensor",
-    "hooked",
-    "sum_dtype",
-]
+__all__ = ["OFFLOADED", "BaseWeight", "FloatBase", "OpaqueBase", "corner", "full_tensor", "hooked", "sum_dtype"]
 
 _BLOCK = 1 << 22  # elements of a base weight that are upcast at a time
 _CPU_BLOCK = 1 << 18  # on a CPU, in whose cache they stay
@@ -31,15 +22,15 @@ OFFLOADED = (
     "where they can't be read and adapters get no gradient; give the model a device, or quantise it"
 )
 _OWN = (nn.Parameter, Tensor)
-_STORING = ("torch.distributed.", "torch._", "bitsandbytes.")  # whose tensors hold the values that they stand for
+_STORING = ("torch.distributed.", "torch._", "bitsandbytes.")  # modules whose tensor classes store their values
 _UNITS = 128  # unit vectors that an opaque layer is applied to at a time
-# Whether torch multiplies bfloat16 on a GPU with a result in float32: NVIDIA's alone, from version 2.8 on.
+# torch multiplies bfloat16 into a float32 result on NVIDIA GPUs alone, from version 2.8 on.
 _MIXES = torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype")
 _float64 = {"cpu": True, "cuda": True, "meta": True, "mps": False}  # other kinds of device are tried once
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """The dtype for small sums and r×r algebra: float64 wherever the device has it."""
+    """The dtype for small sums and r×r algebra: float64 where the device has it, else float32."""
     return torch.float64 if _has_float64(device.type) else torch.float32
 
 
@@ -47,7 +38,7 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 def _has_float64(kind: str) -> bool:
     if kind not in _float64:
         try:
-            torch.ones(1, dtype=torch.float64, device=kind).add_(1)  # a kernel is needed: some allocate, and no more
+            torch.ones(1, dtype=torch.float64, device=kind).add_(1)  # some devices allocate float64 and have no kernels
             _float64[kind] = True
         except (RuntimeError, TypeError):
             _float64[kind] = False
@@ -55,27 +46,27 @@ def _has_float64(kind: str) -> bool:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor behind a sharded one (FSDP2, tensor parallel); any other tensor as it is."""
+    """The full tensor of a sharded one (FSDP2, tensor parallel); any other tensor as it is."""
     full = getattr(tensor, "full_tensor", None)
     return full() if full is not None else tensor
 
 
 def corner(tensor: Tensor) -> bytes | None:
-    """The bits of one element, where reading them stalls no device, without launching an operator.
+    """The bits of a CPU tensor's first element, which show writes through `.data`; None for other tensors.
 
-    They show writes through `.data`, which autograd does not count.
+    Autograd does not count these writes. No operator is launched.
     """
     if tensor.device.type != "cpu" or not tensor.numel() or hasattr(tensor, "full_tensor"):
         return None
     try:
         address = tensor.data_ptr()
-    except RuntimeError:  # no memory of its own: fake, or wrapped by torch.func
+    except RuntimeError:  # a fake tensor, or one wrapped by torch.func
         return None
     return ctypes.string_at(address, tensor.itemsize) if address else None
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether someone listens in on a module's forward or backward, or has replaced its forward."""
+    """Whether a module has forward or backward hooks, or a `forward` of its own on the instance."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -85,24 +76,17 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def _version(tensor: Tensor) -> tuple[Any, ...] | None:
-    if tensor.is_inference() or hasattr(tensor, "full_tensor"):
-        return None
-    return id(tensor), tensor._version, corner(tensor)
-
-
 class BaseWeight(ABC):
-    """A frozen linear layer's weight ``W0`` of shape (m, n) = (out_features, in_features), however it is stored.
+    """The frozen weight ``W0`` of a linear layer, of shape (m, n) = (out_features, in_features).
 
-    There is a class for each way of storing it; `flatlora.layers.bases.base_weight` finds the one that fits. How a
-    layer stores its weight may change while a model is in use: bitsandbytes quantises on the first `.to()`, torchao
-    replaces the tensor. So a `BaseWeight` is made when the weight is looked at, and is not to be kept.
+    `flatlora.layers.bases.base_weight` chooses the class for a layer. Call it whenever the weight is needed and do not
+    keep the result: bitsandbytes quantises a weight on the first `.to()`, and torchao replaces the tensor.
 
     Attributes:
-        kind: ``"float"``, ``"4bit"`` or ``"8bit"`` (bitsandbytes), or ``"opaque"`` for a base that can only be applied.
-        module: the layer that holds the weight.
+        kind: ``"float"``, ``"4bit"`` or ``"8bit"`` (bitsandbytes), or ``"opaque"`` for a layer that can only be called.
+        module: the layer.
         shape: (m, n).
-        transposed: whether it is stored as (n, m), as `Conv1D` does.
+        transposed: whether the layer stores its weight as (n, m), as `Conv1D` does.
     """
 
     kind: ClassVar[Literal["float", "4bit", "8bit", "opaque"]]
@@ -115,16 +99,16 @@ class BaseWeight(ABC):
     @staticmethod
     @abstractmethod
     def reads(module: nn.Module, weight: Any) -> bool:
-        """Whether this class reads `module`, whose attribute `weight` is given and may be None."""
+        """Whether this class reads `module`; `weight` is the module's attribute of that name, or None."""
 
     @property
     @abstractmethod
     def plain(self) -> bool:
-        """Whether the module computes ``x·W0ᵀ + bias`` and nothing else, as far as its class tells."""
+        """Whether the module's class computes ``x·W0ᵀ + bias`` and nothing else."""
 
     @property
     def mixes(self) -> bool:
-        """Whether products with bfloat16 rows are as in float32: neither the sums nor the result are rounded."""
+        """Whether the product with bfloat16 rows is summed and returned in float32."""
         return False
 
     @property
@@ -138,55 +122,65 @@ class BaseWeight(ABC):
 
     @property
     def version(self) -> tuple[Any, ...] | None:
-        """Another one once the weight has been written to or replaced; None where nobody counts, as if sharded.
+        """A value that changes when the weight is written to or replaced; None where that can't be known (sharded).
 
-        Writes through `.data`, as ReLoRA's merge, are seen in one element on a CPU. On a GPU, where reading it would
-        stall the device, they are not seen, nor is a new storage (``p.data = ...``), as FSDP gives one at every pass;
-        there ``with torch.no_grad(): p.add_(...)`` is seen.
+        A write through `.data` is noticed on a CPU, if it changes the first element. On a GPU neither it nor a new
+        storage (``p.data = ...``) is noticed; ``with torch.no_grad(): p.add_(...)`` is.
         """
-        weight = getattr(self.module, "weight", None)
-        return _version(weight) if isinstance(weight, Tensor) else None
+        tensors = list(self._tensors())
+        if any(tensor.is_inference() or hasattr(tensor, "full_tensor") for tensor in tensors):
+            return None
+        return tuple((id(tensor), tensor._version, corner(tensor)) for tensor in tensors)
+
+    def _tensors(self) -> Iterable[Tensor]:
+        """What the weight is stored in."""
+        return (self.module.weight,)
 
     def fault(self) -> str | None:
-        """Why adapters over this weight can't be trained as it is at present, and what to do; None if they can."""
+        """Why adapters over this weight can't be trained at present, and what to do; None if they can."""
         weight = getattr(self.module, "weight", None)
         offloaded = isinstance(weight, Tensor) and weight.is_meta and hasattr(self.module, "_hf_hook")
         return OFFLOADED if offloaded else None
 
     def fusable(self, x: Tensor) -> bool:
-        """Whether ``x·W0ᵀ + bias`` may stand for the module's forward: frozen, plain, and nobody listens in on it."""
+        """Whether ``x·W0ᵀ + bias`` may replace the module's forward: it is frozen, plain and without hooks."""
         return self.plain and not self.trainable and not hooked(self.module)
 
     def float_weight(self) -> Tensor:
-        """The stored float weight as (m, n), a view for transposed storage; for `FloatBase` alone."""
+        """The stored float weight as (m, n), a view where it is transposed. Only `FloatBase` has one."""
         raise TypeError(
             f"the weight of a {type(self.module).__name__} is not stored as floats ({self.kind}); read it with dense()"
         )
 
     @abstractmethod
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """W0 (m, n) in `dtype`: a dequantised copy, or the stored weight itself where it is a tensor of that dtype."""
+        """W0 (m, n) in `dtype`. It is the stored weight itself where that has this dtype, else a copy."""
 
-    @abstractmethod
     def write(self, weight: Tensor) -> None:
-        """Makes `weight` (m, n) the layer's weight, stored as the old one is: transposed, rounded or quantised again.
+        """Makes `weight` (m, n) the layer's weight, stored as the old one: transposed, rounded or quantised.
 
-        The layer gets a new parameter, so that what else holds the old one keeps it.
+        The layer gets a new parameter; other holders keep the old one.
 
         Raises:
             ValueError: `weight` has another shape, or this kind of weight can't be written; nothing has changed.
         """
+        if tuple(weight.shape) != tuple(self.shape):
+            raise ValueError(
+                f"a weight of shape {tuple(weight.shape)} can't be written to a {type(self.module).__name__} whose "
+                f"weight is {tuple(self.shape)}"
+            )
+        self._store(weight.detach())
+
+    @abstractmethod
+    def _store(self, weight: Tensor) -> None: ...
 
     def row_sq(self) -> Tensor:
         """``‖W0_i‖²``, shape (m,)."""
         return torch.cat([block.square().sum(1) for block in self._row_blocks(sum_dtype(self.device))])
 
-    @abstractmethod
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
-        """``W0·xᵀ`` of shape (m, r) for the rows of x (r, n), without the bias and without an (m, n) temporary.
-
-        With `columns`, x has as many and it is ``W0[:, columns]·xᵀ``.
-        """
+        """``W0·xᵀ`` of shape (m, r) for x (r, n), or ``W0[:, columns]·xᵀ`` for as many columns. No (m, n) temporary."""
+        return torch.cat([block[:, columns] @ x.t() for block in self._row_blocks(x.dtype)])
 
     def apply_blocks(self, x: Tensor) -> Tensor:
         """``W0_ij·X_ijᵀ`` of shape (k, k, m/k, r) for a grid of k×k blocks X_ij, shape (k, k, r, n/k)."""
@@ -211,15 +205,8 @@ class BaseWeight(ABC):
         rows = max(1, (_CPU_BLOCK if self.device.type == "cpu" else _BLOCK) // n)
         return [slice(i, i + rows) for i in range(0, m, rows)]
 
-    def _check_shape(self, weight: Tensor) -> None:
-        if tuple(weight.shape) != tuple(self.shape):
-            raise ValueError(
-                f"a weight of shape {tuple(weight.shape)} can't be written to a {type(self.module).__name__} whose "
-                f"weight is {tuple(self.shape)}"
-            )
-
     def _padded(self, x: Tensor, columns: slice) -> Tensor:
-        """x (r, n) with zeros wherever it is not in `columns`, for layers that multiply by all of W0."""
+        """x (r, n) with zeros outside of `columns`, for layers that multiply by all of W0."""
         if x.shape[1] == self.shape[1]:
             return x
         padded = x.new_zeros(x.shape[0], self.shape[1])
@@ -228,14 +215,14 @@ class BaseWeight(ABC):
 
 
 class FloatBase(BaseWeight):
-    """A tensor of floats: `nn.Linear`, what is derived from it, and `Conv1D`, which stores it transposed."""
+    """A tensor of floats: `nn.Linear`, classes derived from it, and `Conv1D`, which stores it transposed."""
 
     kind = "float"
 
     @staticmethod
     def reads(module: nn.Module, weight: Any) -> bool:
-        # Quantisers that pose as a float tensor of the right shape (torchao) are tensor subclasses of their own, floats
-        # of 8 bits need a scale, and a weight that is not stored under its name is computed (parametrizations).
+        # Not read: quantised tensors that pose as floats (torchao's subclasses), 8-bit floats, which need a scale, and
+        # weights that are computed from others (parametrizations).
         return (
             isinstance(weight, Tensor)
             and weight.is_floating_point()
@@ -248,12 +235,11 @@ class FloatBase(BaseWeight):
     @property
     def plain(self) -> bool:
         cls = type(self.module)
-        return cls.forward is nn.Linear.forward or (
-            cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
-        )
+        is_conv1d = cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
+        return cls.forward is nn.Linear.forward or is_conv1d
 
     def fusable(self, x: Tensor) -> bool:
-        # A float layer refuses an input of another dtype, and so must what stands for it.
+        # A float layer refuses an input of another dtype, and so must what replaces it.
         fits = x.dtype == self.module.weight.dtype or autocasts(x)
         return fits and super().fusable(x)
 
@@ -269,24 +255,23 @@ class FloatBase(BaseWeight):
     def dense(self, dtype: torch.dtype) -> Tensor:
         return full_tensor(self.float_weight().detach()).to(dtype)
 
-    def write(self, weight: Tensor) -> None:
-        self._check_shape(weight)
+    def _store(self, weight: Tensor) -> None:
         old = self.module.weight
         if type(old) not in _OWN:
             raise ValueError(
                 f"the weight of a {type(self.module).__name__} is a {type(old).__name__} and can't be written as it "
                 "is; gather it if it is sharded, or move the model to its device first if it is still to be quantised"
             )
-        new = weight.detach().to(old.device, old.dtype)
+        new = weight.to(old.device, old.dtype)
         new = new.t().contiguous() if self.transposed else new
         self.module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
 
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
         weight = full_tensor(self.float_weight().detach())
-        if weight.dtype == x.dtype:
-            factors = weight[:, columns], x.t()
-            return torch.mm(*factors, out_dtype=torch.float32) if self.mixes else torch.mm(*factors)
-        return torch.cat([block[:, columns] @ x.t() for block in self._row_blocks(x.dtype)])
+        if weight.dtype != x.dtype:
+            return super().apply_rows(x, columns)
+        factors = weight[:, columns], x.t()
+        return torch.mm(*factors, out_dtype=torch.float32) if self.mixes else torch.mm(*factors)
 
     def _row_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         weight = full_tensor(self.float_weight().detach())
@@ -295,11 +280,11 @@ class FloatBase(BaseWeight):
 
 
 class OpaqueBase(BaseWeight):
-    """A layer of which nothing more is known than that it is affine: AWQ, GPTQ, HQQ, torchao, 8-bit floats and others.
+    """A layer of which it is known only that it is affine: AWQ, GPTQ, HQQ, torchao, 8-bit floats and others.
 
-    Its weight is what it makes of the unit vectors, less what it makes of zero, which is the bias. It need not have an
-    attribute `weight`, nor any parameter. A layer that rounds its input too, as torchao's dynamic quantisation does, is
-    affine up to that rounding.
+    Its weight is its output for the unit vectors less its output for zero, the bias. The layer need not have an
+    attribute `weight`, nor any parameter. If it also rounds its input, as torchao's dynamic quantisation does, what is
+    read is correct up to that rounding.
     """
 
     kind = "opaque"
@@ -310,28 +295,22 @@ class OpaqueBase(BaseWeight):
         return True
 
     @property
-    def version(self) -> tuple[Any, ...] | None:
-        versions = tuple(_version(tensor) for tensor in self._tensors())
-        return None if None in versions else versions
-
-    @property
     def device(self) -> torch.device:
         found = next((tensor.device for tensor in self._tensors()), None)
         if found is None:
             raise ValueError(
-                f"{type(self.module).__name__} holds no parameter and no buffer, so there is no telling which device "
-                "it computes on; register one of its tensors as a buffer"
+                f"{type(self.module).__name__} holds no parameter and no buffer, so its device is unknown; register "
+                "one of its tensors as a buffer"
             )
         return found
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return torch.cat([columns.to(dtype) for columns in self._columns()], 1)
 
-    def write(self, weight: Tensor) -> None:
-        self._check_shape(weight)
+    def _store(self, weight: Tensor) -> None:
         raise ValueError(
-            f"the weight of a {type(self.module).__name__} can't be written: all that is known of it is how to apply "
-            "it. Change the float model that it was quantised from"
+            f"the weight of a {type(self.module).__name__} can't be written, as the layer can only be called; change "
+            "the float model that it was quantised from"
         )
 
     def row_sq(self) -> Tensor:
@@ -355,11 +334,12 @@ class OpaqueBase(BaseWeight):
             yield self.apply_rows(units)
 
     def _dtype(self) -> torch.dtype | None:
-        """The dtype that the layer computes in, as far as it tells."""
-        floats = (tensor.dtype for tensor in self._tensors() if tensor.is_floating_point())
-        stored = next((dtype for dtype in floats if dtype.itemsize > 1), None)
-        said = getattr(self.module, "compute_dtype", None)  # HQQ, whose scales are not registered
-        return said if stored is None and isinstance(said, torch.dtype) else stored
+        """The dtype that the layer computes in, if its tensors or its `compute_dtype` (HQQ) tell."""
+        for tensor in self._tensors():
+            if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+                return tensor.dtype
+        said = getattr(self.module, "compute_dtype", None)
+        return said if isinstance(said, torch.dtype) else None
 
-    def _tensors(self) -> Iterator[Tensor]:
+    def _tensors(self) -> Iterable[Tensor]:
         return chain(self.module.parameters(), self.module.buffers())

@@ -19,17 +19,17 @@ __all__ = ["BASES", "Known", "base_weight", "linear_base"]
 # The first class that recognises a weight reads it.
 BASES: tuple[type[BaseWeight], ...] = (Bnb4bitBase, Bnb8bitBase, FloatBase, OpaqueBase)
 
-# A layer's forward, as FSDP derives classes of its own, and whether the layer multiplies by the weight that it stores.
+# The forward of a layer's class, and whether it multiplies by the stored weight. FSDP changes the class afterwards.
 Known = tuple[Any, bool]
 
 
 def base_weight(
     module: Any, shape: tuple[int, int], transposed: bool = False, known: Known | None = None
 ) -> BaseWeight:
-    """The (m, n) weight of a linear layer, by the class that reads what the layer stores at present.
+    """The (m, n) weight of a linear layer, as the layer stores it at present.
 
-    Stored floats are taken for the weight only where the layer is known to multiply by them: by its class, or as
-    `known` says; others are asked once.
+    Stored floats are the weight only if the layer multiplies by them. That is known by its class or from `known`;
+    other layers are tried once.
     """
     weight = getattr(module, "weight", None)
     kind = next(kind for kind in BASES if kind.reads(module, weight))
@@ -47,10 +47,9 @@ def base_weight(
 
 
 def _trusted(module: Any, weight: Any) -> bool:
-    """Whether a layer's class tells what it does with its weight, and nobody has changed its forward.
+    """Whether the layer multiplies by its weight, as far as its class tells.
 
-    bitsandbytes' layers are trusted before they are quantised, when they can't be asked, and so are those of known
-    classes whose values are elsewhere, as FSDP has forwards of its own.
+    bitsandbytes' layers can't be tried before they are quantised, nor any layer whose values are elsewhere (FSDP).
     """
     if type(weight).__module__.startswith("bitsandbytes."):
         return True
@@ -60,11 +59,11 @@ def _trusted(module: Any, weight: Any) -> bool:
 
 
 def linear_base(module: Any) -> BaseWeight | None:
-    """The weight of an `nn.Linear`, one derived from it, or a `Conv1D`; None for any other module."""
+    """The weight of an `nn.Linear`, of a class derived from it, or of a `Conv1D`; None for any other module."""
     if type(module).__name__ == "Conv1D":
         n, m = module.weight.shape
         return base_weight(module, (m, n), transposed=True)
-    # Attention reads the weight of the one left out and never calls it.
+    # Attention reads the weight of a NonDynamicallyQuantizableLinear and never calls it.
     if not isinstance(module, nn.Linear) or isinstance(module, NonDynamicallyQuantizableLinear):
         return None
     return base_weight(module, (module.out_features, module.in_features))

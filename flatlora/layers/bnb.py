@@ -14,23 +14,21 @@ from .base import BaseWeight
 
 __all__ = ["Bnb4bitBase", "Bnb8bitBase", "TrainingLayout", "hold_training_layout"]
 
-_REPACKS = "support_avx512bf16_for_cpu"
-
 
 def _loaded() -> Any:
-    """`bitsandbytes.nn` if anyone has imported it, else None: without it there is no weight of its kind."""
+    """`bitsandbytes.nn` if it has been imported, else None: then no layer is of its kind."""
     return sys.modules.get("bitsandbytes.nn")
 
 
 class Bnb4bitBase(BaseWeight):
-    """The weight of a `Linear4bit` (NF4, FP4), once it is quantised."""
+    """The quantised weight of a `Linear4bit` (NF4, FP4)."""
 
     kind = "4bit"
 
     @staticmethod
     def reads(module: nn.Module, weight: Any) -> bool:
         bnb = _loaded()
-        # issubclass, as isinstance of a parameter's class takes longer than all the rest.
+        # issubclass, as isinstance is slow with the metaclass of parameters.
         known = bnb is not None and issubclass(type(weight), bnb.Params4bit)
         return known and _quant_state(module, weight) is not None
 
@@ -39,7 +37,7 @@ class Bnb4bitBase(BaseWeight):
         return type(self.module).forward is _loaded().Linear4bit.forward
 
     def fault(self) -> str | None:
-        if getattr(_quant_state(self.module, self.module.weight), "packing_format_for_cpu", False):
+        if getattr(self._state, "packing_format_for_cpu", False):
             return (
                 "bitsandbytes has repacked its 4-bit weight for CPU inference, in a forward in eval mode, and it can't "
                 "be trained any more; load the model again, and build the optimizer before the first evaluation"
@@ -49,15 +47,13 @@ class Bnb4bitBase(BaseWeight):
     def dense(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        weight = self.module.weight
-        return dequantize_4bit(weight.data, _quant_state(self.module, weight)).to(dtype)
+        return dequantize_4bit(self.module.weight.data, self._state).to(dtype)
 
-    def write(self, weight: Tensor) -> None:
-        self._check_shape(weight)
-        old, state = self.module.weight, _quant_state(self.module, self.module.weight)
+    def _store(self, weight: Tensor) -> None:
+        old = self.module.weight
         names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
         settings = {name: getattr(old, name) for name in names}
-        new = weight.detach().to(old.device, state.dtype)
+        new = weight.to(old.device, self._state.dtype)
         quantised = _loaded().Params4bit(new, requires_grad=False, module=self.module, **settings)
         self.module.weight = quantised.to(old.device)  # quantises
 
@@ -65,19 +61,21 @@ class Bnb4bitBase(BaseWeight):
         from bitsandbytes import matmul_4bit
 
         # Not module(x): that would round x to the layer's compute dtype.
-        weight = self.module.weight
-        state = _quant_state(self.module, weight)
-        return matmul_4bit(self._padded(x, columns), weight.data, quant_state=state).t()
+        return matmul_4bit(self._padded(x, columns), self.module.weight.data, quant_state=self._state).t()
+
+    @property
+    def _state(self) -> Any:
+        return _quant_state(self.module, self.module.weight)
 
 
 def _quant_state(module: nn.Module, weight: Any) -> Any:
-    """What a 4-bit weight is dequantised by. FSDP loses the weight's, and bitsandbytes falls back on the layer's."""
+    """The weight's quant_state, or the layer's, which bitsandbytes falls back on where FSDP has lost the weight's."""
     state = getattr(weight, "quant_state", None)
     return getattr(module, "quant_state", None) if state is None else state
 
 
 class Bnb8bitBase(BaseWeight):
-    """The weight of a `Linear8bitLt`, once it is quantised: codes, and a scale for each row."""
+    """The quantised weight of a `Linear8bitLt`: int8 codes, and a scale for each row."""
 
     kind = "8bit"
 
@@ -95,15 +93,11 @@ class Bnb8bitBase(BaseWeight):
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.module.weight.data.to(dtype).mul_(self._scale().to(dtype).unsqueeze(1))
 
-    def write(self, weight: Tensor) -> None:
-        self._check_shape(weight)
+    def _store(self, weight: Tensor) -> None:
         old, state = self.module.weight, self.module.state
-        quantised = _loaded().Int8Params(weight.detach().cpu(), requires_grad=False, has_fp16_weights=False)
+        quantised = _loaded().Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
         self.module.weight = quantised.to(old.device)  # quantises
-        state.CB = state.SCB = None  # the old weight's; the next forward takes the new one's
-
-    def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
-        return torch.cat([block[:, columns] @ x.t() for block in self._row_blocks(x.dtype)])
+        state.CB = state.SCB = None  # the old weight's; the next forward sets them
 
     def _row_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         codes, scale = self.module.weight.data, self._scale()
@@ -111,7 +105,7 @@ class Bnb8bitBase(BaseWeight):
             yield codes[rows].to(dtype) * scale[rows, None].to(dtype)
 
     def _scale(self) -> Tensor:
-        # bitsandbytes moves the row scales from the weight to the layer's state on the first forward.
+        # The first forward moves the row scales from the weight to the layer's state.
         state = self.module.state
         scale = state.SCB if getattr(state, "SCB", None) is not None else self.module.weight.SCB
         return scale.float() / 127
@@ -119,12 +113,14 @@ class Bnb8bitBase(BaseWeight):
 
 # --- the layout of 4-bit weights ----------------------------------------------------------------------------------
 
+_REPACKS = "support_avx512bf16_for_cpu"  # the attribute by which bitsandbytes decides
+
 
 class _MayRepack:
-    """What bitsandbytes reads as a layer's leave to repack its weight: true while no `TrainingLayout` holds it.
+    """Takes the place of a layer's flag for repacking, and is false while a `TrainingLayout` holds the layer.
 
-    It is the one place where holds are counted. It knows its holders weakly, so that one that is collected counts no
-    more; and a copy, made by deepcopy or pickle, starts without any, until copies of the holders join.
+    It refers to its holders weakly, so that a collected one no longer counts. A copy (deepcopy, pickle) has no holders
+    until copied ones join it.
     """
 
     def __init__(self) -> None:
@@ -138,50 +134,42 @@ class _MayRepack:
 
 
 class TrainingLayout:
-    """Keeps bitsandbytes from repacking the 4-bit weights of a model until it is released, or collected.
+    """Keeps bitsandbytes from repacking a model's 4-bit weights until it is released or collected.
 
-    A copy of it made together with the model, by deepcopy or pickle, holds the copied layers, independently of this
-    one; a model that is copied alone is held by nobody.
+    Copied together with the model (deepcopy, pickle), it holds the copied layers; a model copied alone is not held.
     """
 
     def __init__(self, held: list[tuple[nn.Module, _MayRepack]]):
         self._held = held
-        self._join()
+        for _, flag in held:
+            flag.holders.add(self)
 
-    def _join(self) -> None:
-        for _, leave in self._held:
-            leave.holders.add(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_held": list(self._held)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._held = state["_held"]
-        self._join()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TrainingLayout, (list(self._held),)
 
     def release(self) -> None:
-        """Lets go. Layers that nobody else holds may be repacked again, as before. Idempotent."""
+        """Lets the layers be repacked again, unless others hold them. Idempotent."""
         while self._held:
-            module, leave = self._held.pop()
-            leave.holders.discard(self)
-            if leave and getattr(module, _REPACKS, None) is leave:
+            module, flag = self._held.pop()
+            flag.holders.discard(self)
+            if flag and getattr(module, _REPACKS, None) is flag:
                 setattr(module, _REPACKS, True)
 
 
 def hold_training_layout(model: nn.Module) -> TrainingLayout:
-    """Keeps bitsandbytes from repacking the 4-bit weights of `model` on the CPU while anyone holds them so.
+    """Keeps bitsandbytes from repacking the 4-bit weights of `model` on a CPU.
 
     On a CPU with AVX512-BF16, the first forward in eval mode repacks a `Linear4bit` for inference and never undoes it:
-    from then on the layer passes no gradient and its weight dequantises to something else. A model that is evaluated
-    in between would train on silently broken.
+    the layer then passes no gradient and its weight dequantises to something else. A model that is evaluated during
+    training would go on broken without an error.
     """
     held = []
     for module in model.modules():
-        leave = getattr(module, _REPACKS, False)
-        if not isinstance(leave, _MayRepack):
-            if not leave:
+        flag = getattr(module, _REPACKS, False)
+        if not isinstance(flag, _MayRepack):
+            if not flag:
                 continue  # no 4-bit layer, or a CPU for which nothing is repacked
-            leave = _MayRepack()
-            setattr(module, _REPACKS, leave)
-        held.append((module, leave))
+            flag = _MayRepack()
+            setattr(module, _REPACKS, flag)
+        held.append((module, flag))
     return TrainingLayout(held)

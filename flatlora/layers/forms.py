@@ -11,17 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .adapter import NotLinear
 from .base import BaseWeight, OpaqueBase
 from .bases import base_weight
 from .probe import asked, inputs, linear_part, misses, numbers
-from .reader import NotLinear
 
-__all__ = ["SWITCHES", "Form", "child_of", "factor_of", "fitting", "own_base", "scaling_of"]
+__all__ = ["SWITCHES", "Form", "child_of", "factor_of", "fitting", "is_switch", "own_base", "place_of", "scale_of"]
 
 # Attributes by which a layer tells that its adapter is off, and the value that says so.
 SWITCHES = {"enabled": False, "disable_adapters": True, "disabled": True}
-# What a layer's output may differ by: rounding, and nothing that comes of another formula.
-_EXACT, _ROUNDED = 1e-2, 3e-2
+_EXACT, _ROUNDED = 1e-2, 3e-2  # the largest relative error that is rounding and no other formula
+
+_Places = list[tuple[dict[str, Any], str, Tensor]]
 
 
 class Form(NamedTuple):
@@ -31,10 +32,10 @@ class Form(NamedTuple):
     down: str
     up: str
     turned: tuple[bool, bool]  # whether down, up are stored transposed
-    scale: tuple[str, str, float]  # whose attribute, its name, the power of r that divides it
     base: str  # the child that holds W0; "" for the layer itself
     transposed: bool  # whether W0 is stored as (n, m)
     shape: tuple[int, int]
+    scale: tuple[str, str, float]  # whose attribute, its name, the power of r that divides it
 
 
 def child_of(module: Any, name: str) -> Any:
@@ -43,23 +44,42 @@ def child_of(module: Any, name: str) -> Any:
 
 
 def factor_of(holder: Any, name: str) -> Any:
-    """A factor's tensor, where the factor is a linear layer its weight."""
+    """A factor's tensor; of a linear layer its weight."""
     value = getattr(holder, name)
     return value.weight if isinstance(value, nn.Linear) else value
 
 
-def own_base(module: Any, name: str, shape: tuple[int, int], transposed: bool) -> BaseWeight:
-    """The weight (m, n) that the layer's child of that name holds, or for "" the layer itself."""
-    base = child_of(module, name)
-    # A layer that is its own base is asked as a whole, and must not be without its adapter.
-    found = base_weight(base, shape, transposed, None if name else (type(base).forward, True))
-    if not name and isinstance(found, OpaqueBase):
-        raise NotLinear("its own weight is not stored as floats, and it can't be asked without its adapter")
+def place_of(holder: Any, name: str) -> tuple[dict[str, Any], str]:
+    """The dict of parameters or buffers that stores a factor, and its key there."""
+    value = getattr(holder, name)
+    owner, key = (value, "weight") if isinstance(value, nn.Linear) else (holder, name)
+    return (owner._parameters if key in owner._parameters else owner._buffers), key
+
+
+def scale_of(module: Any, form: Form) -> Any:
+    """The number or tensor by which the layer says its scaling."""
+    owner, attribute, _ = form.scale
+    return getattr(child_of(module, owner), attribute)
+
+
+def is_switch(value: Any) -> bool:
+    """Whether it is a bool, or a number or tensor that may stand for one."""
+    return isinstance(value, int) or type(value).__name__ in ("bool_", "bool") or isinstance(value, Tensor)
+
+
+def own_base(module: Any, form: Form) -> BaseWeight:
+    """The layer's base weight (m, n)."""
+    base = child_of(module, form.base)
+    # A layer that is its own base can't be called without its adapter.
+    known = None if form.base else (type(base).forward, True)
+    found = base_weight(base, form.shape, form.transposed, known)
+    if not form.base and isinstance(found, OpaqueBase):
+        raise NotLinear("its own weight is not stored as floats, and it can't be called without its adapter")
     return found
 
 
 class Answer(NamedTuple):
-    """What a layer and its base made of the same inputs while random numbers stood in for the factors."""
+    """What a layer and its base made of the same inputs while random numbers took the place of the factors."""
 
     x: Tensor  # (rows, n)
     found: Tensor  # (rows, m), as are the base's by whether W0 is stored as (n, m)
@@ -82,7 +102,7 @@ def fitting(module: Any, forms: list[Form]) -> Form:
             for name, turned in zip((form.down, form.up), form.turned, strict=True)
         )
         update, found = answer.x @ down.t() @ up.t(), answer.found - answer.bases[form.transposed]
-        scaling = scaling_of(module, form, down.shape[0])
+        scaling = _scaling_of(module, form, down.shape[0])
         if not (scaling or found.any()):
             if len(forms) > 1:
                 raise ValueError(
@@ -100,8 +120,8 @@ def fitting(module: Any, forms: list[Form]) -> Form:
 def _another_result(rest: float, factor: float, scaling: float) -> str:
     if rest < _ROUNDED and abs(factor) < _EXACT * abs(scaling):
         return (
-            "it adds nothing of the product of its factors, though it does not say that its adapter is off; have it "
-            "say so by an attribute `enabled` = False, or switch the adapter on while the optimizer is built"
+            "it adds nothing of the product of its factors, though it does not say that its adapter is off; set its "
+            "attribute `enabled` to False, or switch the adapter on while the optimizer is built"
         )
     if rest < _ROUNDED:
         return (
@@ -109,15 +129,14 @@ def _another_result(rest: float, factor: float, scaling: float) -> str:
             "`scaling` to the number that multiplies the product"
         )
     return (
-        "its output is not x·(W0 + s·B·A)ᵀ + bias in evaluation, with its factors as A and B, s its `scaling` or alpha "
-        "/ r, and W0 its base's weight: methods would perturb another weight than the layer has (as in a DoRA of one's "
-        "own, or with an activation after the product or between its factors). Let the adapted layer compute this and "
-        "nothing else, and put the rest into a module around it"
+        "its output in evaluation is not x·(W0 + s·B·A)ᵀ + bias, with its factors as A and B, s its `scaling` or "
+        "alpha / r, and W0 its base's weight. A DoRA of one's own, or an activation after the product or between its "
+        "factors, is not supported. Let the adapted layer compute this alone, and a module around it the rest"
     )
 
 
 def _ask(module: Any, forms: list[Form]) -> Answer:
-    """Sends numbers through the layer in a dtype, shape and autocast mode that it takes; ValueError if it has none."""
+    """Calls the layer with a dtype, shape and autocast mode that it takes; ValueError if there is none."""
     (m, n), first = forms[0].shape, forms[0]
     holder = child_of(module, first.holder)
     weight = getattr(child_of(module, first.base), "weight", None)
@@ -130,9 +149,9 @@ def _ask(module: Any, forms: list[Form]) -> Answer:
         try:
             with _undisturbed(module), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
                 y, bases, factors = _outputs(module, forms, x, lead)
-        except Exception as error:  # whatever its forward raises at inputs that it does not expect
-            if isinstance(error, NotLinear):
-                raise
+        except NotLinear:
+            raise
+        except Exception as error:  # whatever its forward raises for inputs that it does not expect
             complaints.append(f"{type(error).__name__}: {error}")
             continue
         if not isinstance(y, Tensor):
@@ -146,7 +165,7 @@ def _ask(module: Any, forms: list[Form]) -> Answer:
         complaints.append(f"it makes {tuple(y.shape)} of an input {(*lead, len(x), n)}, expected (..., {m})")
     raise ValueError(
         f"it can't be called with its input as the only argument, one tensor (..., {n}), in any dtype: "
-        f"{complaints[0]}. Let the adapted layer take its input first and have defaults for all else, and return one "
+        f"{complaints[0]}. Let the adapted layer take its input first, with defaults for all else, and return one "
         f"tensor (..., {m})"
     )
 
@@ -154,9 +173,9 @@ def _ask(module: Any, forms: list[Form]) -> Answer:
 def _outputs(
     module: Any, forms: list[Form], x: Tensor, lead: tuple[int, ...]
 ) -> tuple[Any, dict[bool, Tensor], dict[str, Tensor]]:
-    """The layer's output; of its base, `Answer.bases`; and the numbers that stood in for the factors.
+    """The layer's output, `Answer.bases` and `Answer.factors`.
 
-    They are sized so that the update is as large as the base's output and neither drowns in the other's rounding.
+    The factors are sized so that the update is as large as the base's output, for the rounding of neither to matter.
     """
     first = forms[0]
     sides = {form.transposed: form for form in reversed(forms)}
@@ -164,13 +183,13 @@ def _outputs(
     size = float(outputs[first.transposed].double().square().mean().sqrt()) or 1.0
     holder = child_of(module, first.holder)
     down, up = factor_of(holder, first.down), factor_of(holder, first.up)
-    scaling = abs(scaling_of(module, first, min(down.shape))) or 1.0
+    scaling = abs(_scaling_of(module, first, min(down.shape))) or 1.0
     factors = {
         first.down: (numbers(1, *down.shape) / x.shape[1] ** 0.5).to(down.dtype),
         first.up: (numbers(2, *up.shape) * size / scaling).to(up.dtype),
     }
-    others = _others(module, first, (down, up))
-    with _in_place_of(holder, {name: factor.to(x.device) for name, factor in factors.items()}), _put(others):
+    places = [(*place_of(holder, name), factor.to(x.device)) for name, factor in factors.items()]
+    with _put(places + _others(module, first, (down, up))):
         y = module.forward(x.view(*lead, *x.shape))
     bases = {transposed: linear_part(out) for transposed, out in outputs.items()}
     return y, bases, {name: factor.double() for name, factor in factors.items()}
@@ -179,24 +198,21 @@ def _outputs(
 def _base_output(module: Any, form: Form, x: Tensor, lead: tuple[int, ...]) -> Tensor:
     if form.base:
         return child_of(module, form.base)(x.view(*lead, *x.shape))
-    out = own_base(module, "", form.shape, form.transposed).apply_rows(x).t()
+    out = own_base(module, form).apply_rows(x).t()
     bias = getattr(module, "bias", None)
     return out + bias if isinstance(bias, Tensor) else out
 
 
-def scaling_of(module: Any, form: Form, rank: int) -> float:
-    """What a form says that the product of the factors is multiplied by."""
-    owner, attribute, power = form.scale
-    value = getattr(child_of(module, owner), attribute)
-    return float(value.detach() if isinstance(value, Tensor) else value) / rank**power
+def _scaling_of(module: Any, form: Form, rank: int) -> float:
+    """What multiplies the product of the factors, by a form."""
+    value = scale_of(module, form)
+    return float(value.detach() if isinstance(value, Tensor) else value) / rank ** form.scale[2]
 
 
-def _others(module: Any, form: Form, factors: tuple[Tensor, Tensor]) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """Numbers for all else that is trained in a layer, such as a gate or a second adapter: what is neutral now need not
-    stay so. As places of `_put`."""
-    owner, attribute, _ = form.scale
+def _others(module: Any, form: Form, factors: tuple[Tensor, Tensor]) -> _Places:
+    """Numbers for all else that is trained in the layer, a gate or a second adapter, which may be neutral only now."""
     base = list(child_of(module, form.base).parameters(recurse=bool(form.base)))
-    known = {id(p) for p in (*factors, *base, getattr(child_of(module, owner), attribute))}
+    known = {id(p) for p in (*factors, *base, scale_of(module, form))}
     return [
         (part._parameters, name, numbers(3, *p.shape).to(p.device, p.dtype))
         for part in module.modules()
@@ -205,14 +221,9 @@ def _others(module: Any, form: Form, factors: tuple[Tensor, Tensor]) -> list[tup
     ]
 
 
-def is_switch(value: Any) -> bool:
-    """Whether it is a number, of whatever kind, that says yes or no."""
-    return isinstance(value, int) or type(value).__name__ in ("bool_", "bool") or isinstance(value, Tensor)
-
-
 @contextmanager
 def _undisturbed(module: Any) -> Iterator[None]:
-    """Within the context a layer adds its adapter and computes as in evaluation; nothing of it stays."""
+    """Within the context a layer adds its adapter and computes as in evaluation; it is restored afterwards."""
     wanted = {"merged": False} | {name: not off for name, off in SWITCHES.items()}
     with asked(module):
         module.__dict__.update({name: on for name, on in wanted.items() if is_switch(module.__dict__.get(name))})
@@ -220,20 +231,8 @@ def _undisturbed(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _in_place_of(holder: Any, factors: dict[str, Tensor]) -> Iterator[None]:
-    """Within the context the layer computes with other factors; the stored ones are not written to."""
-    places: list[tuple[dict[str, Any], str, Tensor]] = []
-    for name, factor in factors.items():
-        value = getattr(holder, name)
-        owner, own = (value, "weight") if isinstance(value, nn.Linear) else (holder, name)
-        places.append((owner._parameters if own in owner._parameters else owner._buffers, own, factor))
-    with _put(places):
-        yield
-
-
-@contextmanager
-def _put(places: list[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
-    """Within the context these stores hold other tensors under these names."""
+def _put(places: _Places) -> Iterator[None]:
+    """Within the context these dicts hold other tensors under these names."""
     stored = [store[name] for store, name, _ in places]
     try:
         for store, name, tensor in places:

@@ -11,13 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .adapter import Adapter, block_factors
+from .adapter import Adapter, NotLinear, Reader, block_factors
 from .base import BaseWeight, full_tensor
-from .bases import BASES, base_weight, linear_base
+from .bases import base_weight, linear_base
 from .plain import PlainLoRA
-from .reader import NotLinear, Reader
 
-__all__ = ["BASES", "READERS", "Reader", "base_weight", "linear_base", "reader_of"]
+__all__ = ["READERS", "OwnGraLoRA", "PeftGraLoRA", "PeftLoRA", "reader_of"]
 
 
 class _Peft(Reader):
@@ -47,35 +46,34 @@ class PeftLoRA(_Peft):
     def base(self, module: Any) -> BaseWeight:
         if hasattr(module, "parameter_name"):
             raise NotLinear("target_parameters: one parameter, such as all experts' weights, and no linear layer")
-        base, names = module.get_base_layer(), list(module.lora_A)
-        variants = {name: kind for name in names if (kind := self._variant(module, name)) is not None}
-        readable = [name for name in names if name not in variants]
+        variants = {name: kind for name in module.lora_A if (kind := _variant(module, name)) is not None}
+        readable = [name for name in module.lora_A if name not in variants]
         if not readable or any(name in variants for name in module.active_adapters):
             raise NotLinear(f"PEFT's {', '.join(sorted(set(variants.values())))}" if variants else "embeddings")
-        if not all(type(module.lora_A[name]).__name__ == "Linear" for name in readable):
-            raise NotLinear(f"over a {type(base).__name__}")  # convolutions
-        if isinstance(base, nn.MultiheadAttention | NonDynamicallyQuantizableLinear) or not callable(base):
-            raise NotLinear(f"over a {type(base).__name__}")
+        base = module.get_base_layer()
         weight = getattr(base, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() != 2:
+        linear = all(type(module.lora_A[name]).__name__ == "Linear" for name in readable)  # and no convolution
+        flat = not isinstance(weight, Tensor) or weight.dim() == 2
+        attention = isinstance(base, nn.MultiheadAttention | NonDynamicallyQuantizableLinear)
+        if not (linear and flat and callable(base)) or attention:
             raise NotLinear(f"over a {type(base).__name__}")
         A, B = (_present(factors[readable[0]].weight) for factors in (module.lora_A, module.lora_B))
-        m, n = B.shape[0], A.shape[1]
-        return base_weight(base, (m, n), bool(getattr(module, "fan_in_fan_out", False)))
+        return base_weight(base, (B.shape[0], A.shape[1]), bool(getattr(module, "fan_in_fan_out", False)))
 
     def adapters(self, module: Any, name: str, shape: tuple[int, int]) -> list[Adapter]:
         factors, magnitudes = module.lora_A, module.lora_magnitude_vector
-        if name not in factors or self._variant(module, name) is not None:
+        if name not in factors or _variant(module, name) is not None:
             return []
         magnitude = magnitudes[name].weight if name in magnitudes else None
         A, B = _present(factors[name].weight), _present(module.lora_B[name].weight)
         return [Adapter(name, A, B, module.scaling[name], magnitude, module.lora_dropout[name], A, B)]
 
-    def _variant(self, module: Any, name: str) -> str | None:
-        """The class by which an adapter adds something else than ``s·B·A``, with DoRA's row factors or without."""
-        variant = getattr(module, "lora_variant", {}).get(name)
-        kind = type(variant).__name__
-        return None if variant is None or kind == "DoraLinearVariant" else kind
+
+def _variant(module: Any, name: str) -> str | None:
+    """The class by which an adapter adds something else than ``s·B·A``, with or without DoRA's magnitude."""
+    variant = getattr(module, "lora_variant", {}).get(name)
+    kind = type(variant).__name__
+    return None if variant is None or kind == "DoraLinearVariant" else kind
 
 
 class PeftGraLoRA(_Peft):
@@ -98,13 +96,10 @@ class PeftGraLoRA(_Peft):
 
 
 class OwnGraLoRA(Reader):
-    """`GraLoRALinear`, of which there is one to a layer."""
+    """`GraLoRALinear`, which holds one adapter."""
 
     def reads(self, module: nn.Module) -> bool:
         return hasattr(module, "base_layer") and isinstance(getattr(module, "gralora_A", None), Tensor)
-
-    def names(self, module: Any) -> Iterable[str]:
-        return ("default",)
 
     def base(self, module: Any) -> BaseWeight:
         return _gralora_base(module)
@@ -122,12 +117,11 @@ def _gralora_base(module: Any) -> BaseWeight:
 
 
 def _present(factor: Any) -> Any:
-    """The factor; ValueError where others keep its values and leave it empty."""
+    """The factor; ValueError where it is empty, as its values are sharded."""
     if factor.numel() == 0:
         raise ValueError(
-            "an adapter's parameter is empty: FullyShardedDataParallel (FSDP1) or DeepSpeed's ZeRO stage 3 shards it "
-            "and hands it to its own layer alone. Use FSDP2 (torch's fully_shard, or fsdp_version: 2 in Accelerate's "
-            "settings) or ZeRO stage 0"
+            "an adapter's parameter is empty: FullyShardedDataParallel (FSDP1) or DeepSpeed's ZeRO stage 3 shards it. "
+            "Use FSDP2 (torch's fully_shard, or fsdp_version: 2 in Accelerate's settings) or ZeRO stage 0"
         )
     return factor
 
@@ -145,5 +139,5 @@ READERS: tuple[Reader, ...] = (PeftLoRA(), PeftGraLoRA(), OwnGraLoRA(), PlainLoR
 
 
 def reader_of(module: nn.Module) -> Reader | None:
-    """What reads an adapter layer; None for a module that is none."""
+    """The reader of an adapter layer; None for any other module."""
     return next((reader for reader in READERS if reader.reads(module)), None)

@@ -1,4 +1,4 @@
-"""What a layer computes, found out by sending a few numbers through it: it answers, and is as it was before."""
+"""Finding out what a layer computes by calling it on a few random numbers. The layer is left as it was."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from .bnb import hold_training_layout
 
 __all__ = ["asked", "at_hand", "inputs", "linear_part", "misses", "numbers", "orientation"]
 
-_ROWS = 3  # of random numbers that are sent through a layer
+_ROWS = 3  # of random numbers in `inputs`
 
 
 def at_hand(*tensors: Any) -> bool:
-    """Whether the values of all tensors are here, and not on the meta device, sharded (FSDP, ZeRO) or fake."""
+    """Whether all values can be read: no tensor is on the meta device, sharded (FSDP, ZeRO) or fake."""
     return not any(
         t.is_meta or hasattr(t, "full_tensor") or not t.numel() or type(t).__name__ == "FakeTensor" for t in tensors
     )
 
 
 def numbers(seed: int, *shape: int) -> Tensor:
-    """Normal numbers in float64, the same ones at every call; no stream that others draw from is touched."""
+    """Normal numbers in float64 from a private generator, the same at every call."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
 
 
 def inputs(width: int) -> Tensor:
-    """What is sent through a layer: a few rows of numbers, and zeros, which give its bias."""
+    """The inputs of a test call: a few rows of numbers, and a row of zeros, whose output is the bias."""
     return torch.cat([numbers(0, _ROWS, width), torch.zeros(1, width, dtype=torch.float64, device="cpu")])
 
 
 def linear_part(outputs: Tensor) -> Tensor:
-    """What a layer has made of `inputs`, less its bias, in float64 on the CPU."""
+    """The outputs for `inputs` without the bias, in float64 on the CPU."""
     rows = outputs.detach().cpu().double().reshape(_ROWS + 1, -1)
     return rows[:-1] - rows[-1:]
 
 
 def misses(found: Tensor, expected: Tensor) -> float:
-    """``‖found − expected‖ / ‖expected‖``, infinite for other shapes and for what is not finite."""
+    """``‖found − expected‖ / ‖expected‖``; infinite for another shape or a result that is not a number."""
     if found.shape != expected.shape:
         return math.inf
     error = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
@@ -53,21 +53,18 @@ def misses(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def asked(module: nn.Module) -> Iterator[None]:
-    """Within the context a layer computes as in evaluation; afterwards its attributes and random streams are as before.
-
-    What its forward notes down on the way, such as its last input or a count of its calls, does not stay.
-    """
-    found = next((t.device for t in chain(module.parameters(), module.buffers())), torch.device("cpu"))
-    on_cpu = found.type in ("cpu", "meta")
+    """Within the context a layer computes as in evaluation; its attributes and random streams are restored after it."""
+    device = next((t.device for t in chain(module.parameters(), module.buffers())), torch.device("cpu"))
+    on_cpu = device.type in ("cpu", "meta")
     streams = torch.random.fork_rng(
-        devices=[] if on_cpu else [found.index or 0], device_type="cuda" if on_cpu else found.type
+        devices=[] if on_cpu else [device.index or 0], device_type="cuda" if on_cpu else device.type
     )
     layout = hold_training_layout(module)
     kept = [(part, dict(part.__dict__), dict(part._buffers)) for part in module.modules()]
     try:
         for part, *_ in kept:
-            part.training = False  # the attribute, as loralib's train() writes to the weight
-        with streams, torch.no_grad(), without_autocast(found):
+            part.training = False  # not eval(): loralib's train() writes to the weight
+        with streams, torch.no_grad(), without_autocast(device):
             yield
     finally:
         for part, attributes, buffers in kept:
@@ -83,10 +80,10 @@ _ORIENTATIONS: WeakKeyDictionary[nn.Module, tuple[Any, bool | None]] = WeakKeyDi
 
 
 def orientation(module: nn.Module, weight: Tensor) -> bool | None:
-    """How a layer multiplies by what it stores as its weight: False for ``x·weightᵀ``, True for ``x·weight``.
+    """How a layer multiplies by its stored weight: False for ``x·weightᵀ``, True for ``x·weight``.
 
-    None where it computes something else, as do layers that scale, unpack or round what they store, or can't be asked.
-    Each module is asked once for each form of its weight.
+    None where it computes something else (it scales, unpacks or rounds what it stores) or its values are elsewhere.
+    A module is called once for each class, shape and dtype of its weight.
     """
     form = type(module), weight.shape, weight.dtype, "forward" in module.__dict__
     known = _ORIENTATIONS.get(module)
@@ -98,14 +95,14 @@ def orientation(module: nn.Module, weight: Tensor) -> bool | None:
 
 
 def _find_orientation(module: Any, weight: Tensor) -> bool | None:
-    # Above the rounding of outputs, below what any other weight of that size differs by.
+    # Above the rounding of outputs, below the difference that another weight of that size makes.
     bound = 3e-3 if weight.dtype in (torch.float32, torch.float64) else 1e-2
     for transposed, stored in ((False, weight), (True, weight.t())):
         x = inputs(stored.shape[1]).to(weight.device, weight.dtype)
         try:
             with asked(module):
                 y, expected = module(x), x @ stored.t()
-        except Exception:  # whatever its forward raises at numbers that it does not expect
+        except Exception:  # whatever its forward raises for inputs that it does not expect
             continue
         fits = isinstance(y, Tensor) and y.shape == expected.shape
         if fits and misses(linear_part(y), linear_part(expected)) < bound:

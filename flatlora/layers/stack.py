@@ -1,8 +1,8 @@
 """Row norms of effective weights, for many layers at once and without forming one.
 
-The algebra of a layer is some forty operations on small matrices. Launching them costs more than their arithmetic, so
-they are launched once for many layers, their tensors stacked along a first dimension L. Everything is done on a grid of
-g×g blocks of the weight, on which GraLoRA's adapters are low-rank adapters like any other; without GraLoRA g is 1.
+A layer takes some forty operations on small matrices, which cost more to launch than to compute. So they are launched
+once for many layers, stacked along a first dimension L. The weight is taken as a grid of g×g blocks, on each of which
+GraLoRA's adapters are low-rank adapters; without GraLoRA g is 1.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,9 +21,11 @@ from .adapter import Adapter
 from .base import full_tensor
 from .view import LoRALayer
 
-__all__ = ["BaseNorms", "Stack", "by_block", "row_dot", "stacks", "together", "weight_sq"]
+__all__ = ["BaseNorms", "Stack", "by_block", "chunks", "row_dot", "stacks", "weight_sq"]
 
-_MOST = 1 << 24  # elements of the adapters of layers that are computed together
+_T = TypeVar("_T")
+
+_MOST = 1 << 24  # elements of the adapters that are computed together
 _CPU_MOST = 1 << 19  # on a CPU, in whose cache they stay
 
 
@@ -39,13 +41,14 @@ class Stack:
         return list(zip(*self.adapters, strict=True))
 
 
-def together(elements: int, device: torch.device) -> int:
-    """How many layers whose adapters have that many elements are computed together on `device`."""
-    return max(1, (_CPU_MOST if device.type == "cpu" else _MOST) // max(1, elements))
+def chunks(group: list[_T], elements: int, device: torch.device) -> Iterator[list[_T]]:
+    """Parts of a bounded size of a group whose members have that many elements each, to be computed together."""
+    most = max(1, (_CPU_MOST if device.type == "cpu" else _MOST) // max(1, elements))
+    return (group[i : i + most] for i in range(0, len(group), most))
 
 
 def stacks(layers: Iterable[LoRALayer], known: Mapping[str, list[Adapter]] | None = None) -> Iterator[Stack]:
-    """Layers of one form together, as many as have a bounded size; `known`: their adapters by name, if others."""
+    """Layers of one form together, in `chunks`; with the adapters in `known` by layer, else those they add now."""
     alike: dict[tuple, list[tuple[LoRALayer, list[Adapter]]]] = {}
     read = [(layer, layer.adapters() if known is None else known[layer.name]) for layer in layers]
     for layer, adapters in _with_shared(read):
@@ -56,16 +59,13 @@ def stacks(layers: Iterable[LoRALayer], known: Mapping[str, list[Adapter]] | Non
         alike.setdefault((layer.shape, device, layer.names, forms), []).append((layer, adapters))
     for (shape, device, _, forms), group in alike.items():
         refuse_capture(device)
-        most = together(sum(shape) * sum(rank for _, _, rank, *_ in forms), device)
-        for i in range(0, len(group), most):
-            part = group[i : i + most]
+        for part in chunks(group, sum(shape) * sum(rank for _, _, rank, *_ in forms), device):
             yield Stack([layer for layer, _ in part], [adapters for _, adapters in part])
 
 
 def _with_shared(read: list[tuple[LoRALayer, list[Adapter]]]) -> list[tuple[LoRALayer, list[Adapter]]]:
-    """The layers' adapters, told of factors that several of them add."""
-    params = (p for _, adapters in read for a in adapters for p in (a.A_param, a.B_param))
-    uses = Counter(id(p) for p in params if p is not None)
+    """The same with `Adapter.shared` set."""
+    uses = Counter(id(p) for _, adapters in read for a in adapters for p in a.params)
     if not any(count > 1 for count in uses.values()):
         return read
     return [
@@ -75,7 +75,7 @@ def _with_shared(read: list[tuple[LoRALayer, list[Adapter]]]) -> list[tuple[LoRA
 
 
 class BaseNorms:
-    """``‖W0_i‖²`` (m,) of layers, computed once for each unless W0 is not frozen after all, and after writes to it."""
+    """``‖W0_i‖²`` (m,) of layers. It is computed once for a frozen W0, and again when that is written to."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[tuple[Any, ...] | None, Tensor]] = {}
@@ -99,8 +99,6 @@ def weight_sq(stack: Stack, norms: BaseNorms) -> tuple[Tensor, dict[str, Tensor]
     With ``W' = diag(a)·W0 + b·A``, where A stacks the adapters' rows and b their columns ``s_k·diag(c_k)·B_k``,
 
         ‖W'_i‖² = a_i²·‖W0_i‖² + 2·a_i·b_i·(W0·Aᵀ)_iᵀ + b_i·(A·Aᵀ)·b_iᵀ
-
-    so that W0 enters through ``‖W0_i‖²``, which is computed once, and through ``W0·Aᵀ`` alone.
     """
     base_sq = torch.stack([norms.of(layer) for layer in stack.layers])
     columns = stack.columns()
@@ -138,8 +136,8 @@ def weight_sq(stack: Stack, norms: BaseNorms) -> tuple[Tensor, dict[str, Tensor]
 def base_products(layers: Iterable[LoRALayer], a: Tensor) -> Tensor:
     """``W0·Aᵀ`` (L, g, g, m/g, q) of layers, for rows a (L, g, g, q, n/g).
 
-    A bfloat16 W0 is not upcast where the device mixes dtypes: a is the sum of two bfloat16 tensors, up to 2⁻¹⁷ of each
-    element, and their products are summed in float32.
+    Where the device mixes dtypes, a bfloat16 W0 is not upcast: a is split into two bfloat16 tensors, whose sum it is up
+    to 2⁻¹⁷ of each element.
     """
     bases = [layer.base for layer in layers]
     split = a.dtype == torch.float32 and all(base.mixes for base in bases)

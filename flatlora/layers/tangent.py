@@ -1,4 +1,4 @@
-"""What LoRA's gradients say of a weight's gradient: its projection on the adapters' tangent space."""
+"""The projection of a weight's gradient on the adapters' tangent space, from LoRA's gradients."""
 
 from __future__ import annotations
 
@@ -19,24 +19,22 @@ Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 class Projection:
     """The projection of G (m, n) on ``{B·X + Y·A}`` for each of L layers and each of g×g blocks.
 
-    LoRA's gradients determine ``C = BᵀG = g_A/s`` and ``D = GAᵀ = g_B/s``. With roots ``R_A·R_Aᵀ = (AAᵀ)⁺`` and
+    LoRA's gradients are ``C = BᵀG = g_A/s`` and ``D = GAᵀ = g_B/s``. With roots ``R_A·R_Aᵀ = (AAᵀ)⁺`` and
     ``R_B·R_Bᵀ = (BᵀB)⁺``, the rows of ``U = R_Aᵀ·A`` and the columns of ``V = B·R_B`` are orthonormal, or zero where A
-    and B lack rank; ``P_A = UᵀU`` and ``P_B = VVᵀ`` project on their spaces, and ``P_B·G + G·P_A − P_B·G·P_A`` is
+    and B lack rank. With ``P_A = UᵀU`` and ``P_B = VVᵀ`` the projection ``P_B·G + G·P_A − P_B·G·P_A`` is
 
         P(G) = V·(R_Bᵀ·C − K·U) + (D·R_A)·U,    K = R_Bᵀ·C·Aᵀ·R_A
 
     The two terms are orthogonal, row by row: one lies in the row space of A, the other is orthogonal to it.
 
-    Where A is frozen there is no C, and where other layers add A too, its gradient is a sum of theirs and not C. B is
-    taken as zero then, so that V is, and what is left, ``G·P_A``, is the projection on ``{Y·A}``. Likewise without D A
-    is taken as zero, with it U and K, and what is left is ``P_B·G``, the projection on ``{B·X}``. Of several adapters
-    of a layer, each leaves out what it has no gradient for.
+    Where A is frozen, or its gradient is a sum over layers, C is unknown. B is then taken as zero, which leaves
+    ``G·P_A``, the projection on ``{Y·A}``. Without D, A is taken as zero, which leaves ``P_B·G``, that on ``{B·X}``.
 
     Attributes:
         a, c: A and C (L, g, g, q, n/g), at least in float32.
         b, d: B and D (L, g, g, m/g, q), likewise.
-        root_a, root_b, crossed: R_A, R_B and K (L, g, g, q, q) in float64. Where A or B is ill-conditioned, its Gram
-            matrix is twice as much so; nothing else has to be wide.
+        root_a, root_b, crossed: R_A, R_B and K (L, g, g, q, q) in float64, as a Gram matrix has twice the condition of
+            its factor.
     """
 
     a: Tensor
@@ -55,10 +53,10 @@ class Projection:
         return (row_dot(v, v @ inner.to(v.dtype)) + row_dot(y, y)).to(inner.dtype)
 
     def factors(self) -> Factors:
-        """V, its factor, ``D·R_A`` and U: the norm of P(G) is that of the two in the middle.
+        """V, ``R_Bᵀ·C − K·U``, ``D·R_A`` and U.
 
-        The columns of ``B(BᵀB)⁺`` all but cancel in a product where B is ill-conditioned, and what remains would drown
-        in bfloat16's rounding, to which autocast brings the factors. Orthonormal columns do not cancel.
+        V and U are orthonormal, so that nothing cancels in a product that autocast rounds to bfloat16. The columns of
+        ``B(BᵀB)⁺`` would, where B is ill-conditioned.
         """
         root_a, root_b, crossed = (matrix.to(self.a.dtype) for matrix in (self.root_a, self.root_b, self.crossed))
         u = root_a.mT @ self.a
@@ -66,10 +64,9 @@ class Projection:
 
 
 def project(stack: Stack, norms: BaseNorms) -> Projection | None:
-    """The gradients of a stack's layers on the tangent space of the adapters they are seen through; None without any.
+    """The projections of a stack's layers on the tangent space of the adapters asked for; None without gradients.
 
-    The plain adapter of a hybrid GraLoRA layer spans directions that the blocks partly span too; it is left out, and
-    what stands for G is its projection on the blocks' tangent space alone.
+    Of a hybrid GraLoRA layer it is the tangent space of the blocks alone, as that of the plain adapter overlaps it.
     """
     names = stack.layers[0].names
     trained = [same for same in stack.columns() if same[0].name in names and same[0].scaling and same[0].has_grads]
@@ -79,9 +76,7 @@ def project(stack: Stack, norms: BaseNorms) -> Projection | None:
     dora = any(same[0].magnitude is not None for same in trained)
     row_factors = weight_sq(stack, norms)[1] if dora else {}
     parts: list[tuple[Tensor, ...]] = []
-    for same in trained:
-        if same[0].k < grid:
-            continue
+    for same in [same for same in trained if same[0].k == grid]:
         a_k, b_k = stacked_blocks(same, grid)
         dtype = torch.promote_types(a_k.dtype, torch.float32)
         a_k, b_k = a_k.to(dtype), b_k.to(dtype)
@@ -112,13 +107,13 @@ def _joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:
 def _roots(gram: Tensor, eps: float) -> Tensor:
     """R with ``R·Rᵀ = M⁺``, for Gram matrices M (..., r, r) that may be singular, as B's is before the first step.
 
-    A pseudo-inverse would need eigenvalues, which stall a GPU. A ridge keeps the matrix invertible, and a series takes
-    it out again of every direction that stands above it: with ``M + δ = L·Lᵀ`` and ``E = δ·L⁻¹·L⁻ᵀ``,
+    A pseudo-inverse would need eigenvalues, which stall a GPU. Here a ridge δ keeps the matrix invertible, and a series
+    removes it again: with ``M + δ = L·Lᵀ`` and ``E = δ·L⁻¹·L⁻ᵀ``,
 
         M⁺ ≈ L⁻ᵀ·(1 + E + ... + E⁷)·L⁻¹
 
-    up to a relative error of (δ/(λ + δ))⁸ beside an eigenvalue λ. δ is not below `eps`, the precision of the gradients,
-    of the trace: smaller directions hold nothing but rounding.
+    with a relative error of (δ/(λ + δ))⁸ at an eigenvalue λ. δ is at least `eps`, the precision of the gradients, times
+    the trace: smaller eigenvalues are rounding.
     """
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     scale = torch.where(trace > 0, trace.rsqrt(), 0.0)

@@ -1,7 +1,7 @@
 """Finding adapted linear layers in any model, and one view of them all.
 
-A layer's effective weight is ``W' = diag(a)·W0 + Σ_k s_k·diag(c_k)·B_k·A_k`` over its active adapters: `a` and `c` are
-one for LoRA, and hold DoRA's row factors ``μ / ‖W0 + s·B·A‖`` where an adapter has a magnitude.
+A layer's effective weight is ``W' = diag(a)·W0 + Σ_k s_k·diag(c_k)·B_k·A_k`` over its active adapters, where a and c_k
+are 1 for LoRA and row factors ``μ / ‖W0 + s·B·A‖`` for DoRA.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import checks
-from .adapter import Adapter
+from .adapter import Adapter, NotLinear, Reader
 from .base import OFFLOADED, BaseWeight, hooked
 from .bases import base_weight
 from .kinds import reader_of
 from .probe import at_hand
-from .reader import NotLinear, Reader
 
 __all__ = ["LoRALayer", "fusable", "lora_layers", "plain_name", "refuse_fsdp1"]
 
@@ -35,19 +34,19 @@ def plain_name(name: str) -> str:
 
 
 class LoRALayer:
-    """A linear layer with low-rank adapters. Holds the module and looks every tensor up when asked.
+    """A linear layer with low-rank adapters. It holds the module, and looks tensors up whenever they are needed.
 
     Attributes:
         name: the module's name in the model, without the parts that DDP, FSDP or `torch.compile` add.
-        module: the adapter layer itself.
+        module: the adapter layer.
         base: its frozen weight, as the layer stores it at present.
         shape: (m, n) = (out_features, in_features).
-        names: the adapters that this view was asked for; `adapters()` yields all active ones.
+        names: the adapters that were asked for.
         is_peft: whether the module is PEFT's.
     """
 
     def __init__(self, name: str, module: nn.Module, base: BaseWeight, names: frozenset[str]):
-        # A module's kind does not change, and asking it takes longer than the rest of `adapters()`.
+        # A module's kind does not change, and finding it takes longer than the rest of `adapters()`.
         reader = reader_of(module)
         if reader is None:
             raise ValueError(f"module {name!r}, a {type(module).__name__}, holds no adapters that can be read")
@@ -57,9 +56,9 @@ class LoRALayer:
         self.shape = base.shape
         self.is_peft = reader.is_peft
         self._reader = reader.of(module)
-        # What was found out about a base is kept; an opaque one whose values are elsewhere yet could not be asked.
-        unasked = base.kind == "opaque" and not at_hand(*base.module.parameters())
-        self._known = None if unasked else (type(base.module).forward, base.kind == "float")
+        # An opaque base whose values are elsewhere could not be tried yet.
+        untried = base.kind == "opaque" and not at_hand(*base.module.parameters())
+        self._known = None if untried else (type(base.module).forward, base.kind == "float")
         self._base = base.module, base.shape, base.transposed
 
     @property
@@ -81,26 +80,28 @@ class LoRALayer:
 
     @property
     def trained(self) -> bool:
-        """Whether an adapter asked for that the layer adds at present, unmerged, has a factor that is trained."""
+        """Whether the layer adds, at present and unmerged, an adapter asked for that requires a gradient."""
         return any(adapter.trained for adapter in self.adapters() if adapter.name in self.names)
 
     def all_adapters(self) -> list[Adapter]:
         """Every adapter asked for, active or not."""
-        reader, module, shape = self._reader, self.module, self.shape
-        return [adapter for name in sorted(self.names) for adapter in reader.adapters(module, name, shape)]
+        return self._named(sorted(self.names))
 
     def adapters(self) -> list[Adapter]:
         """The adapters that the layer adds to its base weight at present; none while they are merged or disabled."""
-        reader, module, shape = self._reader, self.module, self.shape
+        reader, module = self._reader, self.module
         if reader.merged(module) or not reader.enabled(module):
             return []
-        return [adapter for name in reader.active(module) for adapter in reader.adapters(module, name, shape)]
+        return self._named(reader.active(module))
 
     def adapters_named(self, scalings: Mapping[str, float]) -> list[Adapter]:
         """The adapters of these names, asked for or not, in their order and with these scalings."""
-        reader, module, shape = self._reader, self.module, self.shape
-        found = [adapter for name in scalings for adapter in reader.adapters(module, name, shape)]
+        found = self._named(scalings)
         return [a if a.scaling == scalings[a.name] else replace(a, scaling=scalings[a.name]) for a in found]
+
+    def _named(self, names: Iterable[str]) -> list[Adapter]:
+        read, module, shape = self._reader.adapters, self.module, self.shape
+        return [adapter for name in names for adapter in read(module, name, shape)]
 
     def ranks(self) -> dict[str, int]:
         """The rank of every adapter asked for; of a hybrid GraLoRA layer that of both its parts together."""
@@ -117,27 +118,28 @@ class LoRALayer:
 def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) -> list[LoRALayer]:
     """Finds every adapted linear layer of a model.
 
-    Understood are PEFT's LoRA, rsLoRA and DoRA layers, GraLoRA layers, this library's and PEFT's, and layers of other
-    libraries and of one's own. The base may be `nn.Linear`, `Conv1D`, bitsandbytes' `Linear4bit` or `Linear8bitLt`, or
-    any other layer that can be applied to inputs and says its `in_features` and `out_features` (AWQ, GPTQ, HQQ,
-    torchao, 8-bit floats). Its stored floats are taken for its weight where it multiplies by them and by nothing else.
+    These are PEFT's LoRA, rsLoRA, DoRA and GraLoRA layers, `GraLoRALinear`, and layers of other libraries and of your
+    own. The base may be `nn.Linear`, `Conv1D`, bitsandbytes' `Linear4bit` or `Linear8bitLt`, or any other layer that
+    can be called and says its `in_features` and `out_features` (AWQ, GPTQ, HQQ, torchao, 8-bit floats).
 
-    What is asked of a layer of one's own. It holds `lora_A` and `lora_B` (or `lora_a` and `lora_b`, `lora_down` and
-    `lora_up`), 2-D tensors or `nn.Linear` modules, beside a linear base: its own `weight`, a child named `base_layer`,
-    `linear`, `base` or `original`, or its one linear child. Or the factors are in a child whose name contains "lora",
-    beside the one linear child. It says its scaling as a number or tensor `scaling` or `scale`, or as `alpha` or
-    `lora_alpha`, for alpha / r, alpha / √r or alpha. Called with one tensor (..., n), its input, it returns one tensor
-    (..., m), ``x·(W0 + s·B·A)ᵀ + bias`` in evaluation, and nothing else: each such layer is asked so once, with random
-    numbers for A and B, and is as before afterwards. Which factor comes first and what is stored transposed is found
-    out that way too. While its adapter is off, an attribute says so: `enabled` is False, or `disable_adapters` or
-    `disabled` is True; and `merged` is True while the adapter is folded into the base weight. Such a layer is left
-    alone for as long.
+    A layer of your own
 
-    A factor that several layers share has the sum of their gradients, of which no layer's own can be told. GGPO and
-    LoRASAM then use the gradient of the layer's other factor alone, as beside a frozen one.
+    - holds `lora_A` and `lora_B` (or `lora_a` and `lora_b`, `lora_down` and `lora_up`), 2-D tensors or `nn.Linear`
+      modules, or has one child that does, with "lora" in its name;
+    - has a linear base: its own `weight`, a child named `base_layer`, `linear`, `base` or `original`, or its one linear
+      child;
+    - has a number or tensor `scaling` or `scale`, or an `alpha` or `lora_alpha` for alpha / r, alpha / √r or alpha;
+    - returns ``x·(W0 + s·B·A)ᵀ + bias`` in evaluation, one tensor (..., m), when called with x (..., n) alone;
+    - says so while its adapter is off, by `enabled` = False, `disable_adapters` = True or `disabled` = True, and while
+      it is folded into the base weight, by `merged` = True. It is left alone for as long.
 
-    Adapters of other kinds (embeddings, convolutions, experts, several updates side by side, token-dependent variants)
-    are not linear layers with one weight update; they are left out and named once in a log line, with the reason.
+    Each such layer is called once with random numbers for A and B, which tells the order of the factors and what is
+    stored transposed. It is then as before.
+
+    The gradient of a factor that several layers share is a sum over them; GGPO and LoRASAM use the other factor's.
+
+    Adapters that are no low-rank update of one linear layer (embeddings, convolutions, experts, several updates side by
+    side, token-dependent variants) are left out; a warning names them with the reason.
 
     Args:
         model: any module, also one wrapped by DDP, FSDP or `torch.compile`.
@@ -154,13 +156,13 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
     if wanted is not None and not wanted <= known:
         raise ValueError(f"unknown adapter {sorted(wanted - known)}; the model has {sorted(known) or 'no adapters'}")
     if not found:
-        others = f" (adapters that are not linear layers: {_some(skipped)})" if skipped else ""
+        others = f" (adapters that are not linear layers: {checks.some(skipped)})" if skipped else ""
         raise ValueError(
             f"{type(model).__name__} has no adapted linear layer{others}; add adapters first, for example with "
             "peft.get_peft_model(model, LoraConfig(target_modules='all-linear'))"
         )
     if skipped:
-        _tell_once(f"left alone, as their adapters are not linear layers: {_some(skipped)}")
+        _tell_once(f"left alone, as their adapters are not linear layers: {checks.some(skipped)}")
     return found
 
 
@@ -176,7 +178,7 @@ def refuse_fsdp1(model: nn.Module) -> None:
 
 
 def _search(model: nn.Module, wanted: set[str] | None) -> tuple[list[LoRALayer], list[str], set[str]]:
-    """The layers with a wanted adapter, names of those whose adapters can't be read, and all adapters' names."""
+    """The layers with a wanted adapter, descriptions of those that are left out, and all adapters' names."""
     found: list[LoRALayer] = []
     skipped: list[str] = []
     known: set[str] = set()
@@ -207,12 +209,7 @@ def _search(model: nn.Module, wanted: set[str] | None) -> tuple[list[LoRALayer],
 
 
 def _read(name: str, module: nn.Module, reader: Reader, names: set[str]) -> LoRALayer:
-    """The layer, seen through those of the adapters that can be read.
-
-    Raises:
-        NotLinear: there is none.
-        ValueError: they can't be trained as the layer is at present.
-    """
+    """The layer with those adapters that can be read; ValueError where they can't be trained at present."""
     base = reader.base(module)
     readable = frozenset(one for one in names if reader.adapters(module, one, base.shape))
     if not readable:
@@ -221,9 +218,9 @@ def _read(name: str, module: nn.Module, reader: Reader, names: set[str]) -> LoRA
     if (fault := base.fault()) is not None:
         raise ValueError(fault)
     adapters = layer.all_adapters()
-    for tensor in (t for adapter in adapters for t in (adapter.A, adapter.B)):
-        if tensor.is_meta and any(hasattr(part, "_hf_hook") for part in layer.module.modules()):
-            raise ValueError(OFFLOADED)
+    on_meta = any(factor.is_meta for adapter in adapters for factor in (adapter.A, adapter.B))
+    if on_meta and any(hasattr(part, "_hf_hook") for part in layer.module.modules()):
+        raise ValueError(OFFLOADED)
     if base.kind == "8bit" and any(adapter.magnitude is not None for adapter in adapters):
         raise ValueError(
             "DoRA over a bitsandbytes 8-bit weight can't be trained: PEFT's own forward fails there from its second "
@@ -233,29 +230,25 @@ def _read(name: str, module: nn.Module, reader: Reader, names: set[str]) -> LoRA
 
 
 def _refuse_shared(layers: list[LoRALayer]) -> None:
-    """ValueError where layers have both factors in common: of neither is the gradient one layer's own."""
+    """ValueError where both factors of an adapter are shared, so that neither's gradient is one layer's own."""
     adapters = [(layer.name, adapter) for layer in layers for adapter in layer.all_adapters() if adapter.trained]
     users: dict[int, list[str]] = {}
     for name, adapter in adapters:
-        for param in (adapter.A_param, adapter.B_param):
+        for param in adapter.params:
             users.setdefault(id(param), []).append(name)
     for name, adapter in adapters:
-        both = [users[id(param)] for param in (adapter.A_param, adapter.B_param)]
+        both = [users[id(param)] for param in adapter.params]
         if all(len(names) > 1 for names in both):
             raise ValueError(
-                f"layer {name!r} shares both factors of its adapter, A with {_some(both[0])} and B with "
-                f"{_some(both[1])}: their gradients are sums over these layers, of which no layer's own can be told; "
-                "share A alone or B alone, or use one module in all places"
+                f"layer {name!r} shares both factors of its adapter, A with {checks.some(both[0])} and B with "
+                f"{checks.some(both[1])}, so that their gradients are sums over layers; share one of them, or use one "
+                "module in all places"
             )
 
 
 @functools.cache
 def _tell_once(message: str) -> None:
     logger.warning(message)
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @functools.cache
@@ -267,11 +260,11 @@ def _peft_linear_forwards() -> frozenset[Any]:
 
 
 def fusable(layer: LoRALayer, base: BaseWeight, adapters: list[Adapter], x: Tensor) -> bool:
-    """Whether the layer has `add_update`, or is PEFT's plain LoRA right over a known base with nobody listening in."""
+    """Whether the layer has `add_update`, or is PEFT's plain LoRA over a fusable base, without hooks."""
     module: Any = layer.module
     if not base.fusable(x):
         return False
-    if hasattr(type(module), "add_update"):  # of the class, as modules search long for what they lack
+    if hasattr(type(module), "add_update"):  # faster than asking the module
         return True
     if not layer.is_peft or not adapters or type(module).forward not in _peft_linear_forwards():
         return False

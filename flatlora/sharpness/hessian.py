@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import checks
 from ..layers.view import lora_layers
-from .measuring import LossFn, evaluating, list_of, progress_bar
+from .measuring import Losses, LossFn, measuring
 
 __all__ = ["TopEigenvalue", "hessian_top_eigenvalue"]
 
@@ -23,9 +23,9 @@ class TopEigenvalue:
 
     Attributes:
         value: λ, the Rayleigh quotient ``vᵀHv`` of its last unit vector.
-        residual: ``‖Hv − λv‖``; an eigenvalue of H lies within it of λ. Near convergence λ's own error is of the
-            order of its square.
-        iterations: Hessian-vector products that were made.
+        residual: ``‖Hv − λv‖``; an eigenvalue of H lies this close to λ. Near convergence λ's error is of the order of
+            its square.
+        iterations: number of Hessian-vector products.
         converged: whether the residual came below ``tolerance · |λ|``.
     """
 
@@ -48,16 +48,16 @@ def hessian_top_eigenvalue(
 ) -> TopEigenvalue:
     """The largest eigenvalue of the Hessian of the mean loss by the adapters' parameters: the smaller, the flatter.
 
-    Power iteration on Hessian-vector products ``Hv``, each one forward and two backward passes over `batches`. What it
-    iterates on is ``H + s·I`` with s the largest ``‖Hv‖`` so far, which keeps it from running to an eigenvalue that is
-    negative and larger in size: the Hessian of a LoRA always has negative ones while B is zero.
+    Power iteration, with one forward and two backward passes over `batches` for each product ``Hv``. It iterates on
+    ``H + s·I``, with s the largest ``‖Hv‖`` so far, so as not to find a negative eigenvalue that is larger in size: the
+    Hessian of a LoRA has negative ones while B is zero.
 
     Eigenvalues depend on how A and B are scaled against each other: compare models of one rank, scaling and
-    initialisation, or use `worst_case_rise`, which is of the full weights. PEFT's DoRA holds the norms in its gradient
-    constant, and so does its Hessian.
+    initialisation, or use `worst_case_rise`, which is of the full weights. PEFT's DoRA takes the norms as constant in
+    its gradient, and so does this Hessian.
 
-    The model is measured in eval mode and left as it was found, `.grad` of its parameters included. Attention by
-    `scaled_dot_product_attention` takes torch's plain path meanwhile, as the fused ones can't be differentiated twice.
+    The model is measured in eval mode and left as it was found, `.grad` included. `scaled_dot_product_attention` takes
+    torch's plain path meanwhile, as its fused ones can't be differentiated twice.
 
     Args:
         model, loss_fn, batches, progress: as in `noise_rise`.
@@ -70,7 +70,6 @@ def hessian_top_eigenvalue(
         ValueError: no batches, no adapted layer, no parameter of one that requires a gradient.
         RuntimeError: torch's, from an operation that can't be differentiated twice.
     """
-    batches = list_of(batches)
     tolerance, iterations = checks.number("tolerance", tolerance), checks.integer("iterations", iterations, 1)
     params = _trained(model, adapter)
     generator = torch.Generator().manual_seed(checks.integer("seed", seed, -(2**63)))
@@ -79,9 +78,9 @@ def hessian_top_eigenvalue(
     v = torch.randn(sum(p.numel() for p in params), dtype=dtype, generator=generator, device="cpu").to(like.device)
     v /= v.norm()
     shift = torch.zeros((), dtype=dtype, device=like.device)
-    with progress_bar(progress, iterations * len(batches), "hessian_top_eigenvalue") as advance, evaluating(model):
+    with measuring(model, loss_fn, batches, "hessian_top_eigenvalue", iterations, progress) as losses:
         for made in range(1, iterations + 1):
-            product = _hessian_times(v, params, model, loss_fn, batches, advance)
+            product = _hessian_times(v, params, losses)
             value = v @ product
             residual = (product - value * v).norm()
             found = TopEigenvalue(float(value), float(residual), made, bool(residual <= tolerance * value.abs()))
@@ -98,32 +97,21 @@ def _trained(model: nn.Module, adapter: str | Iterable[str] | None) -> list[nn.P
     held = [p for a in adapters for p in (a.A_param, a.B_param, a.magnitude)]
     params = {id(p): p for p in held if isinstance(p, nn.Parameter) and p.requires_grad}
     if not params:
-        raise ValueError(
-            f"none of the {len(held)} parameters of the adapters requires a gradient, and the Hessian is by those that "
-            f"do; {checks.UNFREEZE}"
-        )
+        raise ValueError(f"none of the {len(held)} parameters of the adapters requires a gradient; {checks.UNFREEZE}")
     return list(params.values())
 
 
-def _hessian_times(
-    v: Tensor,
-    params: list[nn.Parameter],
-    model: nn.Module,
-    loss_fn: LossFn,
-    batches: list[Any],
-    advance: Callable[[], object],
-) -> Tensor:
-    """``Hv`` of the mean loss, a vector like `v`: all parameters one after the other."""
+def _hessian_times(v: Tensor, params: list[nn.Parameter], losses: Losses) -> Tensor:
+    """``Hv`` of the mean loss, as one vector over all parameters."""
     parts = [part.view_as(p).to(p) for part, p in zip(v.split([p.numel() for p in params]), params, strict=True)]
     total = torch.zeros_like(v)
-    for batch in batches:
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            grads = torch.autograd.grad(loss_fn(model, batch), params, create_graph=True, allow_unused=True)
-        # A gradient that depends on no parameter has no graph, and nothing of the Hessian.
-        pairs = [(g, part) for g, part in zip(grads, parts, strict=True) if g is not None and g.requires_grad]
-        if pairs:
-            outputs, vectors = zip(*pairs, strict=True)
-            products = torch.autograd.grad(outputs, params, vectors, allow_unused=True, materialize_grads=True)
-            total += torch.cat([product.reshape(-1).to(total) for product in products])
-        advance()
-    return total / len(batches)
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        for loss in losses:
+            grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+            # A gradient that depends on no parameter has no graph and adds nothing.
+            pairs = [(g, part) for g, part in zip(grads, parts, strict=True) if g is not None and g.requires_grad]
+            if pairs:
+                outputs, vectors = zip(*pairs, strict=True)
+                products = torch.autograd.grad(outputs, params, vectors, allow_unused=True, materialize_grads=True)
+                total += torch.cat([product.reshape(-1).to(total) for product in products])
+    return total / len(losses)

@@ -14,16 +14,7 @@ from torch import nn
 
 from .. import checks
 from ..layers.view import lora_layers
-from .measuring import (
-    LossFn,
-    RandomDirection,
-    WorstDirection,
-    attached,
-    evaluating,
-    list_of,
-    mean_loss,
-    progress_bar,
-)
+from .measuring import LossFn, RandomDirection, WorstDirection, attached, measuring
 
 __all__ = ["Landscape", "landscape", "plot_landscape"]
 
@@ -35,8 +26,8 @@ class Landscape:
     Attributes:
         at: how far the weights are moved, relative to their norm: ``±‖ε‖_F / ‖W'‖_F`` over all adapted layers.
         lines: the losses along each direction, one for each of `at`.
-        plane: ``plane[i][j]`` is the loss at ``at[i]`` along the first direction and ``at[j]`` along the second; None
-            where it was not asked for.
+        plane: ``plane[i][j]`` is the loss at ``at[i]`` along the first direction and ``at[j]`` along the second, or
+            None.
     """
 
     at: list[float]
@@ -60,19 +51,17 @@ def landscape(
 ) -> Landscape:
     """The mean loss over `batches` along directions in the adapted layers' full weights, on both sides of the model.
 
-    ``"random"`` is gaussian noise in proportion to each row's norm, as `weight_noise` adds it: moved by t, its expected
-    length is ``t·‖W'‖_F``. ``"worst"`` is up the gradient G of the mean loss by the full weights, as in
-    `worst_case_rise`: ``t·‖W'‖_F · G/‖G‖_F``. Moved by t both are of one length, so the two lines may be compared, and
-    those of several models. The direction of the gradient is that at the model itself, and needs what
-    `worst_case_rise` needs.
+    At a distance t, ``"random"`` adds the noise of `weight_noise`, of expected length ``t·‖W'‖_F``, and ``"worst"``
+    adds ``t·‖W'‖_F · G/‖G‖_F``, with G as in `worst_case_rise`, whose memory it needs. Both are of one length, so the
+    lines may be compared, also between models.
 
     The model is measured in eval mode and left as it was found; no weight is written to.
 
     Args:
         model, loss_fn, batches, adapter, progress: as in `noise_rise`.
         directions: one or two of ``"random"`` and ``"worst"``.
-        plane: whether to go through all sums of two directions, which takes ``points²`` passes over `batches`; the
-            lines are then its middle row and column.
+        plane: whether to measure all sums of two directions, in ``points²`` passes over `batches`; the lines are then
+            its middle row and column.
         reach: the largest distance, relative to ``‖W'‖_F``.
         points: odd number of distances, from ``-reach`` to ``reach``.
         seed: of the random direction's private generator; equal seeds give models of the same shape the same one.
@@ -81,17 +70,17 @@ def landscape(
         ValueError: an unknown direction, one twice, a plane of one, an even number of points, no batches, no adapted
             layer.
     """
-    batches, reach = list_of(batches), checks.number("reach", reach, above=0.0)
+    reach = checks.number("reach", reach, above=0.0)
     directions, at = _directions(directions, plane), _distances(reach, points)
     layers = lora_layers(model, adapter)
     random, worst = RandomDirection(layers, seed), None
     passes = (points**2 if plane else points * len(directions)) + ("worst" in directions)
-    with progress_bar(progress, passes * len(batches), "landscape") as advance, evaluating(model), ExitStack() as stack:
+    with measuring(model, loss_fn, batches, "landscape", passes, progress) as losses, ExitStack() as stack:
         norm = random.weight_norm()
         if "worst" in directions:
             worst = WorstDirection(layers)
             stack.enter_context(attached(model, worst))
-            worst.find(model, loss_fn, batches, advance)
+            worst.find(losses)
         if "random" in directions:
             stack.enter_context(attached(model, random))
 
@@ -99,13 +88,13 @@ def landscape(
             random.at = moved.get("random", 0.0)
             if worst is not None:
                 worst.at = moved.get("worst", 0.0) * norm
-            return mean_loss(model, loss_fn, batches, advance)
+            return losses.mean()
 
         if not plane:
             return Landscape(at, {name: [loss_at(**{name: t}) for t in at] for name in directions})
         first, second = directions
-        losses = [[loss_at(**{first: t, second: u}) for u in at] for t in at]
-        return Landscape(at, {first: [row[points // 2] for row in losses], second: losses[points // 2]}, losses)
+        grid = [[loss_at(**{first: t, second: u}) for u in at] for t in at]
+        return Landscape(at, {first: [row[points // 2] for row in grid], second: grid[points // 2]}, grid)
 
 
 def _directions(directions: Sequence[str], plane: bool) -> list[str]:
@@ -129,8 +118,8 @@ def _distances(reach: float, points: int) -> list[float]:
 def plot_landscape(results: Mapping[str, Landscape], path: str | PathLike[str]) -> Any:
     """Draws landscapes and saves the picture.
 
-    Of one model with a plane it draws the contours of the loss, the model at a cross in the middle. Otherwise each
-    direction gets a panel, with one line for each model.
+    One landscape with a plane is drawn as contours, with the model at a cross in the middle. Otherwise each direction
+    gets a panel, with one line for each model.
 
     Args:
         results: landscapes by the model's name in the picture.
@@ -140,7 +129,7 @@ def plot_landscape(results: Mapping[str, Landscape], path: str | PathLike[str]) 
         The `matplotlib.figure.Figure` that was saved.
 
     Raises:
-        TypeError: `results` is no dict, as one `Landscape` is none.
+        TypeError: `results` is no dict.
         ValueError: no landscapes, or landscapes along different directions.
         ImportError: matplotlib is missing.
     """

@@ -1,9 +1,9 @@
-"""What every measure is made of: the mean loss in eval mode, directions in the full weights, a progress bar."""
+"""What every measure is made of: losses in eval mode, and directions in the full weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,54 +19,68 @@ from ..layers.view import LoRALayer
 from ..perturbation.attachment import Attachment
 from ..perturbation.source import Source
 
-__all__ = [
-    "LossFn",
-    "RandomDirection",
-    "WorstDirection",
-    "attached",
-    "evaluating",
-    "list_of",
-    "mean_loss",
-    "progress_bar",
-]
+__all__ = ["LossFn", "Losses", "RandomDirection", "WorstDirection", "attached", "measuring"]
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
-def list_of(batches: Iterable[Any]) -> list[Any]:
-    """The batches, to be gone through several times; ValueError if there are none."""
-    if not (found := list(batches)):
-        raise ValueError("need at least one batch, got none")
-    return found
+class Losses:
+    """The losses of a model over batches, one after the other; `measuring` makes it."""
 
+    def __init__(self, model: nn.Module, loss_fn: LossFn, batches: list[Any], advance: Callable[[], object]):
+        self.model, self.loss_fn, self.batches, self.advance = model, loss_fn, batches, advance
 
-def mean_loss(model: nn.Module, loss_fn: LossFn, batches: list[Any], advance: Callable[[], object]) -> float:
-    """The mean over batches, each counted equally; `advance` is called after every one."""
-    total = 0.0
-    for batch in batches:
-        total += float(loss_fn(model, batch))
-        advance()
-    return total / len(batches)
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self.batches:
+            yield self.loss_fn(self.model, batch)
+            self.advance()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def mean(self) -> float:
+        """The mean over batches, each counted equally."""
+        total = 0.0
+        for loss in self:
+            total += float(loss)
+        return total / len(self)
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within the context, without the repacking of 4-bit weights that it may bring; afterwards each module's
-    own mode."""
+def measuring(
+    model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], name: str, passes: int, progress: bool
+) -> Iterator[Losses]:
+    """Eval mode within the context, in which 4-bit weights are not repacked; afterwards each module's own mode.
+
+    With `progress` a bar of tqdm goes through that many passes over the batches.
+    """
+    found = list(batches)
+    if not found:
+        raise ValueError("need at least one batch, got none")
+    bar = _progress_bar(passes * len(found), name) if progress else None
     modes = [(module, module.training) for module in model.modules()]
     layout = hold_training_layout(model)
     model.eval()
     try:
-        yield
+        with nullcontext() if bar is None else bar:
+            yield Losses(model, loss_fn, found, (lambda: None) if bar is None else bar.update)
     finally:
         layout.release()
         for module, mode in modes:
             module.training = mode
 
 
+def _progress_bar(total: int, name: str) -> Any:
+    try:
+        from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
+    except ImportError as reason:
+        raise ImportError("progress=True shows a bar of tqdm; install it with: pip install tqdm") from reason
+    return tqdm(total=total, desc=name, unit="batch")
+
+
 @contextmanager
 def attached(model: nn.Module, source: Source) -> Iterator[None]:
-    """Within the context layers see the source's ε; no weight is written to, so an exception leaves no trace."""
+    """Within the context layers see the source's ε; no weight is written to."""
     attachment = Attachment(model, source)
     try:
         yield
@@ -74,65 +88,46 @@ def attached(model: nn.Module, source: Source) -> Iterator[None]:
         attachment.remove()
 
 
-@contextmanager
-def progress_bar(wanted: bool, total: int, name: str) -> Iterator[Callable[[], object]]:
-    """Yields what to call after each of `total` batches; it moves a bar of tqdm if one is wanted.
-
-    Raises:
-        ImportError: a bar is wanted and tqdm is missing.
-    """
-    if not wanted:
-        yield lambda: None
-        return
-    try:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
-    except ImportError as reason:
-        raise ImportError("progress=True shows a bar of tqdm; install it with: pip install tqdm") from reason
-    with tqdm(total=total, desc=name, unit="batch") as bar:
-        yield bar.update
-
-
 class WorstDirection(Source):
-    """``at · G/‖G‖_F``: up the gradient of the mean loss by all layers' weights together.
+    """``at · G/‖G‖_F``, with G the gradient of the mean loss by all layers' weights together.
 
-    It is an adapter of full rank, ``at · B·I``. Until `find` B is zero and `at` one, so that the gradient of B is the
-    layer's whole G.
+    It is an adapter of full rank, ``at · B·I``. Before `find`, B is zero and `at` 1, so that G is the gradient of B.
     """
 
     always = True
 
     def __init__(self, layers: list[LoRALayer]):
         super().__init__(layers)
-        likes = [layer.all_adapters()[0].A for layer in layers]
         self.at = 1.0
-        self.weights = [like.new_zeros(layer.shape).requires_grad_() for layer, like in zip(layers, likes, strict=True)]
-        self._of = {layer.name: weight for layer, weight in zip(layers, self.weights, strict=True)}
+        self.weights = {
+            layer.name: layer.all_adapters()[0].A.new_zeros(layer.shape).requires_grad_() for layer in layers
+        }
 
     def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Adapter:
-        weight = self._of[layer.name]
+        weight = self.weights[layer.name]
         return Adapter("", torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device), weight, self.at)
 
     @torch.no_grad()
-    def find(self, model: nn.Module, loss_fn: LossFn, batches: list[Any], advance: Callable[[], object]) -> float:
+    def find(self, losses: Losses) -> float:
         """Sets the direction, zero where the gradient is; returns the mean loss."""
-        grads = [torch.zeros_like(weight) for weight in self.weights]
+        weights = list(self.weights.values())
+        grads = [torch.zeros_like(weight) for weight in weights]
         clean = 0.0
-        for batch in batches:
-            with torch.enable_grad():
-                loss = loss_fn(model, batch) / len(batches)
-            clean += float(loss)
-            for total, grad in zip(grads, torch.autograd.grad(loss, self.weights), strict=True):
-                total += grad
-            advance()
+        with torch.enable_grad():
+            for loss in losses:
+                part = loss / len(losses)
+                clean += float(part)
+                for total, grad in zip(grads, torch.autograd.grad(part, weights), strict=True):
+                    total += grad
         squares = [grad.to(sum_dtype(grad.device)).square().sum() for grad in grads]
         norm = torch.stack([square.to(squares[0]) for square in squares]).sum().sqrt()
-        for weight, grad in zip(self.weights, grads, strict=True):
+        for weight, grad in zip(weights, grads, strict=True):
             weight.copy_(grad / norm.to(grad.device) if norm > 0 else grad)
         return clean
 
 
 class RandomDirection(Source):
-    """``at · ε`` with one ε: that of `weight_noise` at σ = 1, whose rows have those of ``W'``'s norms on average."""
+    """``at · ε``, with the ε of `weight_noise` at σ = 1."""
 
     always = True
 

@@ -13,17 +13,17 @@ from torch import nn
 from .. import checks
 from ..ggpo.noise import RowNoise
 from ..layers.view import lora_layers
-from .measuring import LossFn, WorstDirection, attached, evaluating, list_of, mean_loss, progress_bar
+from .measuring import LossFn, WorstDirection, attached, measuring
 
 __all__ = ["NoiseRise", "WeightNoise", "noise_rise", "weight_noise", "worst_case_rise"]
 
 
 class WeightNoise:
-    """What `weight_noise` yields: the noise that is on a model, to be changed while it is.
+    """What `weight_noise` yields, for changing the noise within the context.
 
     Attributes:
         sigma: σ, relative to each row's norm.
-        step: number of the draw; another number is another ε.
+        step: number of the draw; each number has an ε of its own.
     """
 
     def __init__(self, noise: RowNoise):
@@ -52,8 +52,8 @@ def weight_noise(
 ) -> Iterator[WeightNoise]:
     """Within the context every adapted layer computes at ``W' + ε``, in eval mode too; no weight is written to.
 
-    Row i of ε is drawn from ``N(0, σ²/n · ‖W'_i‖² · I)``: its expected norm is σ times the row's. The same ε holds
-    until `step` or `sigma` of the `WeightNoise` that the context yields is set.
+    Row i of ε is drawn from ``N(0, σ²/n · ‖W'_i‖² · I)``: its expected norm is σ times the row's. ε stays the same
+    until `step` or `sigma` of the yielded `WeightNoise` is set.
 
     Args:
         model: a model with adapters; a `GGPOOptimizer` may be on it.
@@ -109,18 +109,17 @@ def noise_rise(
         ValueError: no draws, no batches, no adapted layer.
         ImportError: `progress` without tqdm.
     """
-    batches, draws = list_of(batches), checks.integer("draws", draws, 1)
+    draws = checks.integer("draws", draws, 1)
     rises = []
     with (
-        progress_bar(progress, (draws + 1) * len(batches), "noise_rise") as advance,
-        evaluating(model),
+        measuring(model, loss_fn, batches, "noise_rise", draws + 1, progress) as losses,
         weight_noise(model, sigma, seed=seed, adapter=adapter) as noise,
     ):
         noise.sigma = 0.0
-        clean = mean_loss(model, loss_fn, batches, advance)
+        clean = losses.mean()
         noise.sigma = sigma
         for noise.step in range(draws):
-            rises.append(mean_loss(model, loss_fn, batches, advance) - clean)
+            rises.append(losses.mean() - clean)
     spread = torch.tensor(rises, dtype=torch.float64)
     error = float(spread.std()) / draws**0.5 if draws > 1 else float("nan")
     return NoiseRise(clean, float(spread.mean()), error)
@@ -138,10 +137,9 @@ def worst_case_rise(
 ) -> float:
     """How much the mean loss over `batches` rises after one step of length ρ up its gradient in the full weights.
 
-    The step is ``ρ·G/‖G‖_F`` with G the gradient of the mean loss by all adapted layers' weights together: the ascent
-    step of sharpness-aware minimisation (arXiv:2010.01412, Eq. 2), taken where LoRA can't. Needs one (m, n) gradient
-    per layer and an (n, n) identity: a tool for measuring, not for training. The model is measured in eval mode and
-    left as it was found.
+    The step is ``ρ·G/‖G‖_F`` with G the gradient of the mean loss by all adapted layers' weights together, the ascent
+    step of sharpness-aware minimisation (arXiv:2010.01412, Eq. 2). It needs an (m, n) gradient per layer and an (n, n)
+    identity. The model is measured in eval mode and left as it was found.
 
     Args:
         model, loss_fn, batches, adapter, progress: as in `noise_rise`.
@@ -150,14 +148,9 @@ def worst_case_rise(
     Raises:
         ValueError: no batches, no adapted layer.
     """
-    batches, rho = list_of(batches), checks.number("rho", rho)
-    layers = lora_layers(model, adapter)
-    step = WorstDirection(layers)
-    with (
-        progress_bar(progress, 2 * len(batches), "worst_case_rise") as advance,
-        evaluating(model),
-        attached(model, step),
-    ):
-        clean = step.find(model, loss_fn, batches, advance)
+    rho = checks.number("rho", rho)
+    step = WorstDirection(lora_layers(model, adapter))
+    with measuring(model, loss_fn, batches, "worst_case_rise", 2, progress) as losses, attached(model, step):
+        clean = step.find(losses)
         step.at = rho
-        return mean_loss(model, loss_fn, batches, advance) - clean
+        return losses.mean() - clean

@@ -30,7 +30,7 @@ from flatlora import (
     merge_gralora,
     unload_gralora,
 )
-from flatlora.layers.kinds import linear_base
+from flatlora.layers.bases import linear_base
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flatlora import GGPOOptimizer, lora_layers
-from flatlora.layers.kinds import BASES, base_weight
+from flatlora.layers.bases import BASES, base_weight
 
 M, N = 48, 80
 

@@ -18,7 +18,9 @@ from peft import GraloraConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from flatlora import LoRALayer, apply_gralora, lora_layers
-from flatlora.layers.kinds import READERS, OwnGraLoRA, PeftGraLoRA, PeftLoRA, PlainLoRA, base_weight, reader_of
+from flatlora.layers.bases import base_weight
+from flatlora.layers.kinds import READERS, OwnGraLoRA, PeftGraLoRA, PeftLoRA, reader_of
+from flatlora.layers.plain import PlainLoRA
 
 
 def test_finds_every_adapted_layer_of_a_llama():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from flatlora import GGPOOptimizer, GraLoRALinear, LoRASAMOptimizer, lora_layers, merge_gralora
-from flatlora.layers.kinds import base_weight, linear_base
+from flatlora.layers.bases import base_weight, linear_base
 
 N = 32
 
