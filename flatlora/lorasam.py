@@ -164,11 +164,12 @@ class LoRASAMOptimizer(PerturbingOptimizer):
 
     Lineage. The last gradient stands for SAM's own in AsyncSAM (arXiv:2503.11147), in the space of the parameters that
     the optimizer holds, and in S²-SAM (NeurIPS 2024, OpenReview MJgMMqMDu4), in sparse training; EFMLoRA
-    (arXiv:2508.00522) brings a perturbation of the full weights into LoRA's space in one pass. MSAM (arXiv:2401.12033) and LoRA-MGPO (arXiv:2502.14538) perturb along momentum. LookSAM
-    (arXiv:2203.02714) takes SAM's first pass every k steps, ESAM (arXiv:2110.03141) over a part of weights and data,
-    SAF (arXiv:2205.14083) replaces it by a loss on past outputs. For LoRA, BAR (arXiv:2410.14802) keeps of SAM over A
-    and B what it does to their balance. New here, as far as we know, is the projection: steepest ascent in the
-    norm of the full weights among all ε that keep to the tangent space, from what LoRA's backward pass leaves anyway.
+    (arXiv:2508.00522) brings a perturbation of the full weights into LoRA's space in one pass. MSAM (arXiv:2401.12033)
+    and LoRA-MGPO (arXiv:2502.14538) perturb along momentum. LookSAM (arXiv:2203.02714) takes SAM's first pass every k
+    steps, ESAM (arXiv:2110.03141) over a part of weights and data, SAF (arXiv:2205.14083) replaces it by a loss on past
+    outputs. For LoRA, BAR (arXiv:2410.14802) keeps of SAM over A and B what it does to their balance. New here, as far
+    as we know, is the projection: steepest ascent in the norm of the full weights among all ε that keep to the tangent
+    space, from what LoRA's backward pass leaves anyway.
 
     Measured on an encoder of 22M parameters (`examples/results.md`). The default ρ = 0.05 at LoRA's own rate of 5e-4:
     1.3 ± 0.3 points of test accuracy more on headlines with 40 % wrong labels and 1.1 ± 0.3 on movie sentences with

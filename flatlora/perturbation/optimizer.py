@@ -177,7 +177,7 @@ class PerturbingOptimizer(OptimizerWrapper):
         if self._attached:
             self._watch.look_at_parameters()
             self._watch.look_at_passes()
-            self._source.rise.find_ranks(self.param_groups[0]["params"][0])
+            self._source.rise.find_ranks(next((p for group in self.param_groups for p in group["params"]), None))
             self._source.read_rise()
 
     def after_step(self) -> None:

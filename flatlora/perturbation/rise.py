@@ -48,7 +48,10 @@ class LossRise:
         self._parts[key] = self._parts[key] + part if key in self._parts else part
 
     def find_ranks(self, parameter: Any = None) -> None:
-        """Finds the ranks that average their gradients: within DDP's forward, or by a parameter that FSDP2 shards."""
+        """Finds the ranks that average their gradients: within DDP's forward, or by a parameter that FSDP2 shards.
+
+        Over a mesh of two dimensions (HSDP) each rank keeps its own figure.
+        """
         ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
         mesh = getattr(parameter, "device_mesh", None)
         if ddp is not None:
@@ -98,7 +101,10 @@ class LossRise:
         variance = (total_sq / weight - mean.square()).clamp(min=0.0) / (independent - 1)
         return mean.nan_to_num(0.0), variance.sqrt().nan_to_num(0.0, posinf=0.0)
 
-    # --- checkpoints ------------------------------------------------------------------------------------------------
+    # --- copies and checkpoints ---------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_group": None, "_parts": {}}  # a process group can be neither copied nor saved
 
     def state(self) -> dict[str, Any]:
         return {"samples": self.samples, "sums": self._sums.clone()}
