@@ -15,6 +15,11 @@ file: start the same command again after a crash or with more seeds, and it goes
 `--tune N` gives every method N candidates of learning rate and strength. They are trained on four fifths of the
 training data as you have it, wrong labels included, and scored on the rest; the best is then trained on all of it.
 Test data never chooses anything.
+
+`--then` measures what is left of an adapter after training: `quantise`, its merged model in 8, 4 and 3 bits; `merge`,
+over an NF4 base and the float one; `add`, beside a second task's adapter in one model; `sequence`, trained on the second
+task; `general`, a decoder's loss on English text; `detect`, whether losses tell the wrong labels. Each is a line of the
+results file, and all are of one training.
 """
 
 from __future__ import annotations
