@@ -107,7 +107,8 @@ def test_measures_that_leave_nothing_to_measure_are_refused(files, second, capsy
     for wrong, said in (
         (["--then", "general"], "needs --generate"),
         (["--then", "detect", "--flip", 0.2, 0], "looks for wrong labels"),
-        (["--then", "add"], "need a second task"),
+        (["--then", "add"], "need --second-file, a second task"),
+        (["--then", "detect", *second], "nothing else takes one"),
         (["--then", "sequence", *second, "--second-steps", 6], "must be a multiple of 4"),
         (["--then", "add", *second, "--runs", "lora", "dora@1e-3", "gralora"], "not those of dora, gralora"),
         (["--then", "flying"], "invalid choice"),
@@ -138,7 +139,7 @@ def test_a_measure_added_later_repeats_no_other(files, second, tmp_path, monkeyp
     assert path.read_bytes().startswith(before)
     printed = capsys.readouterr().out
     assert "#### detect" in printed and "AUROC of the loss" in printed and "second task, %" in printed
-    assert compared("--runs", "lora", "ggpo", "--then", "sequence", "detect", *second, "--report-only") == []
+    assert compared("--runs", "lora", "--then", "sequence", *second, "--report-only") == []
 
 
 @pytest.mark.slow

@@ -17,9 +17,9 @@ training data as you have it, wrong labels included, and scored on the rest; the
 Test data never chooses anything.
 
 `--then` measures what is left of an adapter after training: `quantise`, its merged model in 8, 4 and 3 bits; `merge`,
-over an NF4 base and the float one; `add`, beside a second task's adapter in one model; `sequence`, trained on the second
-task; `general`, a decoder's loss on English text; `detect`, whether losses tell the wrong labels. Each is a line of the
-results file, and all are of one training.
+over an NF4 base and the float one; `add`, beside a second task's adapter in one model; `sequence`, trained on the
+second task; `general`, a decoder's loss on English text; `detect`, whether losses tell the wrong labels. Each is a line
+of the results file, and all are of one training.
 """
 
 from __future__ import annotations
@@ -320,8 +320,7 @@ def parse_arguments(argv: list[str] | None = None, parser: argparse.ArgumentPars
         parser.error("--generate measures exact match; --measure matthews is of classes")
     if any(flip > 1 for flip in args.flip) or not 0 < args.validation < 1:
         parser.error("--flip must be between 0 and 1, --validation strictly so")
-    if args.then:
-        check_after(args, parser)
+    check_after(args, parser)
     return args
 
 
@@ -333,9 +332,9 @@ def check_after(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         parser.error("--then general measures a language model: it needs --generate and a decoder as --model")
     if "detect" in wanted and 0 in args.flip:
         parser.error("--then detect looks for wrong labels: give --flip a share of them")
-    if wanted & {*TWO_TASKS} and args.second_file is None:
-        parser.error(f"--then {' and '.join(TWO_TASKS)} need a second task: give --second-file")
-    if args.second_steps % LOOKS or args.second_steps < 2 * LOOKS:
+    if bool(wanted & {*TWO_TASKS}) != (args.second_file is not None):
+        parser.error(f"--then {' and '.join(TWO_TASKS)} need --second-file, a second task, and nothing else takes one")
+    if "sequence" in wanted and (args.second_steps % LOOKS or args.second_steps < 2 * LOOKS):
         parser.error(f"--second-steps must be a multiple of {LOOKS} and {2 * LOOKS} or more, got {args.second_steps}")
     others = {text.partition("@")[0].partition(":")[0] for text in args.runs}
     others = {name for name in others if name in METHODS and METHODS[name].adapter != "lora"}
