@@ -32,13 +32,20 @@ from comparing.data import flip_labels, load_named, training_data  # noqa: E402
 from comparing.methods import METHODS, Average, Fit, fresh_model  # noqa: E402
 from comparing.quantised import rounded  # noqa: E402
 from comparing.report import curves_over, heat_maps, holm, paired_difference, table, training_curves  # noqa: E402
-from comparing.runs import calibration_error, execute, load_task, matthews, score, train  # noqa: E402
+from comparing.runs import execute, load_task, train  # noqa: E402
+from comparing.scoring import calibration_error, matthews, score  # noqa: E402
 from comparing.store import Store  # noqa: E402
 
 pytest.importorskip("scipy")
 GOOD, BAD = ["good", "fine", "great"], ["bad", "poor", "awful"]
 NOUNS = [f"noun{i}" for i in range(30)]
-NEW_FIELDS = ("task", "quantise", "landscape")  # of a run, which the first results files do not have
+NEW_FIELDS = (
+    "task",
+    "landscape",
+    "then",
+    "second",
+    "second_steps",
+)  # of a run, which the first results files do not have
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +199,10 @@ def test_results_from_before_a_field_was_there_are_still_found(files, task, tmp_
     path.write_text(json.dumps({"run": old, "result": {"accuracy": 0.5}}) + "\n")
     with Store(path) as store:
         assert store[run] == {"accuracy": 0.5} and run.measures == 1
-        assert dataclasses.replace(run, quantise=True) not in store
+        assert dataclasses.replace(run, then="quantise") not in store
+    path.write_text(json.dumps({"run": old | {"quantise": True}, "result": {"accuracy": 0.5, "nf4_accuracy": 0.4}}))
+    path.write_text(path.read_text() + "\n")
+    assert Store(path, read_only=True)[run]["accuracy"] == 0.5
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------
@@ -477,17 +487,6 @@ def test_calibration_and_correlation():
     assert matthews(truth, truth) == pytest.approx(1) and matthews(torch.zeros(3, dtype=int), truth[:3]) == 0
 
 
-def test_merged_models_are_measured_in_4_and_8_bits(files, task):
-    """Against bitsandbytes' own layers in the place of the merged model's."""
-    changes = {"flip": 0.0, "examples": 64, "epochs": 2, "lr": 1e-2}
-    for method in ("lora", "gralora", "bilora"):
-        plain, measured = (execute(a_run(files, task, method, quantise=on, **changes), task) for on in (False, True))
-        added = {name: measured.pop(name) for name in list(measured) if name.startswith(("nf4_", "int8_"))}
-        assert without_times(plain) == without_times(measured) and len(added) == 8
-        assert abs(added["int8_loss"] - plain["loss"]) < abs(added["nf4_loss"] - plain["loss"]) < 0.2
-        assert added["int8_loss"] != plain["loss"]
-
-
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_rounded_weights_are_those_of_the_layers_of_bitsandbytes(kind):
     torch.manual_seed(0)
@@ -576,11 +575,11 @@ def test_methods_learn_to_generate(method, files, decoder):
 
 
 def test_a_comparison_of_generation_from_end_to_end(files, decoder, tmp_path, monkeypatch, capsys):
-    more = ("--runs", "lora", "--seeds", "0-1", "--quantise", "--results", tmp_path / "results.jsonl")
+    more = ("--runs", "lora", "--seeds", "0-1", "--then", "quantise", "--results", tmp_path / "results.jsonl")
     monkeypatch.setattr(sys, "argv", ["compare.py", *generating(files, decoder, *more)])
     compare.main()
     printed = capsys.readouterr().out
-    assert "labels generated" in printed and "NF4, %" in printed and "ECE" not in printed
+    assert "labels generated" in printed and "nf4: change of loss" in printed and "ECE" not in printed
     with pytest.raises(SystemExit):
         compare.parse_arguments(generating(files, decoder, "--measure", "matthews"))
 

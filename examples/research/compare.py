@@ -5,7 +5,8 @@
     python examples/research/compare.py --train-file train.tsv --test-file test.tsv --other-test-file elsewhere.tsv
     python examples/research/compare.py --dataset imdb --examples 200 --model FOLDER  # or a decoder's FILE.gguf
     python examples/research/compare.py --runs lora sam ggpo bilora early-stopping --tune 6  # an equal budget for each
-    python examples/research/compare.py --model FILE.gguf --generate --examples 64 --quantise  # a decoder names labels
+    python examples/research/compare.py --model FILE.gguf --generate --examples 64 --then quantise general
+    python examples/research/compare.py --then add sequence --second-file movies.tsv  # a second task on the adapters
 
 A run is `method`, `method:strength`, and the learning rates it is made with: `ggpo:0.2@5e-4,1e-3`. Every method starts
 from the same weights and sees the same batches, wrong labels (`--flip`) included. Each run is one line of the results
@@ -14,6 +15,11 @@ file: start the same command again after a crash or with more seeds, and it goes
 `--tune N` gives every method N candidates of learning rate and strength. They are trained on four fifths of the
 training data as you have it, wrong labels included, and scored on the rest; the best is then trained on all of it.
 Test data never chooses anything.
+
+`--then` measures what is left of an adapter after training: `quantise`, its merged model in 8, 4 and 3 bits; `merge`,
+over an NF4 base and the float one; `add`, beside a second task's adapter in one model; `sequence`, trained on the
+second task; `general`, a decoder's loss on English text; `detect`, whether losses tell the wrong labels. Each is a line
+of the results file, and all are of one training.
 """
 
 from __future__ import annotations
@@ -26,9 +32,20 @@ from pathlib import Path
 from typing import Any
 
 from common import data_arguments, non_negative, positive, quiet
-from comparing.data import load_texts
+from comparing.after import AFTER, LOOKS
+from comparing.data import load_second, load_texts
 from comparing.methods import METHODS
-from comparing.report import NOTE, Grid, Values, heat_maps, mean_landscapes, table, training_curves
+from comparing.report import (
+    CALIBRATION,
+    NOTE,
+    Grid,
+    Values,
+    figures_table,
+    heat_maps,
+    mean_landscapes,
+    table,
+    training_curves,
+)
 from comparing.runs import Run, model_name
 from comparing.store import Store, results_of
 from tqdm import tqdm
@@ -36,6 +53,7 @@ from tqdm import tqdm
 from flatlora import plot_landscape
 
 RATES = (1e-4, 1e-3)  # of --tune, from the lowest to the highest
+TWO_TASKS = ("add", "sequence")  # of --then
 
 
 @dataclass(frozen=True)
@@ -103,7 +121,6 @@ def regimes(args: argparse.Namespace, data: str) -> list[Run]:
             curve_texts=args.curve_texts,
             schedule=args.schedule,
             task="generate" if args.generate else "classify",
-            quantise=args.quantise,
             landscape=args.landscape,
         )
         for examples in args.examples
@@ -115,6 +132,18 @@ def regimes(args: argparse.Namespace, data: str) -> list[Run]:
 def of(regime: Run, setting: Setting, seed: int, tuning: bool = False) -> Run:
     numbers = {"method": setting.method, "strength": setting.strength, "lr": setting.lr}
     return replace(regime, **numbers, seed=seed, tuning=tuning)
+
+
+def afterwards(regime: Run, args: argparse.Namespace) -> list[Run]:
+    """The regime itself, and once for each word of `--then`."""
+    second = load_second(args)
+    runs = [regime]
+    for name in args.then:
+        run = replace(regime, then=name)
+        if name in TWO_TASKS and second is not None:
+            run = replace(run, second=second.name, second_steps=args.second_steps if name == "sequence" else 0)
+        runs.append(run)
+    return runs
 
 
 def make(runs: Iterable[Run], store: Store, args: argparse.Namespace, what: str) -> None:
@@ -176,7 +205,7 @@ def title_of(regime: Run) -> str:
 
 
 def report(regime: Run, settings: list[Setting], store: Store, args: argparse.Namespace) -> str:
-    """The table of one regime; its training curves, and the losses around its models, are saved beside it."""
+    """The tables of one regime; its training curves, and the losses around its models, are saved beside it."""
     rows = rows_of(regime, settings, store, args.seeds)
     title = f"{title_of(regime)}, {regime.epochs} epochs"
     if not rows:
@@ -187,7 +216,16 @@ def report(regime: Run, settings: list[Setting], store: Store, args: argparse.Na
         save(training_curves(named, title), args.pictures, f"{title} curves")
         if around := mean_landscapes(named):
             plot_landscape(around, picture_path(args.pictures, f"{title} landscapes"))
-    return f"### {title}\n\n{table(named, baselines, args.measure)}"
+    parts = [f"### {title}", table(named, baselines, args.measure)]
+    if regime.task == "classify":
+        parts.append(figures_table(named, baselines, CALIBRATION))
+    for run in afterwards(regime, args)[1:]:
+        named = {setting.name(): results for setting, results in rows_of(run, settings, store, args.seeds).items()}
+        parts += [f"#### {run.then}", figures_table(named, baselines, AFTER[run.then].figures)]
+        if run.then == "sequence" and args.pictures is not None:
+            drawn = training_curves(named, f"{title}: the first task", "first_accuracy", "sequence")
+            save(drawn, args.pictures, f"{title} sequence")
+    return "\n\n".join(parts)
 
 
 def draw_grids(found: dict[Run, list[Setting]], store: Store, args: argparse.Namespace) -> None:
@@ -239,6 +277,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--examples", type=positive, nargs="+", default=[256], help="training examples (256)")
     parser.add_argument("--dataset", metavar="NAME", help="a data set of the datasets library, or NAME:CONFIGURATION")
     parser.add_argument("--other-test-file", type=Path, metavar="TSV", help="test texts of another domain")
+    parser.add_argument("--test-texts", type=positive, metavar="N", help="score the first N held-out texts (all)")
     parser.add_argument("--runs", nargs="+", default=["lora", "ggpo"], metavar="RUN", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--lr", type=non_negative, nargs="+", default=[5e-4], help="of runs that name none")
     parser.add_argument("--flip", type=non_negative, nargs="+", default=[0.0], help="shares of wrong labels")
@@ -254,7 +293,6 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--r", type=positive, default=16, help="rank of the adapters (default: %(default)s)")
     parser.add_argument("--curve-texts", type=positive, default=128, help="test texts scored after every epoch")
     parser.add_argument("--generate", action="store_true", help="a decoder answers with the label's name (exact match)")
-    parser.add_argument("--quantise", action="store_true", help="measure merged models in NF4 and int8 too")
     parser.add_argument("--landscape", action="store_true", help="measure, and draw, the loss along two directions")
     parser.add_argument("--processes", type=positive, default=1, help="runs at a time, of one thread each")
     parser.add_argument("--results", type=Path, default=Path("results.jsonl"), help="default: %(default)s")
@@ -263,14 +301,45 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def after_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--then", nargs="+", choices=list(AFTER), default=[], help="what to measure after training")
+    parser.add_argument("--second-file", type=Path, metavar="TSV", help="training texts of add's and sequence's task B")
+    parser.add_argument("--second-test-file", type=Path, metavar="TSV", help="its test texts")
+    parser.add_argument("--second-steps", type=positive, default=32, help="sequence's on task B (default: %(default)s)")
+
+
 def parse_arguments(argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    parser = build_parser(__doc__) if parser is None else parser
+    """The arguments of this script, or of a `parser` for another one, which has no `--then`."""
+    if parser is None:
+        parser = build_parser(__doc__)
+        after_arguments(parser)
+    else:
+        parser.set_defaults(then=[], second_file=None)
     args = parser.parse_args(argv)
     if args.generate and args.measure == "matthews":
         parser.error("--generate measures exact match; --measure matthews is of classes")
     if any(flip > 1 for flip in args.flip) or not 0 < args.validation < 1:
         parser.error("--flip must be between 0 and 1, --validation strictly so")
+    check_after(args, parser)
     return args
+
+
+def check_after(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """An error for a measure that the other arguments leave nothing to measure."""
+    wanted = {*args.then}
+    args.then = [name for name in AFTER if name in wanted]
+    if "general" in wanted and not args.generate:
+        parser.error("--then general measures a language model: it needs --generate and a decoder as --model")
+    if "detect" in wanted and 0 in args.flip:
+        parser.error("--then detect looks for wrong labels: give --flip a share of them")
+    if bool(wanted & {*TWO_TASKS}) != (args.second_file is not None):
+        parser.error(f"--then {' and '.join(TWO_TASKS)} need --second-file, a second task, and nothing else takes one")
+    if "sequence" in wanted and (args.second_steps % LOOKS or args.second_steps < 2 * LOOKS):
+        parser.error(f"--second-steps must be a multiple of {LOOKS} and {2 * LOOKS} or more, got {args.second_steps}")
+    others = {text.partition("@")[0].partition(":")[0] for text in args.runs}
+    others = {name for name in others if name in METHODS and METHODS[name].adapter != "lora"}
+    if "add" in wanted and others:
+        parser.error(f"--then add adds LoRA's adapters, as PEFT does; not those of {', '.join(sorted(others))}")
 
 
 def main() -> None:
@@ -282,7 +351,9 @@ def main() -> None:
             parsed = [setting for text in args.runs for setting in parse_settings(text, args.lr)]
             if args.tune:
                 parsed = tuned(regime, list(dict.fromkeys(setting.method for setting in parsed)), store, args)
-            make([of(regime, setting, seed) for seed in args.seeds for setting in parsed], store, args, "runs")
+            wanted = afterwards(regime, args)
+            runs = [of(each, setting, seed) for seed in args.seeds for setting in parsed for each in wanted]
+            make(runs, store, args, "runs")
             print(f"\n{report(regime, parsed, store, args)}")
             found[regime] = parsed
         if args.pictures is not None:

@@ -37,7 +37,16 @@ def load_texts(args: argparse.Namespace) -> Texts:
         data = load_named(args.dataset)
     else:
         data = load_data(args.train_file, args.test_file)
+    data = replace(data, held_out=data.held_out[: args.test_texts])
     return Texts(data, [] if args.other_test_file is None else other_domain(args.other_test_file, data))
+
+
+def load_second(args: argparse.Namespace) -> Texts | None:
+    """The texts of the second task, if the arguments name one."""
+    if args.second_file is None:
+        return None
+    data = load_data(args.second_file, args.second_test_file)
+    return Texts(replace(data, held_out=data.held_out[: args.test_texts]), [])
 
 
 def other_domain(path: Path, data: Data) -> list[Example]:

@@ -1,9 +1,10 @@
-"""What is left of a fine-tuned model once its adapters are merged and the weights are rounded to 4 or 8 bits."""
+"""What is left of a fine-tuned model once its adapters are merged and the weights are rounded to 3, 4 or 8 bits."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,26 @@ def int8(weight: Tensor) -> Tensor:
     return functional.int8_vectorwise_dequant(codes, scales)
 
 
-ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {"nf4": nf4, "int8": int8}
+def to_nearest(weight: Tensor, bits: int, group: int) -> Tensor:
+    """Round to nearest: in a row every `group` weights share the scale ``(max - min) / (2^bits - 1)`` and a zero point.
+
+    A last group may be shorter.
+    """
+
+    def nearest(w: Tensor) -> Tensor:
+        low, high = w.amin(1, keepdim=True).clamp(max=0), w.amax(1, keepdim=True).clamp(min=0)
+        scale = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(w.dtype).tiny)
+        zero = (-low / scale).round()
+        return scale * ((w / scale).round() + zero).clamp(0, 2**bits - 1).sub(zero)
+
+    return torch.cat([nearest(part) for part in weight.split(group, 1)], 1)
+
+
+ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "int8": int8,
+    "nf4": nf4,
+    **{f"rtn{b}_{g}": partial(to_nearest, bits=b, group=g) for b in (4, 3) for g in (32, 64)},
+}
 
 
 @torch.no_grad()

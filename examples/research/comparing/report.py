@@ -71,8 +71,6 @@ COLUMNS = [  # heading, name of the measure, scale, form
     ("ECE, %", "ece", 100, ".1f"),
     ("wrong labels learnt, %", "memorised", 100, ".0f"),
     ("other domain, %", "other_accuracy", 100, ".1f"),
-    ("NF4, %", "nf4_accuracy", 100, ".1f"),
-    ("int8, %", "int8_accuracy", 100, ".1f"),
     ("rise under noise", "rise", 1, ".3f"),
 ]
 
@@ -107,6 +105,58 @@ def table(rows: dict[str, Values], baselines: dict[str, str], measure: str = "ac
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+@dataclass(frozen=True)
+class Figure:
+    """What a table compares: a name among the results, and how it is printed.
+
+    `against_zero`: a difference of two figures of one model, tested for itself and not against a baseline.
+    """
+
+    heading: str
+    name: str
+    scale: float
+    form: str
+    against_zero: bool = False
+
+
+CALIBRATION = [
+    Figure("ECE, %", "ece", 100, ".1f"),
+    Figure("ECE after temperature scaling, %", "scaled_ece", 100, ".1f"),
+    Figure("Brier score", "brier", 1, ".3f"),
+    Figure("accuracy of the 80 % most confident answers, %", "covered_accuracy", 100, ".1f"),
+]
+
+
+def figures_table(rows: dict[str, Values], baselines: dict[str, str], figures: Sequence[Figure]) -> str:
+    """A Markdown table of figures, row by row; Holm's correction is over all its comparisons."""
+    compared = [(figure, name) for figure in figures for name in rows if column(rows[name], figure.name)]
+    differences = [compared_figure(figure, name, rows, baselines) for figure, name in compared]
+    corrected = holm([difference.p for difference in differences])
+    headings = ["", "", "n", "mean", "against", "difference", "p", "p (Holm)"]
+    lines = [headings, ["---"] * len(headings)]
+    for (figure, name), d, p in zip(compared, differences, corrected, strict=True):
+        values = column(rows[name], figure.name)
+        cells = [figure.heading, name, str(len(values)), mean_and_error(values, figure.form, figure.scale)]
+        if d.n > 1:
+            other = "zero" if figure.against_zero else baselines[name]
+            cells += [other, f"{d.mean:+{figure.form}} ± {d.error:{figure.form}}", f"{d.p:.2g}", f"{p:.2g}"]
+        else:
+            cells += [""] * 4
+        lines.append(cells)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def compared_figure(figure: Figure, name: str, rows: dict[str, Values], baselines: dict[str, str]) -> Difference:
+    """The figure of a row against that of its baseline, seed by seed, or against zero."""
+    values = {seed: figure.scale * result[figure.name] for seed, result in rows[name].items() if figure.name in result}
+    if figure.against_zero:
+        return paired_difference(list(values.values()), [0.0] * len(values))
+    baseline = rows.get(baselines.get(name, ""), {})
+    seeds = [seed for seed in sorted(values) if figure.name in baseline.get(seed, {})]
+    others = [figure.scale * baseline[seed][figure.name] for seed in seeds]
+    return paired_difference([values[seed] for seed in seeds], others)
+
+
 NOTE = (
     "Mean ± standard error over the seeds; differences are paired over seeds, p from a paired t-test, Holm over the "
     "table's comparisons. *The epoch that is best on the first test texts: an upper bound that nobody can choose "
@@ -124,12 +174,15 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def training_curves(rows: dict[str, Values], title: str, measure: str = "accuracy") -> Any:
-    """A figure with one line per row: the mean over seeds after every epoch, and a band of one standard error."""
+def training_curves(rows: dict[str, Values], title: str, measure: str = "accuracy", points: str = "curve") -> Any:
+    """A figure with one line per row: the mean over seeds after every epoch, and a band of one standard error.
+
+    `points` may be "sequence": over the steps of a second task.
+    """
     figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
     for name, results in rows.items():
-        curves = [[100 * point[measure] for point in result["curve"]] for result in results.values()]
+        curves = [[100 * point[measure] for point in result[points]] for result in results.values()]
         if not curves:
             continue
         means = [statistics.mean(points) for points in zip(*curves, strict=True)]
@@ -137,7 +190,7 @@ def training_curves(rows: dict[str, Values], title: str, measure: str = "accurac
             statistics.stdev(points) / len(points) ** 0.5 if len(points) > 1 else 0.0
             for points in zip(*curves, strict=True)
         ]
-        epochs = range(1, len(means) + 1)
+        epochs = range(1, len(means) + 1) if points == "curve" else next(iter(results.values()))["steps"]
         (line,) = axes.plot(epochs, means, label=name)
         axes.fill_between(
             epochs,
@@ -147,7 +200,8 @@ def training_curves(rows: dict[str, Values], title: str, measure: str = "accurac
             alpha=0.15,
             linewidth=0,
         )
-    axes.set(xlabel="epoch", ylabel=f"{measure}, %", title=title)
+    xlabel = "epoch" if points == "curve" else "step of the second task"
+    axes.set(xlabel=xlabel, ylabel=f"{measure}, %".replace("_", " "), title=title)
     axes.legend(fontsize=8)
     return figure
 

@@ -7,7 +7,7 @@ import json
 import random
 import statistics
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,14 @@ import torch
 import transformers
 from common import Example, encode, encoder_folder, load_tokenizer, make_batches, trainable
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from comparing.data import Texts, Training, load_texts, training_data
-from comparing.methods import METHODS, Average, Batch, Fit, answer_logits, fresh_model, mean_loss, restore, snapshot
-from comparing.quantised import ROUNDINGS, merged, rounded
+from comparing.data import Texts, Training, load_second, load_texts, training_data
+from comparing.methods import METHODS, Average, Batch, Fit, fresh_model, mean_loss, restore, snapshot
+from comparing.scoring import score
 from flatlora import landscape, noise_rise
 
 MEASURES = 1  # part of a run's key: count it up when what is measured changes its meaning
 NOISE = 0.2  # of the rise under noise
-BINS = 15  # of the calibration error
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,8 @@ class Run:
 
     The last fields have defaults that say what runs were before there were these fields, so that those stay readable.
     `tuning` holds out `validation` of the training data and is scored on that alone; it never sees the test data.
+    `then` is what is measured of the trained model, a name of `after.AFTER`, or nothing: the scores. `second` names the
+    other task's texts, where that takes any.
     """
 
     data: str
@@ -52,16 +52,19 @@ class Run:
     measures: int = MEASURES
     schedule: str = "constant"
     task: str = "classify"
-    quantise: bool = False
     landscape: bool = False
+    then: str = ""
+    second: str = ""
+    second_steps: int = 0
 
     @property
     def key(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 
     @property
-    def regime(self) -> tuple[str, str, int, float]:
-        return self.data, self.model, self.examples, self.flip
+    def training(self) -> Run:
+        """The run that is scored at once and trains the same model."""
+        return replace(self, then="", second="", second_steps=0)
 
 
 # --- what all runs share --------------------------------------------------------------------------------------------
@@ -76,6 +79,7 @@ class Task:
     tokenizer: Any
     device: torch.device
     generates: bool = False  # a label's name, where others classify
+    second: Task | None = None  # another task on the same pretrained model
 
     def batches(self, examples: list[Example], size: int = 64) -> list[Batch]:
         """Batches for evaluation: texts of like length together, as padding costs time."""
@@ -125,9 +129,16 @@ def model_name(model: Path | None) -> str:
     return f"{folder.resolve().parent.name}/{folder.name}"
 
 
-def load_task(args: argparse.Namespace, texts: Texts | None = None) -> Task:
+def load_task(args: argparse.Namespace) -> Task:
+    """The task that the arguments name, and the second if they name one."""
+    task, second = task_of(load_texts(args), args), load_second(args)
+    if second is not None:
+        task.second = replace(task, texts=second) if args.generate else task_of(second, args)
+    return task
+
+
+def task_of(texts: Texts, args: argparse.Namespace) -> Task:
     """The model is a folder, or a GGUF file of a decoder beside its tokenizer."""
-    texts = load_texts(args) if texts is None else texts
     options: dict[str, Any] = {"local_files_only": True}
     if args.model is not None and args.model.suffix == ".gguf":
         folder, options["gguf_file"] = args.model.parent, args.model.name
@@ -140,66 +151,14 @@ def load_task(args: argparse.Namespace, texts: Texts | None = None) -> Task:
         base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     else:
         base = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=len(texts.data.labels), dtype=torch.float32, **options
-        )
+            folder, num_labels=len(texts.data.labels), dtype=torch.float32, ignore_mismatched_sizes=True, **options
+        )  # a head of another task's may be among the weights; every run begins with a new one
     base.config.pad_token_id = tokenizer.pad_token_id
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Task(texts, base.to(device), tokenizer, device, args.generate)
 
 
-# --- measures -------------------------------------------------------------------------------------------------------
-
-
-def calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """ECE: the mean distance of confidence and accuracy over equal bins of confidence, weighted by their texts."""
-    confidence, predicted = logits.softmax(-1).max(-1)
-    right = (predicted == labels).float()
-    bins = (confidence * BINS).long().clamp(max=BINS - 1)
-    gaps = [(confidence[bins == b] - right[bins == b]).sum().abs() for b in range(BINS)]
-    return float(sum(gaps)) / len(labels)
-
-
-@torch.no_grad()
-def score(model: nn.Module, batches: list[Batch], prefix: str = "") -> dict[str, float]:
-    """What is measured on texts; the model is left in eval mode."""
-    model.eval()
-    if batches[0]["labels"].dim() == 2:
-        measured = score_answers(model, batches)
-    else:
-        logits = torch.cat([answer_logits(model, batch) for batch in batches]).float().cpu()
-        labels = torch.cat([batch["labels"] for batch in batches]).cpu()
-        measured = {
-            "accuracy": float((logits.argmax(-1) == labels).double().mean()),
-            "loss": float(cross_entropy(logits, labels)),
-            "ece": calibration_error(logits, labels),
-            "matthews": matthews(logits.argmax(-1), labels),
-        }
-    return {prefix + name: value for name, value in measured.items()}
-
-
-def score_answers(model: nn.Module, batches: list[Batch]) -> dict[str, float]:
-    """Exact match, as `accuracy`, and the loss of an answer's token.
-
-    Greedy generation gives the answer, its end included, just where every token of it is the likeliest after those
-    before it: one pass tells.
-    """
-    right, texts, loss, tokens = 0, 0, 0.0, 0
-    for batch in batches:
-        logits, labels = answer_logits(model, batch).float(), batch["labels"]
-        loss += float(cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
-        tokens += int((labels != -100).sum())
-        right += int(((logits.argmax(-1) == labels) | (labels == -100)).all(1).sum())
-        texts += len(labels)
-    return {"accuracy": right / texts, "loss": loss / tokens}
-
-
-def matthews(predicted: Tensor, labels: Tensor) -> float:
-    """Matthews' correlation, of any number of classes (Gorodkin, 2004)."""
-    count = int(max(predicted.max(), labels.max())) + 1
-    p, t = (nn.functional.one_hot(one, count).double() for one in (predicted, labels))
-    p, t = p - p.mean(0), t - t.mean(0)
-    spread = float((p.square().sum() * t.square().sum()).sqrt())
-    return float((p * t).sum()) / spread if spread else 0.0
+# --- a run ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -227,30 +186,41 @@ def what_is_scored(run: Run, task: Task, training: Training) -> Scored:
     )
 
 
-# --- a run ----------------------------------------------------------------------------------------------------------
+@dataclass
+class Trained:
+    """A run's model at the end of its training. What is measured of it leaves it as it is."""
+
+    run: Run
+    task: Task
+    training: Training
+    model: nn.Module
+    curve: list[dict[str, float]]
+    step_seconds: float
+
+
+def trained(run: Run, task: Task) -> Trained:
+    """Trains the run's method on a task; the same configuration gives the same weights."""
+    method = METHODS[run.method]
+    training = split_of(run, task)
+    model = fresh_model(task.base, method, run.strength, run.r, run.seed)
+    fit = fit_of(run, model, epochs_of(run, task, training))
+    curve = train(fit, run, what_is_scored(run, task, training))
+    return Trained(run, task, training, model, curve, statistics.median(fit.times))
 
 
 def execute(run: Run, task: Task) -> dict[str, Any]:
-    """Trains and measures; the same configuration gives the same figures, times aside."""
-    method, data = METHODS[run.method], task.texts.data
-    held_out = run.validation if run.tuning or method.stops_early else 0.0
-    training = training_data(data, run.examples, run.flip, held_out, run.seed)
-    model = fresh_model(task.base, method, run.strength, run.r, run.seed)
-    fit = Fit(model, method.optimizer, run.lr, run.strength, epochs_of(run, task, training))
-    fit.smoothing = run.strength if method.trick == "smoothing" else 0.0
-    fit.decays = run.schedule == "linear"
-    curve = train(fit, run, what_is_scored(run, task, training))
-    result: dict[str, Any] = {"curve": curve, "step_seconds": statistics.median(fit.times)}
+    """Trains and scores; the same configuration gives the same figures, times aside."""
+    return scores(trained(run, task))
+
+
+def scores(done: Trained) -> dict[str, Any]:
+    """What is measured of every trained model."""
+    run, task, training, model = done.run, done.task, done.training, done.model
+    result: dict[str, Any] = {"curve": done.curve, "step_seconds": done.step_seconds}
     if run.tuning:
-        best = best_epoch(curve) if method.stops_early else -1
-        return result | {name: curve[best][name] for name in ("validation_accuracy", "validation_loss")}
-    return result | measures(run, task, training, model)
-
-
-def measures(run: Run, task: Task, training: Training, model: nn.Module) -> dict[str, Any]:
-    """What is measured of a trained model."""
-    held_out = task.batches(task.texts.data.held_out)
-    result: dict[str, Any] = score(model, held_out)
+        best = best_epoch(done.curve) if METHODS[run.method].stops_early else -1
+        return result | {name: done.curve[best][name] for name in ("validation_accuracy", "validation_loss")}
+    result |= score(model, task.batches(task.texts.data.held_out))
     if task.texts.other:
         result |= score(model, task.batches(task.texts.other), "other_")
     if any(training.wrong):
@@ -260,11 +230,22 @@ def measures(run: Run, task: Task, training: Training, model: nn.Module) -> dict
     result["rise"] = noise_rise(model, mean_loss, some, sigma=NOISE, draws=4, seed=run.seed).rise
     if run.landscape:
         result["landscape"] = asdict(landscape(model, mean_loss, some, points=9, seed=run.seed))
-    if run.quantise:
-        whole = merged(model)
-        for kind in ROUNDINGS:
-            result |= score(rounded(whole, kind), held_out, f"{kind}_")
     return result
+
+
+def split_of(run: Run, task: Task) -> Training:
+    """The run's training examples of a task, less what the method holds out of them."""
+    held_out = run.validation if run.tuning or METHODS[run.method].stops_early else 0.0
+    return training_data(task.texts.data, run.examples, run.flip, held_out, run.seed)
+
+
+def fit_of(run: Run, model: nn.Module, epochs: list[list[Batch]]) -> Fit:
+    """The run's way to train a model, on these batches."""
+    method = METHODS[run.method]
+    fit = Fit(model, method.optimizer, run.lr, run.strength, epochs)
+    fit.smoothing = run.strength if method.trick == "smoothing" else 0.0
+    fit.decays = run.schedule == "linear"
+    return fit
 
 
 def epochs_of(run: Run, task: Task, training: Training) -> list[list[Batch]]:

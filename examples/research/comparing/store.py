@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from common import quiet
 
-from comparing.runs import Run, Task, execute, load_task
+from comparing.after import execute_all
+from comparing.runs import Run, Task, load_task
 
 
 class Store:
@@ -47,6 +48,7 @@ class Store:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 entry = json.loads(line)
+                entry["run"].pop("quantise", None)  # of the first files: scores of rounded weights beside the others
                 self.results[Run(**entry["run"]).key] = entry["result"]
             except (ValueError, KeyError, TypeError) as reason:
                 raise SystemExit(f"error: {path}, line {number} is not a result: {reason!r}") from reason
@@ -86,37 +88,42 @@ class Store:
 
 
 def results_of(runs: list[Run], args: argparse.Namespace) -> Iterator[tuple[Run, dict[str, Any]]]:
-    """Makes the runs, in `args.processes` processes of one thread each, and yields each when it is done."""
+    """Makes the runs, in `args.processes` processes of one thread each, and yields each when it is done.
+
+    Runs that measure one and the same trained model are made together.
+    """
+    groups: dict[Run, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.training, []).append(run)
     if args.processes == 1:
         torch.set_num_threads(1)
         task = load_task(args)
-        for run in runs:
-            yield run, execute(run, task)
+        for group in groups.values():
+            yield from zip(group, execute_all(group, task), strict=True)
         return
     context = multiprocessing.get_context("spawn")
-    waiting = list(reversed(runs))
-    workers: dict[Connection, Run | None] = {}
-    for _ in range(min(args.processes, len(runs))):
+    waiting = list(reversed(groups.values()))
+    workers: dict[Connection, list[Run]] = {}
+    for _ in range(min(args.processes, len(waiting))):
         ours, theirs = context.Pipe()
         context.Process(target=work, args=(theirs, args), daemon=True).start()
         theirs.close()
-        workers[ours] = None
+        workers[ours] = []
     while workers:
         for pipe in list(workers):
-            if workers[pipe] is None and waiting:
+            if not workers[pipe] and waiting:
                 workers[pipe] = waiting.pop()
                 pipe.send(workers[pipe])
-            elif workers[pipe] is None:
+            elif not workers[pipe]:
                 pipe.close()
                 del workers[pipe]
         for pipe in wait(list(workers)) if workers else ():  # without any it would wait for ever
             assert isinstance(pipe, Connection)
-            run, workers[pipe] = workers[pipe], None
-            assert run is not None
-            yield run, received(pipe, run)
+            group, workers[pipe] = workers[pipe], []
+            yield from zip(group, received(pipe, group[0]), strict=True)
 
 
-def received(pipe: Connection, run: Run) -> dict[str, Any]:
+def received(pipe: Connection, run: Run) -> list[dict[str, Any]]:
     try:
         answer = pipe.recv()
     except EOFError:
@@ -133,12 +140,12 @@ def work(pipe: Connection, args: argparse.Namespace) -> None:
     task: Task | None = None
     while True:
         try:
-            run = pipe.recv()
+            group = pipe.recv()
         except (EOFError, OSError):
             return
         try:
             task = load_task(args) if task is None else task
-            answer: Any = execute(run, task)
+            answer: Any = execute_all(group, task)
         except (Exception, SystemExit):  # whatever it is, the parent tells the user
             answer = traceback.format_exc()
         try:
