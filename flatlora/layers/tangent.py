@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from .base import sum_dtype
 from .stack import BaseNorms, Stack, by_block, row_dot, stacked_blocks, weight_sq
 
-__all__ = ["Factors", "Projection", "project"]
+__all__ = ["Factors", "Projection", "project", "update_sq"]
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -98,6 +99,17 @@ def project(stack: Stack, norms: BaseNorms) -> Projection | None:
     wide_a, wide_b, wide_c = (factor.to(sum_dtype(factor.device)) for factor in (a, b, c))
     root_a, root_b = _roots(torch.stack([wide_a @ wide_a.mT, wide_b.mT @ wide_b]), eps)
     return Projection(a, b, c, d, root_a, root_b, root_b.mT @ (wide_c @ wide_a.mT) @ root_a)
+
+
+def update_sq(stack: Stack) -> Tensor:
+    """``Σ_layers ‖s·B·A‖_F²`` of the adapters that the layers are seen through, without DoRA's magnitudes."""
+    seen = [same for same in stack.columns() if same[0].name in stack.layers[0].names]
+    grid = math.lcm(*(same[0].k for same in seen))
+    pairs = [stacked_blocks(same, grid) for same in seen]
+    a = _joined(tuple(a_k for a_k, _ in pairs), 3)
+    b = _joined(tuple(b_k * same[0].scaling for (_, b_k), same in zip(pairs, seen, strict=True)), 4)
+    a, b = (factor.to(sum_dtype(factor.device)) for factor in (a, b))
+    return ((b.mT @ b) * (a @ a.mT)).sum()
 
 
 def _joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:
