@@ -144,10 +144,9 @@ def test_a_measure_added_later_repeats_no_other(files, second, tmp_path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by SIGKILL")
-def test_measures_of_a_killed_comparison_go_on(files, second, tmp_path, monkeypatch):
+def test_measures_of_a_killed_comparison_go_on(files, tmp_path, monkeypatch):
     """Whether it dies between two trainings or while it writes a measure of one of them."""
-    wanted = arguments(files, "--runs", "lora", "--seeds", "0-4", "--then", "sequence", "detect", *second)
-    wanted += ["--second-steps", "8", "--results"]
+    wanted = arguments(files, "--runs", "lora", "--seeds", "0-4", "--then", "quantise", "detect", "--results")
     path, straight = tmp_path / "killed.jsonl", tmp_path / "straight.jsonl"
     command = [sys.executable, str(EXAMPLES / "compare.py"), *wanted, str(path)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
