@@ -12,8 +12,8 @@ from typing import Any
 import models
 import pytest
 import torch
-from ecosystem import tokens
-from models import llama, quantise
+from helpers import tokens
+from models import AUXILIARY, llama, quantise, trained
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,9 +22,6 @@ import flatlora
 
 # A base optimizer's class, with its learning rate and so on: makes one of parameters or of parameter groups.
 Base = Callable[[Any], Optimizer]
-
-# What train mode adds to the parameters of a model is registered under this name, and no adapter file has it.
-AUXILIARY = "ascent_branches"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +71,6 @@ def gralora(model: nn.Module, *, r: int, dropout: float) -> nn.Module:
 
 
 # --- optimizers ---------------------------------------------------------------------------------------------------
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    """What a user hands to an optimizer."""
-    return [p for name, p in model.named_parameters() if p.requires_grad and AUXILIARY not in name]
 
 
 def plain(model: nn.Module, base: Base, seed: int = 0) -> Optimizer:
@@ -160,20 +152,12 @@ def fill(model: nn.Module, seed: int = 0) -> None:
             p.data.copy_(nn.init.normal_(torch.empty_like(p, device="cpu"), std=0.05, generator=generator))
 
 
-def adamw(params: Any) -> Optimizer:
-    return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
-
-
-def sgd(params: Any) -> Optimizer:
-    return torch.optim.SGD(params, lr=0.05, momentum=0.9)
-
-
 def batch(i: int, size: int = 2) -> dict[str, Tensor]:
     ids = tokens(i, size).to(models.DEVICE)
     return {"input_ids": ids, "labels": ids}
 
 
-def train(model: nn.Module, optimizer: Optimizer, steps: range, micro: int = 2) -> list[float]:
+def train(model: nn.Module, optimizer: Optimizer, steps: range, micro: int = 2, scheduler: Any = None) -> list[float]:
     """A user's loop, with accumulation and clipping; returns the losses."""
     losses = []
     params = trained(model)
@@ -185,6 +169,8 @@ def train(model: nn.Module, optimizer: Optimizer, steps: range, micro: int = 2) 
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
     return losses
 
 

@@ -10,7 +10,8 @@ import io
 
 import pytest
 import torch
-from ecosystem import difference, lora_mlp, loss_of, trained
+from helpers import difference, loss_of
+from models import lora_mlp, trainable
 
 from flatlora import (
     BilevelOptimizer,
@@ -55,12 +56,12 @@ WITH_CLOSURE = ("SAM", "LookSAM", "WSAM", "FriendlySAM")  # of two passes, which
 OF_OWN_FORM = ("Lookahead", "Lookahead, pullback", "ScheduleFreeWrapper")
 
 METHODS = {
-    "bare": lambda model, base: base(trained(model)),
-    "OptimizerWrapper": lambda model, base: OptimizerWrapper(base(trained(model))),
-    "GGPO": lambda model, base: GGPOOptimizer(base(trained(model)), model, sigma=0.2, seed=7),
-    "LoRASAM": lambda model, base: LoRASAMOptimizer(base(trained(model)), model),
+    "bare": lambda model, base: base(trainable(model)),
+    "OptimizerWrapper": lambda model, base: OptimizerWrapper(base(trainable(model))),
+    "GGPO": lambda model, base: GGPOOptimizer(base(trainable(model)), model, sigma=0.2, seed=7),
+    "LoRASAM": lambda model, base: LoRASAMOptimizer(base(trainable(model)), model),
     "Bi-LoRA": lambda model, base: BiLoRAOptimizer.for_model(model, lambda groups: base(groups), rho=0.5, seed=3),
-    "stack": lambda model, base: OptimizerWrapper(GGPOOptimizer(base(trained(model)), model, sigma=0.2, seed=7)),
+    "stack": lambda model, base: OptimizerWrapper(GGPOOptimizer(base(trainable(model)), model, sigma=0.2, seed=7)),
 }
 
 
@@ -191,7 +192,7 @@ def test_a_resumed_run_on_two_levels_is_the_uninterrupted_one(lower, upper):
     saved = through_a_file([model.state_dict(), optimizer.state_dict()])
     groups = saved[1]["param_groups"]
     numbers = [i for group in groups for i in group["params"]]
-    assert numbers == list(range(len(trained(model)))) and all(key in numbers for key in saved[1]["state"])
+    assert numbers == list(range(len(trainable(model)))) and all(key in numbers for key in saved[1]["state"])
     torch.manual_seed(5)  # of what a base optimizer draws
     straight = [optimizer.step() for _ in range(4)]
 
@@ -307,7 +308,7 @@ def test_the_default_dtype_does_not_change_where_gralora_begins(dtype):
         torch.set_default_dtype(default)
         try:
             torch.manual_seed(1)
-            found.append(trained(apply_gralora(net, "all-linear", r=4, k=2, hybrid_r=2)))
+            found.append(trainable(apply_gralora(net, "all-linear", r=4, k=2, hybrid_r=2)))
         finally:
             torch.set_default_dtype(torch.float32)
     assert difference(*found) is None

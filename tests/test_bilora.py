@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from helpers import leave_together
 from models import quantise
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from ranks import leave_together
 from torch import nn
 
 from flatlora import (

@@ -7,23 +7,9 @@ import warnings
 
 import pytest
 import torch
-from ecosystem import (
-    WIDE,
-    adapters,
-    base_state,
-    build,
-    difference,
-    epsilon,
-    frozen,
-    lora_mlp,
-    optimizers_of,
-    outputs,
-    tiny_llama,
-    tokens,
-    train,
-    train_tokens,
-    trained,
-)
+from helpers import adapters, base_state, build, difference, epsilon, frozen, optimizers_of, outputs, tokens, train
+from methods import train as train_tokens
+from models import WIDE, lora_mlp, tiny_llama, trainable
 from torch.optim.lr_scheduler import ExponentialLR
 
 from flatlora import GGPOOptimizer, lora_layers, noise_rise
@@ -52,7 +38,7 @@ repacks = pytest.mark.skipif(
 
 def base_of(cls, model):
     momentum = {"momentum": 0.9} if cls.__name__.startswith(MOMENTUM) else {}
-    return build(cls, trained(model), **momentum)
+    return build(cls, trainable(model), **momentum)
 
 
 def run(cls, wrapped):
@@ -114,7 +100,7 @@ def quantised(model):
 
 
 def adam8(model, **kwargs):
-    base = bnb.optim.AdamW8bit(trained(model), lr=3e-3)
+    base = bnb.optim.AdamW8bit(trainable(model), lr=3e-3)
     return GGPOOptimizer(base, model, **{"seed": 5, **kwargs})
 
 
@@ -149,7 +135,7 @@ def test_training_lowers_the_loss_and_leaves_the_quantised_base_alone(quant, noi
 def test_without_noise_training_is_that_of_the_base_optimizer(quant):
     def run(wrapped):
         model = tiny_llama(width=64, quant=quant, dropout=0.1)
-        base = bnb.optim.AdamW8bit(trained(model), lr=3e-3)
+        base = bnb.optim.AdamW8bit(trainable(model), lr=3e-3)
         optimizer = GGPOOptimizer(base, model, sigma=0.0) if wrapped else base
         torch.manual_seed(4)
         return train_tokens(model, optimizer, range(5)), adapters(model), base_state(optimizer)
@@ -188,7 +174,7 @@ def test_evaluation_sees_the_model_without_noise(quant):
         for name, param in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(param, generator=torch.Generator().manual_seed(0))
-        optimizer = torch.optim.SGD(trained(model), lr=0.1)
+        optimizer = torch.optim.SGD(trainable(model), lr=0.1)
         if with_noise:  # the perturbation lives as long as its optimizer
             optimizer = GGPOOptimizer(optimizer, model, sigma=0.5)
         # Without the optimizer on it, a 4-bit model would be repacked in eval mode and compute something else.
@@ -225,7 +211,7 @@ def test_an_attached_model_is_not_repacked(quant):
     assert repacked(model) == []
     ids = tokens(0)
     model(input_ids=ids, labels=ids).loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained(model))
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable(model))
     optimizer.step()
 
 

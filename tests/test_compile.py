@@ -7,7 +7,7 @@ import gc
 
 import pytest
 import torch
-from methods import adamw
+from helpers import adamw
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend

@@ -7,8 +7,8 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from ecosystem import adamw, adapters, difference, frozen, ggpo, lora_mlp, outputs
-from ranks import RANKS, on_ranks
+from helpers import RANKS, adamw, adapters, difference, frozen, ggpo, on_ranks, outputs
+from models import lora_mlp
 from torch.nn.parallel import DistributedDataParallel
 
 from flatlora.layers.base import FloatBase

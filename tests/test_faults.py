@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from ecosystem import adapters, base_state, difference, lora_mlp, loss_of, outputs, trained
+from helpers import adapters, base_state, difference, loss_of, outputs
+from models import lora_mlp, trainable
 from torch import nn
 
 from flatlora import BiLoRAOptimizer, GGPOOptimizer, apply_gralora
@@ -32,7 +33,7 @@ class Base(torch.optim.AdamW):
 def ggpo(noise):
     def build():
         model = lora_mlp()
-        return model, GGPOOptimizer(Base(trained(model), lr=1e-2), model, sigma=0.3, beta=1.0, noise=noise, seed=1)
+        return model, GGPOOptimizer(Base(trainable(model), lr=1e-2), model, sigma=0.3, beta=1.0, noise=noise, seed=1)
 
     return build
 
@@ -51,7 +52,7 @@ def gralora():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
     model = apply_gralora(model, ["0", "2"], r=4, k=2).train()
-    return model, GGPOOptimizer(Base(trained(model), lr=1e-2), model, sigma=0.3, beta=1.0, seed=1)
+    return model, GGPOOptimizer(Base(trainable(model), lr=1e-2), model, sigma=0.3, beta=1.0, seed=1)
 
 
 METHODS = {
@@ -91,7 +92,7 @@ def in_forward(model, optimizer):
 
 
 def in_backward(model, optimizer):
-    handle = trained(model)[0].register_hook(raises)
+    handle = trainable(model)[0].register_hook(raises)
     return handle
 
 

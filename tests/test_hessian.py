@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ecosystem import tiny_llama
-from helpers import MLP, Net, ParameterLoRA, lm_loss, one_layer, peft, tokens, trainable
+from helpers import lm_loss, tokens
+from models import MLP, Net, ParameterLoRA, one_layer, peft, tiny_llama, trainable
 from torch.func import functional_call
 
 from flatlora import GGPOOptimizer, hessian_top_eigenvalue

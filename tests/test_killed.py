@@ -10,7 +10,8 @@ import warnings
 
 import pytest
 import torch
-from ecosystem import WIDE, lora_mlp, loss_of, trained
+from helpers import loss_of
+from models import WIDE, lora_mlp, trainable
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -40,7 +41,7 @@ def plain_net():
 def ggpo(noise):
     def start():
         model = lora_mlp(width=WIDE, r=8, dropout=0.1)
-        return model, GGPOOptimizer(adam8(trained(model)), model, sigma=0.1, beta=0.5, noise=noise, seed=1)
+        return model, GGPOOptimizer(adam8(trainable(model)), model, sigma=0.1, beta=0.5, noise=noise, seed=1)
 
     return start
 
@@ -52,7 +53,7 @@ def bilora():
 
 def gralora():
     model = apply_gralora(plain_net(), ["0", "2"], r=8, k=2, dropout=0.1).train()
-    return model, GGPOOptimizer(adam8(trained(model)), model, sigma=0.1, beta=0.5, seed=1)
+    return model, GGPOOptimizer(adam8(trainable(model)), model, sigma=0.1, beta=0.5, seed=1)
 
 
 def bidora():
@@ -96,7 +97,7 @@ def train(method, folder):
             state = {"weights": weights, "optimizer": optimizer.state_dict(), "stream": torch.get_rng_state()}
             torch.save({**state, "step": step + 1}, folder / "new.pt")
             os.replace(folder / "new.pt", checkpoint)
-    torch.save([p.detach() for p in trained(model)], folder / "result.pt")
+    torch.save([p.detach() for p in trainable(model)], folder / "result.pt")
 
 
 def process(method, folder, patience=None):

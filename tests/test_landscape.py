@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from ecosystem import tiny_llama, tokens
-from helpers import dense, lm_loss, one_layer
+from helpers import dense, lm_loss, tokens
+from models import one_layer, tiny_llama
 
 from flatlora import (
     Landscape,

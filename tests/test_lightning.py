@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ecosystem import adapters, difference, epsilon, frozen, lora_mlp, loss_of, trained
+from helpers import adapters, difference, epsilon, frozen, loss_of
+from models import lora_mlp, trainable
 from torch import nn
 
 from flatlora import BiLoRAOptimizer, GGPOOptimizer, LoRASAMOptimizer, attach_auxiliary, remove_perturbation
@@ -32,7 +33,7 @@ class Tuned(lightning.LightningModule):
 
 
 def ggpo(model, lr):
-    return GGPOOptimizer(torch.optim.AdamW(trained(model), lr=lr), model, sigma=0.2, seed=1)
+    return GGPOOptimizer(torch.optim.AdamW(trainable(model), lr=lr), model, sigma=0.2, seed=1)
 
 
 def bilora(model, lr):
@@ -44,7 +45,7 @@ def lorasam(model, lr):
 
 
 def bare(model, lr):
-    return torch.optim.AdamW(trained(model), lr=lr)
+    return torch.optim.AdamW(trainable(model), lr=lr)
 
 
 METHODS = [ggpo, bilora, lorasam]
@@ -91,9 +92,9 @@ def loop(make, algorithm, precision):
         loss.backward()
         if i % 2:
             if algorithm == "norm":
-                nn.utils.clip_grad_norm_(trained(module.model), CLIP["norm"])
+                nn.utils.clip_grad_norm_(trainable(module.model), CLIP["norm"])
             else:
-                nn.utils.clip_grad_value_(trained(module.model), CLIP["value"])
+                nn.utils.clip_grad_value_(trainable(module.model), CLIP["value"])
             optimizer.step()
             optimizer.zero_grad()
     return adapters(module.model)
@@ -178,7 +179,7 @@ class Attached(Tuned):
 
     def __init__(self):
         super().__init__(self.around)
-        primary = trained(self.model)
+        primary = trainable(self.model)
         self.groups = [{"params": primary}, {"params": attach_auxiliary(self.model, seed=1), "ascent": True}]
 
     def around(self, model, lr):

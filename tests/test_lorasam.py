@@ -6,29 +6,24 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from ecosystem import difference
-from helpers import (
+from helpers import base_weight, dense, difference, lm_loss, noise_of, tokens
+from models import (
     MLP,
     Net,
     ParameterLoRA,
-    base_weight,
-    dense,
-    lm_loss,
     lora_modules,
-    noise_of,
     one_layer,
     peft,
-    projected,
     quantised_mlp,
     randomise,
     tiny_llama,
-    tokens,
     trainable,
 )
 from peft import GraloraConfig, get_peft_model
 from torch import nn
 
 from flatlora import GGPOOptimizer, GraLoRALinear, LoRASAMOptimizer, apply_gralora, lora_layers, remove_perturbation
+from flatlora.reference import projected
 
 TWO = {"first": {"r": 2, "lora_alpha": 5}, "second": {"r": 3}}
 
@@ -538,7 +533,7 @@ def test_base_weights_and_random_stream_are_left_alone():
     for one, its in ((model, optimizer), (twin, plain)):
         torch.manual_seed(7)
         for i in range(3):
-            lm_loss(one, tokens(seed=i)).backward()
+            lm_loss(one, tokens(i)).backward()
             its.step()
             its.zero_grad()
         states.append(torch.get_rng_state())
@@ -688,7 +683,7 @@ def test_rho_zero_is_the_base_optimizer():
     optimizer, plain = lorasam(model, 1e-2, torch.optim.AdamW, rho=0), torch.optim.AdamW(trainable(twin), lr=1e-2)
     for one, its in ((model, optimizer), (twin, plain)):
         for i in range(3):
-            lm_loss(one, tokens(seed=i)).backward()
+            lm_loss(one, tokens(i)).backward()
             its.step()
             its.zero_grad()
     assert all(torch.equal(p, q) for p, q in zip(trainable(model), trainable(twin), strict=True))
@@ -732,7 +727,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path):
     def train(model, optimizer, scheduler, steps):
         for i in steps:
             torch.manual_seed(i)
-            lm_loss(model, tokens(seed=i)).backward()
+            lm_loss(model, tokens(i)).backward()
             torch.nn.utils.clip_grad_norm_(trainable(model), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Net, peft
-from methods import METHODS, batch, bidora, dora, every_method, fill, llama, lora, plain, sgd, trained
-from models import quantised
+from helpers import Living, sgd
+from methods import METHODS, batch, bidora, dora, every_method, fill, lora, plain
+from models import Net, llama, peft, quantised, trained
 from torch import nn
-from watching import Living
 
 import flatlora
 

@@ -8,7 +8,8 @@ import pickle
 
 import pytest
 import torch
-from ecosystem import adamw, adapters, difference, epsilon, ggpo, lora_mlp, outputs, tiny_llama, tokens, train, trained
+from helpers import adamw, adapters, difference, epsilon, ggpo, outputs, tokens, train
+from models import lora_mlp, tiny_llama, trainable
 from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
 
@@ -79,7 +80,7 @@ def test_all_parameters_may_be_handed_over():
 def test_an_adapter_that_is_frozen_is_unperturbed_until_it_is_trained_again(method):
     model = lora_mlp()
     optimizer = method(model)
-    params = trained(model)
+    params = trainable(model)
     for p in params:
         p.requires_grad_(False)
     assert not perturbed(model)
@@ -147,7 +148,7 @@ def test_checkpointed_regions_are_perturbed_in_both_their_passes(method, reentra
         out = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
         out.square().sum().backward()
         assert len(seen) == 1 + checkpointed and all(torch.equal(one, seen[0]) for one in seen)
-        return [p.grad for p in trained(model)], x.grad, optimizer
+        return [p.grad for p in trainable(model)], x.grad, optimizer
 
     plain, again = gradients(False), gradients(True)
     assert difference(plain[:2], again[:2]) is None
@@ -368,7 +369,7 @@ def test_backward_through_weights_that_have_moved_is_refused(method, autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model(torch.randn(3, 32)).float().square().sum()
     with torch.no_grad():
-        for p in trained(model):
+        for p in trainable(model):
             p.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -382,7 +383,7 @@ def test_shapes_alone_on_the_meta_device(method):
     out = model(torch.empty(3, 32, device="meta"))
     assert out.shape == (3, 32) and out.is_meta
     out.sum().backward()
-    assert all(p.grad.shape == p.shape for p in trained(model)) and optimizer is not None
+    assert all(p.grad.shape == p.shape for p in trainable(model)) and optimizer is not None
 
 
 def test_another_default_device():

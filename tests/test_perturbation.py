@@ -6,21 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import (
+from helpers import dense, noise_of, tokens
+from models import (
     MLP,
     IntLinear,
     ModuleLoRA,
     Net,
     ParameterLoRA,
-    dense,
-    noise_of,
     one_layer,
     peft,
     quantised,
     quantised_mlp,
     tiny_gpt2,
     tiny_llama,
-    tokens,
     trainable,
 )
 from peft import LoHaConfig, LoraConfig, get_peft_model

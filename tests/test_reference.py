@@ -8,7 +8,8 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MLP, applied_weight, peft
+from helpers import applied_weight
+from models import MLP, peft
 from torch import nn
 
 import flatlora

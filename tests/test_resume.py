@@ -9,7 +9,9 @@ import sys
 
 import pytest
 import torch
-from ecosystem import adapters, difference, outputs, tiny_llama, train_tokens, trained
+from helpers import adapters, difference, outputs
+from methods import train as train_tokens
+from models import tiny_llama, trainable
 from torch.optim.lr_scheduler import OneCycleLR
 
 from flatlora import GGPOOptimizer
@@ -23,11 +25,11 @@ def start(case, seed):
     noise, base, quant = case
     model = tiny_llama(width=256, quant=quant, dropout=0.1)
     if base == "AdamW":
-        optimizer = torch.optim.AdamW(trained(model), lr=1e-2, weight_decay=0.1)
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.1)
     else:
         import bitsandbytes
 
-        optimizer = bitsandbytes.optim.AdamW8bit(trained(model), lr=1e-2, weight_decay=0.1)
+        optimizer = bitsandbytes.optim.AdamW8bit(trainable(model), lr=1e-2, weight_decay=0.1)
     optimizer = GGPOOptimizer(optimizer, model, noise=noise, seed=seed, sigma=0.1, beta=1.0)
     return model, optimizer, OneCycleLR(optimizer, 1e-2, total_steps=10)
 
@@ -64,7 +66,7 @@ def resume(folder):
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         torch.random.set_rng_state(state["rng"])
-        train_tokens(model, optimizer, range(3, 6), scheduler)
+        train_tokens(model, optimizer, range(3, 6), scheduler=scheduler)
         torch.save(ending(model, optimizer), folder / f"{i}.end.pt")
 
 
@@ -75,7 +77,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
     for i, case in enumerate(CASES):
         model, optimizer, scheduler = start(case, seed=1)
-        train_tokens(model, optimizer, range(3), scheduler)
+        train_tokens(model, optimizer, range(3), scheduler=scheduler)
         save(folder / f"{i}.half.pt", model, optimizer, scheduler)
     subprocess.run([sys.executable, __file__, str(folder)], check=True, timeout=300)
     return folder
@@ -84,7 +86,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("i", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
 def test_a_run_resumed_in_a_new_process_is_the_uninterrupted_one(folder, i):
     model, optimizer, scheduler = start(CASES[i], seed=1)
-    train_tokens(model, optimizer, range(6), scheduler)
+    train_tokens(model, optimizer, range(6), scheduler=scheduler)
     straight = ending(model, optimizer)
     assert all((std > 0).all() for std in straight["row_std"].values())
     resumed = torch.load(folder / f"{i}.end.pt", weights_only=True)

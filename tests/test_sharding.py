@@ -7,9 +7,8 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from ecosystem import difference
-from methods import METHODS, adamw, adapted, batch, logits, sgd, weights
-from ranks import RANKS, on_ranks
+from helpers import RANKS, adamw, difference, on_ranks, sgd
+from methods import METHODS, adapted, batch, logits, weights
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 

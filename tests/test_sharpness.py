@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Net, ParameterLoRA, dense, expected_std, lm_loss, one_layer, tiny_llama, tokens, trainable
+from helpers import dense, lm_loss, tokens
+from models import Net, ParameterLoRA, one_layer, tiny_llama, trainable
 
 from flatlora import GGPOOptimizer, noise_rise, weight_noise
+from flatlora.reference import ggpo_std as expected_std
 
 
 def quadratic(m=10, n=7):

@@ -8,20 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ecosystem import (
-    adamw,
-    adapters,
-    base_state,
-    difference,
-    epsilon,
-    frozen,
-    ggpo,
-    lora_mlp,
-    outputs,
-    tiny_llama,
-    tokens,
-    trained,
-)
+from helpers import adamw, adapters, base_state, difference, epsilon, frozen, ggpo, outputs, tokens
+from models import lora_mlp, tiny_llama, trainable
 from peft import PeftModel
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -108,7 +96,7 @@ def test_accelerate_prepares_the_wrapper_and_keeps_it_linked(accelerator):
     got = accelerated(acc)
     assert got.optimizer.optimizer is got.raw and isinstance(got.raw.base_optimizer, torch.optim.AdamW)
     assert got.optimizer.param_groups is got.raw.base_optimizer.param_groups
-    assert {id(p) for p in trained(got.model)} == {id(p) for p in got.raw.param_groups[0]["params"]}
+    assert {id(p) for p in trainable(got.model)} == {id(p) for p in got.raw.param_groups[0]["params"]}
     before = adapters(got.model)
     got.run(range(4))
     assert difference(before, adapters(got.model)) is not None
@@ -171,7 +159,7 @@ def test_train_and_eval_reach_a_base_that_has_them():
             self.mode = "eval"
 
     model = lora_mlp()
-    base = Switching(trained(model), lr=0.1)
+    base = Switching(trainable(model), lr=0.1)
     optimizer = GGPOOptimizer(base, model)
     optimizer.eval()
     assert base.mode == "eval"

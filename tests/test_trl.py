@@ -8,7 +8,8 @@ import accelerate
 import pytest
 import torch
 import transformers
-from ecosystem import adamw, adapters, difference, frozen, tiny_llama, tokens
+from helpers import adamw, adapters, difference, frozen, tokens
+from models import tiny_llama
 from peft import GraloraConfig, LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from ecosystem import (
+from helpers import (
     adamw,
     adapters,
     base_state,
@@ -19,13 +19,12 @@ from ecosystem import (
     difference,
     epsilon,
     ggpo,
-    lora_mlp,
     loss_of,
     optimizers_of,
     outputs,
     train,
-    trained,
 )
+from models import lora_mlp, trainable
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import (
@@ -90,7 +89,7 @@ def run(cls, kwargs, wrapped, steps=12):
     model = lora_mlp(dropout=0.1)
     if kwargs:
         kwargs = {key: value.clone() if torch.is_tensor(value) else value for key, value in kwargs.items()}
-    base = build(cls, trained(model), **kwargs)
+    base = build(cls, trainable(model), **kwargs)
     optimizer = GGPOOptimizer(base, model, sigma=0.0) if wrapped else base
     scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
     torch.manual_seed(3)
@@ -131,16 +130,16 @@ def test_without_noise_over_an_optimizer_that_wraps_another():
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
 def test_with_noise_the_base_optimizer_does_what_it_does_with_the_same_gradients(cls):
     model = lora_mlp()
-    optimizer = GGPOOptimizer(build(cls, trained(model)), model, sigma=0.3, seed=1)
+    optimizer = GGPOOptimizer(build(cls, trainable(model)), model, sigma=0.3, seed=1)
     twin = lora_mlp()
-    bare = build(cls, trained(twin))
+    bare = build(cls, trainable(twin))
     for i in range(10):
         optimizer.zero_grad()
         loss_of(model, i).backward()
-        for own, other in zip(trained(model), trained(twin), strict=True):
+        for own, other in zip(trainable(model), trainable(twin), strict=True):
             other.grad = own.grad.clone()
-        clean = torch.autograd.grad(loss_of(twin, i), trained(twin))
-        assert difference([p.grad for p in trained(model)], list(clean)) is not None  # there was noise
+        clean = torch.autograd.grad(loss_of(twin, i), trainable(twin))
+        assert difference([p.grad for p in trainable(model)], list(clean)) is not None  # there was noise
         optimizer.step()
         bare.step()
     assert difference(adapters(model), adapters(twin)) is None
@@ -204,7 +203,7 @@ def test_something_that_is_no_built_optimizer_is_refused(wrong):
 
 def test_add_param_group_reaches_the_base(wrap):
     model = lora_mlp()
-    first, *rest = trained(model)
+    first, *rest = trainable(model)
     base = torch.optim.SGD([{"params": [first], "lr": 0.1}])
     optimizer = wrap(base, model)
     optimizer.add_param_group({"params": rest, "lr": 0.2})
@@ -219,9 +218,9 @@ def test_zero_grad(wrap, set_to_none):
     model = lora_mlp()
     optimizer = wrap(adamw(model), model)
     loss_of(model, 0).backward()
-    assert all(p.grad.abs().sum() > 0 for p in trained(model))
+    assert all(p.grad.abs().sum() > 0 for p in trainable(model))
     optimizer.zero_grad(set_to_none=set_to_none)
-    for param in trained(model):
+    for param in trainable(model):
         assert param.grad is None if set_to_none else torch.equal(param.grad, torch.zeros_like(param))
 
 
@@ -255,7 +254,7 @@ def test_a_closure_is_called_with_gradients_on_and_its_loss_returned(wrap):
 
 def test_the_method_sees_every_evaluation_of_a_closure():
     model = lora_mlp()
-    optimizer = Plain(torch.optim.LBFGS(trained(model), max_iter=3))
+    optimizer = Plain(torch.optim.LBFGS(trainable(model), max_iter=3))
     evaluations = []
 
     def closure():
@@ -271,7 +270,7 @@ def test_the_method_sees_every_evaluation_of_a_closure():
 
 def test_all_evaluations_of_a_closure_see_one_noise(monkeypatch):
     model = lora_mlp()
-    optimizer = ggpo(model, torch.optim.LBFGS(trained(model), max_iter=4), sigma=0.1, beta=10.0)
+    optimizer = ggpo(model, torch.optim.LBFGS(trainable(model), max_iter=4), sigma=0.1, beta=10.0)
     seen = []
     draw = flatlora.perturbation.products.draw_gaussian
 
@@ -459,7 +458,7 @@ def test_grad_scaler_unscale_then_clip(wrap):
             optimizer.zero_grad()
             scaler.scale(loss_of(model, i)).backward()
             scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(trained(model), 0.1)
+            torch.nn.utils.clip_grad_norm_(trainable(model), 0.1)
             scaler.step(optimizer)
             scaler.update()
         results.append((adapters(model), base_state(optimizer)))
@@ -482,7 +481,7 @@ def test_a_copy_of_model_and_optimizer_is_linked_and_goes_on_alike(wrap, how):
     model2, optimizer2 = copied(how, (model, optimizer))
     assert type(optimizer2) is type(optimizer) and optimizer2.base_optimizer is not optimizer.base_optimizer
     held = {id(p) for group in optimizer2.param_groups for p in group["params"]}
-    assert held == {id(p) for p in trained(model2)} and held.isdisjoint(id(p) for p in trained(model))
+    assert held == {id(p) for p in trainable(model2)} and held.isdisjoint(id(p) for p in trainable(model))
     before = adapters(model), outputs(model), base_state(optimizer)
     train(model2, optimizer2, range(3, 6))
     assert difference(before, (adapters(model), outputs(model), base_state(optimizer))) is None
@@ -599,7 +598,7 @@ def test_a_checkpoint_of_something_else_is_refused_and_changes_nothing(change):
     other = lora_mlp(width=16 if change == "width" else 32, r=2 if change == "rank" else 4)
     base = adamw(other)
     if change == "groups":
-        base = torch.optim.AdamW([{"params": [p]} for p in trained(other)])
+        base = torch.optim.AdamW([{"params": [p]} for p in trainable(other)])
     if change == "inner method":
         base = Other(base)
     source = Other(base) if change == "method" else ggpo(other, base)
@@ -632,7 +631,7 @@ def test_a_method_over_a_method_keeps_both_parts():
 def test_one_method_twice_over_two_models_keeps_both_parts():
     def build_both():
         first, second = lora_mlp(), lora_mlp(seed=1)
-        base = torch.optim.AdamW(trained(first) + trained(second), lr=1e-2)
+        base = torch.optim.AdamW(trainable(first) + trainable(second), lr=1e-2)
         return first, second, ggpo(second, ggpo(first, base), seed=8)
 
     first, second, optimizer = build_both()
@@ -675,7 +674,7 @@ def test_a_step_that_makes_the_state_of_a_new_optimizer_is_none_of_the_methods(l
     model = lora_mlp()
     optimizer = ggpo(model, adamw(model, lr=lr))
     noise = outputs(model), optimizer.method_state()
-    assert len(get_optimizer_state_dict(model, optimizer)["state"]) == len(trained(model))
+    assert len(get_optimizer_state_dict(model, optimizer)["state"]) == len(trainable(model))
     assert difference(noise, (outputs(model), optimizer.method_state())) is None
 
 
@@ -722,13 +721,13 @@ def test_further_arguments_of_step_and_zero_grad_are_the_bases(wrap):
                     p.grad = None
 
     model = lora_mlp()
-    base = Curious(trained(model), lr=0.1)
+    base = Curious(trainable(model), lr=0.1)
     optimizer = wrap(base, model)
     loss_of(model, 0).backward()
     optimizer.step(hessian="diagonal")
     assert base.seen == "diagonal"
     optimizer.zero_grad()
-    assert all(p.grad is None for p in trained(model))
+    assert all(p.grad is None for p in trainable(model))
 
 
 def test_lightning_reaches_the_method_through_its_own_class():

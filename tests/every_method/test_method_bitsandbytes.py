@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from ecosystem import difference
+from helpers import difference
 from methods import adapted, base_bits, batch, dora, every_method, load_weights, logits, train, twin, weights
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ecosystem import difference
-from methods import KEEPS_STATE, METHODS, adapted, base_bits, batch, every_method, logits, sgd, weights
-from ranks import RANKS, on_ranks
+from helpers import RANKS, difference, on_ranks, sgd
+from methods import KEEPS_STATE, METHODS, adapted, base_bits, batch, every_method, logits, weights
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,

@@ -7,11 +7,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from ecosystem import difference
+from helpers import adamw, difference, sgd
 from methods import (
     OF_PEFT,
     PERTURBING,
-    adamw,
     adapted,
     base_bits,
     batch,
@@ -19,13 +18,12 @@ from methods import (
     fill,
     logits,
     plain,
-    sgd,
     streams,
     train,
-    trained,
     twin,
     weights,
 )
+from models import trained
 from peft import LoraConfig
 
 pytestmark = [

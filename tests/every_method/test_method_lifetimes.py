@@ -10,24 +10,22 @@ import random
 
 import pytest
 import torch
-from ecosystem import difference
+from helpers import adamw, difference, sgd
 from methods import (
     METHODS,
     OF_PEFT,
     PERTURBING,
-    adamw,
     adapted,
     batch,
     every_method,
     load_weights,
     logits,
     plain,
-    sgd,
     train,
-    trained,
     twin,
     weights,
 )
+from models import trained
 
 import flatlora
 

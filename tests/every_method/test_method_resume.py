@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from ecosystem import difference
-from methods import METHODS, adamw, adapted, every_method, load_weights, logits, train, weights
+from helpers import adamw, difference
+from methods import METHODS, adapted, every_method, load_weights, logits, train, weights
 from torch.optim.lr_scheduler import OneCycleLR
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]

@@ -7,10 +7,9 @@ import io
 
 import pytest
 import torch
-from ecosystem import difference
+from helpers import adamw, difference
 from methods import (
     KEEPS_STATE,
-    adamw,
     adapted,
     every_method,
     load_weights,

@@ -2,18 +2,9 @@
 
 import pytest
 import torch
-from helpers import (
-    MLP,
-    ModuleLoRA,
-    Net,
-    ParameterLoRA,
-    dense,
-    one_layer,
-    peft,
-    tiny_gpt2,
-    tiny_llama,
-)
 from helpers import base_weight as stored_weight
+from helpers import dense
+from models import MLP, ModuleLoRA, Net, ParameterLoRA, one_layer, peft, tiny_gpt2, tiny_llama
 from peft import GraloraConfig, LoraConfig, get_peft_model
 from torch import nn
 
