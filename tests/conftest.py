@@ -12,6 +12,8 @@ import pytest
 import torch
 from compatibility import PACKAGES
 
+from flatlora import GGPOOptimizer, OptimizerWrapper
+
 torch.set_num_threads(1)
 
 # What is run on a CUDA device too: the tests of these files take models and batches from where `models.DEVICE` says.
@@ -60,6 +62,20 @@ def device(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _seed(device):
     torch.manual_seed(0)
+
+
+WRAPPERS = {
+    "wrapper": lambda base, model: OptimizerWrapper(base),
+    "ggpo": lambda base, model: GGPOOptimizer(base, model, seed=7),
+    "wrapper over ggpo": lambda base, model: OptimizerWrapper(GGPOOptimizer(base, model, seed=7)),
+    "ggpo over wrapper": lambda base, model: GGPOOptimizer(OptimizerWrapper(base), model, seed=7),
+}
+
+
+@pytest.fixture(params=WRAPPERS)
+def wrap(request):
+    """Builds a wrapper of one kind over a base optimizer."""
+    return WRAPPERS[request.param]
 
 
 @pytest.hookimpl(trylast=True)

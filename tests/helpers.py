@@ -25,8 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
-from flatlora import GGPOOptimizer, lora_layers
+from flatlora import GGPOOptimizer, GraLoRALinear, OptimizerWrapper, lora_layers
 from flatlora.kernels.draw import draw_gaussian, draw_low_rank
+from flatlora.reference import gralora_delta, projected
 
 torch.set_num_threads(1)  # the models are tiny, and test runs share the machine
 
@@ -129,6 +130,21 @@ def ggpo(model: nn.Module, base: Optimizer | None = None, **kwargs: Any) -> GGPO
     return GGPOOptimizer(adamw(model) if base is None else base, model, **{"seed": 7, **kwargs})
 
 
+class Plain(OptimizerWrapper):
+    """A method that counts its calls and keeps that one number."""
+
+    calls = 0
+
+    def before_step(self):
+        self.calls += 1
+
+    def method_state(self):
+        return {"calls": self.calls}
+
+    def load_method_state(self, state):
+        self.calls = 0 if state is None else state["calls"]
+
+
 def wrapped(
     cls: type[Optimizer], model: nn.Module, lr: float = 0.0, base: Callable[..., Optimizer] = torch.optim.SGD, **options
 ) -> Any:
@@ -224,13 +240,18 @@ def base_weight(base):
 
 
 def dense(module):
-    """(W', bias) of a PEFT layer in float64 as a differentiable function of its parameters: W0 + Σ s·B·A, or DoRA's
+    """(W', bias) of a layer in float64 as a differentiable function of its parameters: W0 + Σ s·B·A, or DoRA's
     μ·(W0 + s·B·A)/‖W0 + s·B·A‖ with the norm held constant, for a single adapter with a magnitude."""
+    if isinstance(module, GraLoRALinear):
+        weight = module.base_layer.weight + gralora_delta(module.gralora_A, module.gralora_B, module.scaling)
+        if module.gralora_A_general is not None:
+            weight = weight + module.scaling * module.gralora_B_general.weight @ module.gralora_A_general.weight
+        return weight, module.base_layer.bias
     if not isinstance(module, LoraLayer):
         return module.dense()
     base = module.get_base_layer()
     weight, bias = base_weight(base), getattr(base, "bias", None)
-    bias = 0 if bias is None else bias.double()
+    bias = torch.zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
     for name in module.active_adapters:
         if module.merged or name not in module.lora_A:
             continue
@@ -274,6 +295,20 @@ def tangent_factors(module):
         bs.append(b)
         as_.append(a)
     return torch.cat(bs, 1), torch.cat(as_)
+
+
+def projection(module, grad):
+    """P(G), with pseudo-inverses, on the tangent space of the layer's adapters; GraLoRA's block by block."""
+    if not isinstance(module, GraLoRALinear):
+        return projected(grad, *tangent_factors(module))
+    A, B, k = module.gralora_A.detach(), module.gralora_B.detach(), module.k
+    q, rows, columns = module.r // k, B.shape[2], A.shape[1]
+    found = torch.zeros_like(grad)
+    for i in range(k):
+        for j in range(k):
+            at = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
+            found[at] = projected(grad[at], B[i][j * q : (j + 1) * q].t(), A[j][:, i * q : (i + 1) * q].t())
+    return found
 
 
 def applied_weight(module, n):

@@ -10,6 +10,7 @@ from models import Net, llama, peft, quantised, trained
 from torch import nn
 
 import flatlora
+from flatlora.kernels.draw import quadruples
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
@@ -20,6 +21,7 @@ WIDTH = 128
 
 def peak(method, start, checkpointing, adapt=None):
     """Bytes that two steps of two micro-batches add to the model at most: optimizer, auxiliaries and all."""
+    quadruples()  # of which noise is made, once in a process
     torch.manual_seed(0)
     model = (adapt or method.adapt)(llama(WIDTH, num_hidden_layers=2), r=8, dropout=0.0)
     fill(model)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from helpers import dense, noise_of, tokens
 from models import (
     MLP,
+    TWO,
     IntLinear,
     ModuleLoRA,
     Net,
@@ -29,7 +30,7 @@ from flatlora.kernels.draw import Draw, draw_gaussian, draw_low_rank
 from flatlora.kernels.low_rank import Added, AddedTerms, added
 
 KINDS = ["gaussian", "low_rank"]
-TWO = {"first": {"r": 2, "lora_alpha": 5}, "second": {"r": 3}}
+FEW = {"target_modules": ["q_proj", "v_proj", "gate_proj", "down_proj"], "r": 4, "lora_alpha": 6}
 
 
 def ggpo(model, noise="gaussian", sigma=0.5, lr=0.0, **options):
@@ -404,7 +405,7 @@ def run(model, ids):
 )
 @pytest.mark.parametrize(
     ("build", "config"),
-    [(tiny_llama, {}), (tiny_llama, {"lora_dropout": 0.2}), (tiny_llama, {"adapters": TWO}), (tiny_gpt2, {})],
+    [(tiny_llama, FEW), (tiny_llama, {**FEW, "dropout": 0.2}), (tiny_llama, {**FEW, "adapters": TWO}), (tiny_gpt2, {})],
     ids=["llama", "llama dropout", "llama two adapters", "gpt2"],
 )
 def test_without_noise_the_fused_path_equals_peft(build, config, dtype, autocast, tolerance, noise, monkeypatch):

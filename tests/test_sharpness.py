@@ -1,12 +1,12 @@
-"""noise_rise and weight_noise against closed forms; what they measure is left as it was."""
+"""noise_rise, weight_noise and worst_case_rise against closed forms; what they measure is left as it was."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import dense, lm_loss, tokens
-from models import Net, ParameterLoRA, one_layer, tiny_llama, trainable
+from models import MLP, Net, ParameterLoRA, lora_modules, one_layer, peft, tiny_llama, trainable
 
-from flatlora import GGPOOptimizer, noise_rise, weight_noise
+from flatlora import GGPOOptimizer, noise_rise, weight_noise, worst_case_rise
 from flatlora.reference import ggpo_std as expected_std
 
 
@@ -119,3 +119,25 @@ def test_wrong_calls(options):
     with pytest.raises(ValueError, match="no adapted linear layer"):
         noise_rise(torch.nn.Linear(2, 2), loss_fn, [batch])
     assert "forward" not in model.base_model.model.fc.__dict__ and model.training
+
+
+def test_worst_case_rise_is_the_formed_ascent_step():
+    model = peft(MLP(12, 16, 8, bias=True), ["up", "down"])
+    x, y = torch.randn(10, 12, dtype=torch.float64), torch.randn(10, 8, dtype=torch.float64)
+    rise = worst_case_rise(model, loss_fn, [(x, y)], rho=0.5)
+    weights, biases = zip(*(dense(module) for module in lora_modules(model).values()), strict=True)
+    weights = [weight.detach().requires_grad_() for weight in weights]
+
+    def loss(weights):
+        hidden = F.silu(F.linear(x, weights[0], biases[0]))
+        return 0.5 * (F.linear(hidden, weights[1], biases[1]) - y).square().sum()
+
+    grads = torch.autograd.grad(loss(weights), weights)
+    norm = torch.cat([grad.flatten() for grad in grads]).norm()
+    stepped = loss([w + 0.5 * grad / norm for w, grad in zip(weights, grads, strict=True)])
+    assert rise == pytest.approx(float(stepped - loss(weights)), rel=1e-9)
+    size = sum(float(weight.square().sum()) for weight in weights) ** 0.5
+    # No random step of that length climbs as far.
+    assert rise > noise_rise(model, loss_fn, [(x, y)], sigma=0.5 / size, draws=16).rise
+    assert model.training and all(p.grad is None for p in model.parameters())
+    assert not any("forward" in module.__dict__ for module in model.modules())

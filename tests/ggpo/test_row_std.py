@@ -11,9 +11,9 @@ from helpers import (
     gradient_rows,
     lm_loss,
     noise_of,
+    projection,
     rank_correlation,
     step,
-    tangent_factors,
     tokens,
     wrapped,
 )
@@ -58,7 +58,7 @@ def dense_gradients(model, optimizer, loss_fn):
     for name, module in lora_modules(model).items():
         weight, bias = dense(module)
         weights[name] = weight.detach().requires_grad_(True)
-        perturbed[module] = weights[name] + noise_of(optimizer, name), None if isinstance(bias, int) else bias
+        perturbed[module] = weights[name] + noise_of(optimizer, name), bias
     with computing(perturbed):
         grads = torch.autograd.grad(loss_fn(model), list(weights.values()))
     return dict(zip(weights, grads, strict=True))
@@ -78,7 +78,7 @@ def test_moments_of_the_noise(options):
     step(model, optimizer, x)
     stds = []
     for name, module in lora_modules(model).items():
-        grad = projected(gradients[name], *tangent_factors(module))
+        grad = projection(module, gradients[name])
         assert beta * grad.square().sum() > 0.05 * dense(module)[0].square().sum()  # the term is there to be seen
         stds.append(expected_std(dense(module)[0], sigma, beta, grad).detach())
     names = list(gradient_rows(optimizer))
@@ -264,11 +264,10 @@ def test_gradient_rows_are_those_of_the_projected_dense_gradient(form, micro_bat
         dense_gradients(model, optimizer, lambda model, x=x: (model(x) - 1).square().mean())[name] for x in batches
     )
     weight, _ = dense(layer)
-    factors = tangent_factors(layer)
     for x in batches:
         (model(x) - 1).square().mean().backward()
     optimizer.step()
-    expected = projected(grad, *factors)
+    expected = projection(layer, grad)
     rows = gradient_rows(optimizer)[name]
     torch.testing.assert_close(rows.sqrt(), expected.norm(dim=1), rtol=1e-6, atol=1e-9 * float(expected.norm()))
     assert expected.norm() < 0.999 * grad.norm() or form in ("square", "two adapters")
@@ -296,7 +295,7 @@ def test_relative_beta_moves_the_noise_between_rows_and_adds_none(beta):
     x = torch.randn(6, 7, dtype=torch.float64)
     grad = dense_gradients(model, optimizer, lambda model: (model(x) - 1).square().mean())[name]
     step(model, optimizer, x, 1.0)
-    guide = projected(grad, *tangent_factors(fc(model))).square().sum(1)
+    guide = projection(fc(model), grad).square().sum(1)
     expected = (weight + beta * weight.sum() / guide.sum() * guide) / (1 + beta)
     stds = only(optimizer.row_std())
     assert_rows(stds, (0.04 / 7 * expected).sqrt())
@@ -354,7 +353,7 @@ def test_row_std_after_several_steps(form, base):
     x, target = torch.randn(20, 7, dtype=torch.float64), torch.randn(20, 10, dtype=torch.float64)
     for _ in range(4):
         grad = dense_gradients(model, optimizer, lambda model: (model(x) - target).square().mean())[name]
-        grad = projected(grad, *tangent_factors(fc(model)))
+        grad = projection(fc(model), grad)
         step(model, optimizer, x, target)
         assert_rows(only(optimizer.row_std()), expected_std(dense(fc(model))[0], 0.1, 0.5, grad))
 
@@ -374,7 +373,7 @@ def test_layers_of_many_forms_each_have_their_own_rows(together, monkeypatch):
     stds = optimizer.row_std()
     assert len(stds) == 21
     for name, module in lora_modules(model).items():
-        grad = None if module is silent else projected(gradients[name], *tangent_factors(module))
+        grad = None if module is silent else projection(module, gradients[name])
         assert_rows(stds[name], expected_std(dense(module)[0], 0.1, 5.0, grad))
 
 

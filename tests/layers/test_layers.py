@@ -13,10 +13,10 @@ from flatlora.layers.kinds import READERS, OwnGraLoRA, PeftGraLoRA, PeftLoRA, Pl
 
 
 def test_finds_every_adapted_layer_of_a_llama():
-    layers = lora_layers(tiny_llama(layers=2))
+    layers = lora_layers(tiny_llama(layers=2, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"]))
     assert len(layers) == 8
     shapes = {layer.name.rsplit(".", 1)[1]: layer.shape for layer in layers}
-    assert shapes == {"q_proj": (32, 32), "v_proj": (16, 32), "gate_proj": (48, 32), "down_proj": (32, 48)}
+    assert shapes == {"q_proj": (32, 32), "v_proj": (16, 32), "gate_proj": (64, 32), "down_proj": (32, 64)}
     assert {layer.base.kind for layer in layers} == {"float"}
 
 
