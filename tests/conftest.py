@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
@@ -62,6 +63,13 @@ def device(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _seed(device):
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def said(caplog):
+    """What this library has logged so far."""
+    caplog.set_level(logging.WARNING, "flatlora")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "flatlora"]
 
 
 WRAPPERS = {

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import VOCAB, IntLinear, ParameterLoRA, trainable
+from models import VOCAB, IntLinear, ParameterLoRA, trainable, trained
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -67,6 +67,11 @@ def adapters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def primary(model: nn.Module) -> list[Tensor]:
+    """The values of what is trained, the auxiliary aside."""
+    return [p.detach().clone() for p in trained(model)]
+
+
 def frozen(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
 
@@ -89,6 +94,11 @@ def epsilon(model: nn.Module) -> dict[str, Tensor]:
     clean = outputs(model.eval())
     model.train()
     return {name: (noisy[name] - clean[name]).t() for name in noisy}
+
+
+def perturbation(model: nn.Module) -> float:
+    """The largest element of ε in any layer."""
+    return max(float(e.abs().max()) for e in epsilon(model).values())
 
 
 def base_state(optimizer: Optimizer) -> dict[str, Any]:
@@ -452,6 +462,20 @@ def _worker(rank: int, cases: Callable[[], dict[str, Callable[[int, str], Any]]]
             found[name] = {"error": traceback.format_exc()}
     torch.save(found, f"{folder}/{rank}.pt")
     leave_together()
+
+
+def full(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors, gathered where they are sharded."""
+    return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for name, p in values.items()}
+
+
+def shard(model: nn.Module, *parts: nn.Module, **options: Any) -> None:
+    """FSDP2 on each of the parts, a Llama's layers if there are none given, and on the whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    layers = [module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer"]
+    for module in (*(parts or layers), model):
+        fully_shard(module, **options)
 
 
 def leave_together() -> None:

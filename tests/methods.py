@@ -12,7 +12,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from helpers import tokens
+from helpers import RANKS, adamw, tokens
 from models import AUXILIARY, llama, quantise, trained
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
@@ -128,6 +128,21 @@ def every_method(*but: str, among: list[Method] = METHODS, xfail: dict[str, str]
     return pytest.mark.parametrize("method", params)
 
 
+# --- the methods that perturb, with options of one's own -----------------------------------------------------------
+
+KINDS = ["gaussian", "low_rank", "Bi-LoRA", "LoRASAM"]
+
+
+def over(kind: str, model: nn.Module, base: Base, **options: Any) -> Any:
+    """The optimizer of all that a model trains; "gaussian" and "low_rank" are the two noises of GGPO."""
+    if kind == "Bi-LoRA":
+        return flatlora.BiLoRAOptimizer.for_model(model, base, **{"rho": 0.5, "seed": 1, **options})
+    if kind == "LoRASAM":
+        return flatlora.LoRASAMOptimizer(base(trained(model)), model, **{"rho": 0.5, **options})
+    noise = {"sigma": 0.3, "beta": 1.0, "noise": kind, "noise_rank": 3, "seed": 1}
+    return flatlora.GGPOOptimizer(base(trained(model)), model, **{**noise, **options})
+
+
 # --- models and batches -------------------------------------------------------------------------------------------
 
 
@@ -172,6 +187,33 @@ def train(model: nn.Module, optimizer: Optimizer, steps: range, micro: int = 2, 
         if scheduler is not None:
             scheduler.step()
     return losses
+
+
+def train_share(
+    model: nn.Module, optimizer: Optimizer, rank: int | None = None, steps: range = range(3)
+) -> list[float]:
+    """Trains on this rank's share of every batch, or on all of it; returns the losses."""
+    losses = []
+    for i in steps:
+        whole = batch(i, 2 * RANKS)
+        part = whole if rank is None else {key: value.chunk(RANKS)[rank] for key, value in whole.items()}
+        loss = model(**part).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def started(
+    method: Method, base: Base = adamw, steps: int = 2, seed: int = 7, **kwargs: Any
+) -> tuple[nn.Module, Optimizer]:
+    """A model on its way, so that whatever perturbs it is there: an auxiliary begins at zero."""
+    model = adapted(method, **kwargs)
+    optimizer = method.start(model, base, seed=seed)
+    torch.manual_seed(5)
+    train(model, optimizer, range(steps))
+    return model, optimizer
 
 
 # --- what a model consists of and computes -------------------------------------------------------------------------

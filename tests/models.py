@@ -209,6 +209,18 @@ def lora_mlp(*, width: int = 32, r: int = 4, dropout: float = 0.0, seed: int = 0
     return get_peft_model(net, LoraConfig(target_modules=["0", "2"], init_lora_weights=False, **config)).train()
 
 
+def mlp_with(*names: str, seed: int = 0) -> PeftModel:
+    """`up` and `down` of width 8 with adapters of these names: all of them are trained, the first one is active."""
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, target_modules=["up", "down"], init_lora_weights=False)
+    model = get_peft_model(MLP(8, 8, 8, bias=True), config, adapter_name=names[0] if names else "default")
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_" in name)
+    return model.train()
+
+
 def tiny_llama(
     dtype: torch.dtype | None = torch.float32,
     *,

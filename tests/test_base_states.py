@@ -6,11 +6,10 @@ And what else a state must not depend on: a shallow copy of the optimizer, and t
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
-from helpers import difference, loss_of
+from helpers import adamw, adapters, closure_of, difference, loss_of, sgd, through_a_file
 from models import lora_mlp, trainable
 
 from flatlora import (
@@ -31,21 +30,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning"
 SGD = torch.optim.SGD
 
 
-def momentum(params):
-    return SGD(params, lr=0.05, momentum=0.9)
-
-
-def adamw(params):
-    return torch.optim.AdamW(params, lr=0.01)
-
-
 BASES = {
     "Lookahead": lambda params: kozistr.Lookahead(adamw(params), k=2),
-    "Lookahead, pullback": lambda params: kozistr.Lookahead(momentum(params), k=2, pullback_momentum="pullback"),
+    "Lookahead, pullback": lambda params: kozistr.Lookahead(sgd(params), k=2, pullback_momentum="pullback"),
     "ScheduleFreeWrapper": lambda params: kozistr.ScheduleFreeWrapper(SGD(params, lr=0.05)),
     "TRAC": lambda params: kozistr.TRAC(adamw(params), s_prev=0.5),
     "OrthoGrad": lambda params: kozistr.OrthoGrad(adamw(params)),
-    "PCGrad": lambda params: kozistr.PCGrad(momentum(params)),
+    "PCGrad": lambda params: kozistr.PCGrad(sgd(params)),
     "Magma": lambda params: kozistr.Magma(adamw(params)),
     "SAM": lambda params: kozistr.SAM(params, SGD, lr=0.05, momentum=0.9),
     "LookSAM": lambda params: kozistr.LookSAM(params, SGD, lr=0.05, momentum=0.9),
@@ -84,26 +75,9 @@ def start(name, method):
 def train(model, optimizer, steps, name):
     torch.manual_seed(steps[0])  # of what a base optimizer draws
     for i in steps:
-
-        def closure(i=i):
-            optimizer.zero_grad()
-            loss = loss_of(model, i)
-            loss.backward()
-            return loss
-
+        closure = closure_of(optimizer, lambda i=i: loss_of(model, i))
         closure()
         optimizer.step(*([closure] if name in WITH_CLOSURE else []))
-
-
-def through_a_file(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
-def weights(model):
-    return [p.detach().clone() for p in model.parameters()]
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
@@ -117,7 +91,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, method):
     resumed.load_state_dict(saved[1])
     for one in ((model, optimizer), (other, resumed)):
         train(*one, range(3, 8), name)
-    assert difference(weights(model), weights(other)) is None
+    assert difference(adapters(model), adapters(other)) is None
     assert difference(optimizer.state_dict(), resumed.state_dict()) is None
 
 
@@ -202,7 +176,7 @@ def test_a_resumed_run_on_two_levels_is_the_uninterrupted_one(lower, upper):
     resumed.load_state_dict(saved[1])
     torch.manual_seed(5)
     assert [resumed.step() for _ in range(4)] == straight
-    assert difference(weights(model), weights(other)) is None
+    assert difference(adapters(model), adapters(other)) is None
     assert difference(optimizer.state_dict(), resumed.state_dict()) is None
 
 
@@ -224,7 +198,7 @@ def test_the_second_phase_goes_on_with_such_a_base(second):
     other.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
     assert resumed.retrain(data, 4, optimizer=base) == straight
-    assert difference(weights(model), weights(other)) is None
+    assert difference(adapters(model), adapters(other)) is None
 
 
 def test_two_levels_refuse_the_state_of_another_kind_of_base():
@@ -250,7 +224,7 @@ def test_a_shallow_copy_is_the_same_optimizer(method):
         assert type(other) is type(optimizer) and other.param_groups is optimizer.param_groups
         train(model, other, range(2, 4), "OrthoGrad")
         train(model, optimizer, range(4, 6), "OrthoGrad")
-        runs.append((weights(model), copy.deepcopy(optimizer.state_dict())))
+        runs.append((adapters(model), copy.deepcopy(optimizer.state_dict())))
         assert difference(other.state_dict(), optimizer.state_dict()) is None
         del other
         train(model, optimizer, range(6, 7), "OrthoGrad")
@@ -276,7 +250,7 @@ def run_under(dtype, method):
     try:
         torch.manual_seed(1)
         if method == "BiDoRA":
-            levels = momentum(direction_parameters(model)), momentum(magnitude_parameters(model))
+            levels = sgd(direction_parameters(model)), sgd(magnitude_parameters(model))
             optimizer = BilevelOptimizer(*levels, model, [0, 1], [2], loss_fn=loss_fn)
         else:
             optimizer = METHODS[method](model, adamw)
@@ -291,7 +265,7 @@ def run_under(dtype, method):
             optimizer.retrain([3, 4, 5], 2, optimizer=adamw(direction_parameters(model)))
     finally:
         torch.set_default_dtype(torch.float32)
-    return weights(model), losses, begun, metrics
+    return adapters(model), losses, begun, metrics
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

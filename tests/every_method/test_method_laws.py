@@ -19,6 +19,7 @@ from methods import (
     fill,
     logits,
     plain,
+    started,
     streams,
     train,
     twin,
@@ -31,14 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*use_reentrant"),
 ]
-
-
-def started(method, base=adamw, steps=2, **kwargs):
-    """A model on its way, so that whatever perturbs it is there: an auxiliary begins at zero."""
-    model = adapted(method, **kwargs)
-    optimizer = method.start(model, base)
-    train(model, optimizer, range(steps))
-    return model, optimizer
 
 
 class Interruption(Exception):
