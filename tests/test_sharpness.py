@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import dense, lm_loss, tokens
-from models import MLP, Net, ParameterLoRA, lora_modules, one_layer, peft, tiny_llama, trainable
+from helpers import dense
+from models import MLP, Net, ParameterLoRA, lora_modules, one_layer, peft, trainable
 
 from flatlora import GGPOOptimizer, noise_rise, weight_noise, worst_case_rise
 from flatlora.reference import ggpo_std as expected_std
@@ -57,34 +57,6 @@ def test_equal_seeds_give_equal_rises_and_batches_count_equally():
 def test_nothing_rises_without_noise():
     model, batch = quadratic()
     assert noise_rise(model, loss_fn, [batch], sigma=0.0).rise == 0
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_modes_weights_and_random_stream_are_left_alone(fails):
-    model = tiny_llama(lora_dropout=0.3)
-    model.base_model.model.model.layers[0].mlp.eval()
-    modes = [module.training for module in model.modules()]
-    weights = [p.detach().clone() for p in model.parameters()]
-    ids, stream = tokens(), torch.get_rng_state()
-    calls = []
-
-    def loss_or_crash(model, ids):
-        calls.append(any(module.training for module in model.modules()))
-        if fails and len(calls) == 3:
-            raise KeyError("crash")
-        return lm_loss(model, ids)
-
-    if fails:
-        with pytest.raises(KeyError, match="crash"):
-            noise_rise(model, loss_or_crash, [ids])
-    else:
-        assert noise_rise(model, loss_or_crash, [ids]).error > 0
-    assert not any(calls)
-    assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
-    assert all(p.grad is None for p in model.parameters())
-    assert torch.equal(torch.get_rng_state(), stream)
-    assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 def test_an_optimizer_on_the_model_neither_disturbs_nor_is_disturbed():

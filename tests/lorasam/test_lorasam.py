@@ -6,16 +6,16 @@ import pytest
 import torch
 from helpers import (
     adamw,
+    adapters,
     computing,
     dense,
     difference,
     epsilon,
-    lm_loss,
     noise_of,
     projection,
-    tokens,
     wrapped,
 )
+from methods import train
 from models import (
     MLP,
     TWO,
@@ -62,18 +62,16 @@ def step(model, optimizer, x, scale=1.0):
 # --- dense references ---------------------------------------------------------------------------------------------
 
 
-def dense_pass(model, x, eps, loss=loss_of):
-    """A pass at W' + ε in dense weights: leaves gradients in the parameters; returns each layer's P(G) and the loss."""
-    leaves = {name: (eps[name] if eps else torch.zeros(1)).clone() for name in adapted(model)}
-    weights = {}
+def dense_pass(model, x, eps):
+    """A pass at W' + ε in dense weights: leaves gradients in the parameters; returns each layer's P(G)."""
+    leaves, weights = {}, {}
     for name, module in adapted(model).items():
         weight, bias = dense(module)
-        leaf = leaves[name].expand_as(weight).to(weight.dtype).clone().requires_grad_()
-        leaves[name], weights[module] = leaf, (weight + leaf, bias)
+        leaves[name] = (eps[name].to(weight.dtype) if eps else torch.zeros_like(weight)).detach().requires_grad_()
+        weights[module] = weight + leaves[name], bias
     with computing(weights):
-        value = loss(model, x)
-        value.backward()
-    return {name: projection(module, leaves[name].grad) for name, module in adapted(model).items()}, value.item()
+        loss_of(model, x).backward()
+    return {name: projection(module, leaves[name].grad) for name, module in adapted(model).items()}
 
 
 def normalised(parts, rho):
@@ -101,21 +99,19 @@ def rank_deficient():
     return model
 
 
-def fresh(**config):
+def fresh():
     """B = 0, as PEFT initialises it."""
-    model = peft(MLP(9, 11, 7), ["up", "down"], **config)
-    with torch.no_grad():
-        for module in lora_modules(model).values():
-            module.lora_B["default"].weight.zero_()
+    model = peft(MLP(9, 11, 7), ["up", "down"])
+    for module in lora_modules(model).values():
+        nn.init.zeros_(module.lora_B["default"].weight)
     return model
 
 
 def gralora(k=2, r=4, hybrid_r=0, dtype=torch.float64):
     model = apply_gralora(MLP(8, 12, 8, bias=True).to(dtype), "all-linear", r=r, k=k, alpha=6, hybrid_r=hybrid_r)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "gralora_B" in name:
-                p.normal_(0, 0.3)
+    for name, p in model.named_parameters():
+        if "gralora_B" in name:
+            nn.init.normal_(p, 0, 0.3)
     return model.train()
 
 
@@ -149,7 +145,7 @@ def test_epsilon_is_the_normalised_projection_of_the_last_gradient(form):
     for t in range(3):
         x = batch(model, seed=t)
         twin = copy.deepcopy(model)
-        parts, _ = dense_pass(twin, x, expected)
+        parts = dense_pass(twin, x, expected)
         step(model, optimizer, x)
         expected, norm = normalised(parts, 0.3)
         assert_same(epsilon(model), expected)
@@ -223,7 +219,7 @@ def test_thirty_steps_are_those_of_a_dense_reference(form, base):
     for t in range(30):
         x = batch(model, seed=t)
         step(model, optimizer, x)
-        parts, _ = dense_pass(reference, x, eps)
+        parts = dense_pass(reference, x, eps)
         theirs.step()
         theirs.zero_grad()
         eps, _ = normalised(parts, 0.3)
@@ -240,7 +236,7 @@ def test_ill_conditioned_factors_survive_bfloat16():
         b = model.base_model.model.fc.lora_B["default"].weight
         b.copy_(b[:, :1] + 1e-2 * b)
     x = torch.randn(12, 80)
-    parts, _ = dense_pass(copy.deepcopy(model).double(), x.double(), None)
+    parts = dense_pass(copy.deepcopy(model).double(), x.double(), None)
     expected, _ = normalised(parts, 0.3)
     optimizer = lorasam(model)
     step(model, optimizer, x)
@@ -359,9 +355,6 @@ def test_a_layer_that_the_loss_did_not_pass_through_has_no_part_in_epsilon():
     assert float(up.norm()) == pytest.approx(0.3, rel=1e-7) and float(down.abs().max()) < 1e-14
 
 
-# --- bases and optimizers of bitsandbytes ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("form", ["lora", "gralora"])
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_quantised_bases(kind, form):
@@ -413,7 +406,7 @@ def test_adapters_that_take_turns():
     optimizer, x = lorasam(model, adapter=["first", "second"]), batch(model)
     for name in ("first", "second", "first"):
         model.set_adapter(name)
-        parts, _ = dense_pass(copy.deepcopy(model), x, epsilon(model))
+        parts = dense_pass(copy.deepcopy(model), x, epsilon(model))
         step(model, optimizer, x)
         assert_same(epsilon(model), normalised(parts, 0.3)[0])
 
@@ -472,16 +465,10 @@ def test_rho_raised_from_zero_goes_by_the_last_gradient():
 
 
 def test_rho_zero_is_the_base_optimizer():
-    torch.manual_seed(0)
-    model = tiny_llama()
-    twin = copy.deepcopy(model)
-    optimizer = LoRASAMOptimizer(adamw(model), model, rho=0)
-    for one, its in ((model, optimizer), (twin, adamw(twin))):
-        for i in range(3):
-            lm_loss(one, tokens(i)).backward()
-            its.step()
-            its.zero_grad()
-    assert all(torch.equal(p, q) for p, q in zip(trainable(model), trainable(twin), strict=True))
+    model, twin = tiny_llama(), tiny_llama()
+    train(model, LoRASAMOptimizer(adamw(model), model, rho=0), range(3))
+    train(twin, adamw(twin), range(3))
+    assert difference(adapters(model), adapters(twin)) is None
 
 
 @pytest.mark.parametrize("form", ["lora", "gralora"])
@@ -529,7 +516,7 @@ def test_parameters_that_come_later_are_perturbed_from_then_on():
     assert [bool(value.any()) for value in epsilon(model).values()] == [True, False]
     model.zero_grad()
     optimizer.add_param_group({"params": down})
-    parts, _ = dense_pass(copy.deepcopy(model), x, epsilon(model))
+    parts = dense_pass(copy.deepcopy(model), x, epsilon(model))
     step(model, optimizer, x)
     assert_same(epsilon(model), normalised(parts, 0.3)[0])
 
