@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import logging
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
@@ -11,6 +12,8 @@ import models
 import pytest
 import torch
 from compatibility import PACKAGES
+
+from flatlora import GGPOOptimizer, OptimizerWrapper
 
 torch.set_num_threads(1)
 
@@ -60,6 +63,27 @@ def device(request, monkeypatch):
 @pytest.fixture(autouse=True)
 def _seed(device):
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def said(caplog):
+    """What this library has logged so far."""
+    caplog.set_level(logging.WARNING, "flatlora")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "flatlora"]
+
+
+WRAPPERS = {
+    "wrapper": lambda base, model: OptimizerWrapper(base),
+    "ggpo": lambda base, model: GGPOOptimizer(base, model, seed=7),
+    "wrapper over ggpo": lambda base, model: OptimizerWrapper(GGPOOptimizer(base, model, seed=7)),
+    "ggpo over wrapper": lambda base, model: GGPOOptimizer(OptimizerWrapper(base), model, seed=7),
+}
+
+
+@pytest.fixture(params=WRAPPERS)
+def wrap(request):
+    """Builds a wrapper of one kind over a base optimizer."""
+    return WRAPPERS[request.param]
 
 
 @pytest.hookimpl(trylast=True)

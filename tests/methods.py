@@ -12,8 +12,8 @@ from typing import Any
 import models
 import pytest
 import torch
-from ecosystem import tokens
-from models import llama, quantise
+from helpers import RANKS, adamw, tokens
+from models import AUXILIARY, llama, quantise, trained
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,9 +22,6 @@ import flatlora
 
 # A base optimizer's class, with its learning rate and so on: makes one of parameters or of parameter groups.
 Base = Callable[[Any], Optimizer]
-
-# What train mode adds to the parameters of a model is registered under this name, and no adapter file has it.
-AUXILIARY = "ascent_branches"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +71,6 @@ def gralora(model: nn.Module, *, r: int, dropout: float) -> nn.Module:
 
 
 # --- optimizers ---------------------------------------------------------------------------------------------------
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    """What a user hands to an optimizer."""
-    return [p for name, p in model.named_parameters() if p.requires_grad and AUXILIARY not in name]
 
 
 def plain(model: nn.Module, base: Base, seed: int = 0) -> Optimizer:
@@ -136,6 +128,21 @@ def every_method(*but: str, among: list[Method] = METHODS, xfail: dict[str, str]
     return pytest.mark.parametrize("method", params)
 
 
+# --- the methods that perturb, with options of one's own -----------------------------------------------------------
+
+KINDS = ["gaussian", "low_rank", "Bi-LoRA", "LoRASAM"]
+
+
+def over(kind: str, model: nn.Module, base: Base, **options: Any) -> Any:
+    """The optimizer of all that a model trains; "gaussian" and "low_rank" are the two noises of GGPO."""
+    if kind == "Bi-LoRA":
+        return flatlora.BiLoRAOptimizer.for_model(model, base, **{"rho": 0.5, "seed": 1, **options})
+    if kind == "LoRASAM":
+        return flatlora.LoRASAMOptimizer(base(trained(model)), model, **{"rho": 0.5, **options})
+    noise = {"sigma": 0.3, "beta": 1.0, "noise": kind, "noise_rank": 3, "seed": 1}
+    return flatlora.GGPOOptimizer(base(trained(model)), model, **{**noise, **options})
+
+
 # --- models and batches -------------------------------------------------------------------------------------------
 
 
@@ -160,20 +167,12 @@ def fill(model: nn.Module, seed: int = 0) -> None:
             p.data.copy_(nn.init.normal_(torch.empty_like(p, device="cpu"), std=0.05, generator=generator))
 
 
-def adamw(params: Any) -> Optimizer:
-    return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
-
-
-def sgd(params: Any) -> Optimizer:
-    return torch.optim.SGD(params, lr=0.05, momentum=0.9)
-
-
 def batch(i: int, size: int = 2) -> dict[str, Tensor]:
     ids = tokens(i, size).to(models.DEVICE)
     return {"input_ids": ids, "labels": ids}
 
 
-def train(model: nn.Module, optimizer: Optimizer, steps: range, micro: int = 2) -> list[float]:
+def train(model: nn.Module, optimizer: Optimizer, steps: range, micro: int = 2, scheduler: Any = None) -> list[float]:
     """A user's loop, with accumulation and clipping; returns the losses."""
     losses = []
     params = trained(model)
@@ -185,7 +184,36 @@ def train(model: nn.Module, optimizer: Optimizer, steps: range, micro: int = 2) 
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
     return losses
+
+
+def train_share(
+    model: nn.Module, optimizer: Optimizer, rank: int | None = None, steps: range = range(3)
+) -> list[float]:
+    """Trains on this rank's share of every batch, or on all of it; returns the losses."""
+    losses = []
+    for i in steps:
+        whole = batch(i, 2 * RANKS)
+        part = whole if rank is None else {key: value.chunk(RANKS)[rank] for key, value in whole.items()}
+        loss = model(**part).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def started(
+    method: Method, base: Base = adamw, steps: int = 2, seed: int = 7, **kwargs: Any
+) -> tuple[nn.Module, Optimizer]:
+    """A model on its way, so that whatever perturbs it is there: an auxiliary begins at zero."""
+    model = adapted(method, **kwargs)
+    optimizer = method.start(model, base, seed=seed)
+    torch.manual_seed(5)
+    train(model, optimizer, range(steps))
+    return model, optimizer
 
 
 # --- what a model consists of and computes -------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from methods import PERTURBING, adapted, batch, every_method, gralora, llama, lora, sgd
-from models import quantised
+from helpers import sgd
+from methods import PERTURBING, adapted, batch, every_method, gralora, lora
+from models import llama, quantised
 from torch import nn
 
 from flatlora import lora_layers

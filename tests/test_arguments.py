@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ecosystem import lora_mlp, trained
+from models import lora_mlp, trainable
 
 from flatlora import (
     BilevelOptimizer,
@@ -22,7 +22,7 @@ from flatlora import magnitude_parameters as magnitudes
 
 
 def ggpo(model, **options):
-    return GGPOOptimizer(torch.optim.SGD(trained(model), lr=0.1), model, **options)
+    return GGPOOptimizer(torch.optim.SGD(trainable(model), lr=0.1), model, **options)
 
 
 @pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), np.int64(2), torch.tensor(0.5), torch.tensor(2)])

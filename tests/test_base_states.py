@@ -6,11 +6,11 @@ And what else a state must not depend on: a shallow copy of the optimizer, and t
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
-from ecosystem import difference, lora_mlp, loss_of, trained
+from helpers import adamw, adapters, closure_of, difference, loss_of, sgd, through_a_file
+from models import lora_mlp, trainable
 
 from flatlora import (
     BilevelOptimizer,
@@ -30,21 +30,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*lr_scheduler.step:UserWarning"
 SGD = torch.optim.SGD
 
 
-def momentum(params):
-    return SGD(params, lr=0.05, momentum=0.9)
-
-
-def adamw(params):
-    return torch.optim.AdamW(params, lr=0.01)
-
-
 BASES = {
     "Lookahead": lambda params: kozistr.Lookahead(adamw(params), k=2),
-    "Lookahead, pullback": lambda params: kozistr.Lookahead(momentum(params), k=2, pullback_momentum="pullback"),
+    "Lookahead, pullback": lambda params: kozistr.Lookahead(sgd(params), k=2, pullback_momentum="pullback"),
     "ScheduleFreeWrapper": lambda params: kozistr.ScheduleFreeWrapper(SGD(params, lr=0.05)),
     "TRAC": lambda params: kozistr.TRAC(adamw(params), s_prev=0.5),
     "OrthoGrad": lambda params: kozistr.OrthoGrad(adamw(params)),
-    "PCGrad": lambda params: kozistr.PCGrad(momentum(params)),
+    "PCGrad": lambda params: kozistr.PCGrad(sgd(params)),
     "Magma": lambda params: kozistr.Magma(adamw(params)),
     "SAM": lambda params: kozistr.SAM(params, SGD, lr=0.05, momentum=0.9),
     "LookSAM": lambda params: kozistr.LookSAM(params, SGD, lr=0.05, momentum=0.9),
@@ -55,12 +47,12 @@ WITH_CLOSURE = ("SAM", "LookSAM", "WSAM", "FriendlySAM")  # of two passes, which
 OF_OWN_FORM = ("Lookahead", "Lookahead, pullback", "ScheduleFreeWrapper")
 
 METHODS = {
-    "bare": lambda model, base: base(trained(model)),
-    "OptimizerWrapper": lambda model, base: OptimizerWrapper(base(trained(model))),
-    "GGPO": lambda model, base: GGPOOptimizer(base(trained(model)), model, sigma=0.2, seed=7),
-    "LoRASAM": lambda model, base: LoRASAMOptimizer(base(trained(model)), model),
+    "bare": lambda model, base: base(trainable(model)),
+    "OptimizerWrapper": lambda model, base: OptimizerWrapper(base(trainable(model))),
+    "GGPO": lambda model, base: GGPOOptimizer(base(trainable(model)), model, sigma=0.2, seed=7),
+    "LoRASAM": lambda model, base: LoRASAMOptimizer(base(trainable(model)), model),
     "Bi-LoRA": lambda model, base: BiLoRAOptimizer.for_model(model, lambda groups: base(groups), rho=0.5, seed=3),
-    "stack": lambda model, base: OptimizerWrapper(GGPOOptimizer(base(trained(model)), model, sigma=0.2, seed=7)),
+    "stack": lambda model, base: OptimizerWrapper(GGPOOptimizer(base(trainable(model)), model, sigma=0.2, seed=7)),
 }
 
 
@@ -83,26 +75,9 @@ def start(name, method):
 def train(model, optimizer, steps, name):
     torch.manual_seed(steps[0])  # of what a base optimizer draws
     for i in steps:
-
-        def closure(i=i):
-            optimizer.zero_grad()
-            loss = loss_of(model, i)
-            loss.backward()
-            return loss
-
+        closure = closure_of(optimizer, lambda i=i: loss_of(model, i))
         closure()
         optimizer.step(*([closure] if name in WITH_CLOSURE else []))
-
-
-def through_a_file(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
-def weights(model):
-    return [p.detach().clone() for p in model.parameters()]
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
@@ -116,7 +91,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(name, method):
     resumed.load_state_dict(saved[1])
     for one in ((model, optimizer), (other, resumed)):
         train(*one, range(3, 8), name)
-    assert difference(weights(model), weights(other)) is None
+    assert difference(adapters(model), adapters(other)) is None
     assert difference(optimizer.state_dict(), resumed.state_dict()) is None
 
 
@@ -191,7 +166,7 @@ def test_a_resumed_run_on_two_levels_is_the_uninterrupted_one(lower, upper):
     saved = through_a_file([model.state_dict(), optimizer.state_dict()])
     groups = saved[1]["param_groups"]
     numbers = [i for group in groups for i in group["params"]]
-    assert numbers == list(range(len(trained(model)))) and all(key in numbers for key in saved[1]["state"])
+    assert numbers == list(range(len(trainable(model)))) and all(key in numbers for key in saved[1]["state"])
     torch.manual_seed(5)  # of what a base optimizer draws
     straight = [optimizer.step() for _ in range(4)]
 
@@ -201,7 +176,7 @@ def test_a_resumed_run_on_two_levels_is_the_uninterrupted_one(lower, upper):
     resumed.load_state_dict(saved[1])
     torch.manual_seed(5)
     assert [resumed.step() for _ in range(4)] == straight
-    assert difference(weights(model), weights(other)) is None
+    assert difference(adapters(model), adapters(other)) is None
     assert difference(optimizer.state_dict(), resumed.state_dict()) is None
 
 
@@ -223,7 +198,7 @@ def test_the_second_phase_goes_on_with_such_a_base(second):
     other.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
     assert resumed.retrain(data, 4, optimizer=base) == straight
-    assert difference(weights(model), weights(other)) is None
+    assert difference(adapters(model), adapters(other)) is None
 
 
 def test_two_levels_refuse_the_state_of_another_kind_of_base():
@@ -249,7 +224,7 @@ def test_a_shallow_copy_is_the_same_optimizer(method):
         assert type(other) is type(optimizer) and other.param_groups is optimizer.param_groups
         train(model, other, range(2, 4), "OrthoGrad")
         train(model, optimizer, range(4, 6), "OrthoGrad")
-        runs.append((weights(model), copy.deepcopy(optimizer.state_dict())))
+        runs.append((adapters(model), copy.deepcopy(optimizer.state_dict())))
         assert difference(other.state_dict(), optimizer.state_dict()) is None
         del other
         train(model, optimizer, range(6, 7), "OrthoGrad")
@@ -275,7 +250,7 @@ def run_under(dtype, method):
     try:
         torch.manual_seed(1)
         if method == "BiDoRA":
-            levels = momentum(direction_parameters(model)), momentum(magnitude_parameters(model))
+            levels = sgd(direction_parameters(model)), sgd(magnitude_parameters(model))
             optimizer = BilevelOptimizer(*levels, model, [0, 1], [2], loss_fn=loss_fn)
         else:
             optimizer = METHODS[method](model, adamw)
@@ -290,7 +265,7 @@ def run_under(dtype, method):
             optimizer.retrain([3, 4, 5], 2, optimizer=adamw(direction_parameters(model)))
     finally:
         torch.set_default_dtype(torch.float32)
-    return weights(model), losses, begun, metrics
+    return adapters(model), losses, begun, metrics
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -307,7 +282,7 @@ def test_the_default_dtype_does_not_change_where_gralora_begins(dtype):
         torch.set_default_dtype(default)
         try:
             torch.manual_seed(1)
-            found.append(trained(apply_gralora(net, "all-linear", r=4, k=2, hybrid_r=2)))
+            found.append(trainable(apply_gralora(net, "all-linear", r=4, k=2, hybrid_r=2)))
         finally:
             torch.set_default_dtype(torch.float32)
     assert difference(*found) is None

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 
 import pytest
 import torch
-from ecosystem import (
-    WIDE,
-    adapters,
-    base_state,
-    build,
-    difference,
-    epsilon,
-    frozen,
-    lora_mlp,
-    optimizers_of,
-    outputs,
-    tiny_llama,
-    tokens,
-    train,
-    train_tokens,
-    trained,
-)
+from helpers import adapters, base_state, build, difference, optimizers_of, outputs, tokens, train
+from methods import base_bits
+from methods import train as train_tokens
+from models import WIDE, lora_mlp, tiny_llama, trainable
 from torch.optim.lr_scheduler import ExponentialLR
 
 from flatlora import GGPOOptimizer, lora_layers, noise_rise
@@ -52,7 +38,7 @@ repacks = pytest.mark.skipif(
 
 def base_of(cls, model):
     momentum = {"momentum": 0.9} if cls.__name__.startswith(MOMENTUM) else {}
-    return build(cls, trained(model), **momentum)
+    return build(cls, trainable(model), **momentum)
 
 
 def run(cls, wrapped):
@@ -77,79 +63,19 @@ def test_without_noise_it_is_the_base_optimizer(cls):
     assert difference(bare, wrapped) is None
 
 
-@pytest.mark.parametrize("name", ["AdamW8bit", "Lion8bit", "PagedAdamW8bit", "AdamW32bit"])
-def test_a_resumed_run_with_noise_is_the_uninterrupted_one(name):
-    cls = getattr(bnb.optim, name)
-    model = lora_mlp(width=WIDE, r=8)
-    optimizer = GGPOOptimizer(base_of(cls, model), model, seed=1)
-    train(model, optimizer, range(3), width=WIDE)
-    state, weights = copy.deepcopy(optimizer.state_dict()), adapters(model)
-    train(model, optimizer, range(3, 6), width=WIDE)
-
-    other = lora_mlp(width=WIDE, r=8)
-    resumed = GGPOOptimizer(base_of(cls, other), other, seed=2)
-    other.load_state_dict(weights, strict=False)
-    resumed.load_state_dict(state)
-    train(other, resumed, range(3, 6), width=WIDE)
-    assert difference(adapters(model), adapters(other)) is None
-    assert difference(optimizer.state_dict(), resumed.state_dict()) is None
-    assert difference(outputs(model), outputs(other)) is None
-
-
 # --- quantised models ----------------------------------------------------------------------------------------------
 
 
-def quantised(model):
-    """Everything that a quantised base consists of."""
-    parts = dict(frozen(model))
-    for layer in lora_layers(model):
-        base = layer.base.module
-        quant = getattr(base.weight, "quant_state", None)
-        if quant is not None:
-            parts |= {f"{layer.name}.{key}": value for key, value in quant.as_dict(packed=True).items()}
-        elif getattr(base.weight, "SCB", None) is not None or base.state.SCB is not None:
-            scale = base.state.SCB if base.state.SCB is not None else base.weight.SCB
-            parts[f"{layer.name}.SCB"] = scale.clone()
-    return parts
-
-
 def adam8(model, **kwargs):
-    base = bnb.optim.AdamW8bit(trained(model), lr=3e-3)
+    base = bnb.optim.AdamW8bit(trainable(model), lr=3e-3)
     return GGPOOptimizer(base, model, **{"seed": 5, **kwargs})
-
-
-@pytest.mark.parametrize("noise", ["gaussian", "low_rank"])
-@pytest.mark.parametrize("quant", QUANTS)
-def test_training_lowers_the_loss_and_leaves_the_quantised_base_alone(quant, noise):
-    model = tiny_llama(width=WIDE, quant=quant)
-    assert {layer.base.kind for layer in lora_layers(model)} == {"8bit" if quant == "int8" else "4bit"}
-    before = quantised(model)
-    optimizer = adam8(model, noise=noise)
-    ids = tokens(0)
-    losses = []
-    for _ in range(8):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-    assert difference(before, quantised(model)) is None
-    assert any(moment.dtype == torch.uint8 for moment in moments(optimizer))
-    sizes = {name: e.norm() for name, e in epsilon(model).items()}
-    std = optimizer.row_std()
-    for layer in lora_layers(model):
-        expected = (std[layer.name].square().sum() * layer.shape[1]).sqrt()
-        assert sizes[layer.name] == pytest.approx(float(expected), rel=0.5)
-    optimizer.remove()
-    assert difference(before, quantised(model)) is None
 
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_without_noise_training_is_that_of_the_base_optimizer(quant):
     def run(wrapped):
         model = tiny_llama(width=64, quant=quant, dropout=0.1)
-        base = bnb.optim.AdamW8bit(trained(model), lr=3e-3)
+        base = bnb.optim.AdamW8bit(trainable(model), lr=3e-3)
         optimizer = GGPOOptimizer(base, model, sigma=0.0) if wrapped else base
         torch.manual_seed(4)
         return train_tokens(model, optimizer, range(5)), adapters(model), base_state(optimizer)
@@ -162,7 +88,7 @@ def test_evaluation_in_between_disturbs_nothing(quant):
     def run(evaluate):
         model = tiny_llama(width=64, quant=quant)
         optimizer = adam8(model)
-        before = quantised(model)
+        before = base_bits(model)
         losses = []
         for i in range(5):
             losses += train_tokens(model, optimizer, range(i, i + 1))
@@ -175,7 +101,7 @@ def test_evaluation_in_between_disturbs_nothing(quant):
                 with torch.inference_mode():
                     model(input_ids=tokens(97))
                 model.train()
-        assert difference(before, quantised(model)) is None
+        assert difference(before, base_bits(model)) is None
         return losses, adapters(model), optimizer.state_dict(), outputs(model)
 
     assert difference(run(False), run(True)) is None
@@ -185,10 +111,7 @@ def test_evaluation_in_between_disturbs_nothing(quant):
 def test_evaluation_sees_the_model_without_noise(quant):
     def logits(with_noise):
         model = tiny_llama(width=64, quant=quant)
-        for name, param in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(param, generator=torch.Generator().manual_seed(0))
-        optimizer = torch.optim.SGD(trained(model), lr=0.1)
+        optimizer = torch.optim.SGD(trainable(model), lr=0.1)
         if with_noise:  # the perturbation lives as long as its optimizer
             optimizer = GGPOOptimizer(optimizer, model, sigma=0.5)
         # Without the optimizer on it, a 4-bit model would be repacked in eval mode and compute something else.
@@ -225,7 +148,7 @@ def test_an_attached_model_is_not_repacked(quant):
     assert repacked(model) == []
     ids = tokens(0)
     model(input_ids=ids, labels=ids).loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained(model))
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable(model))
     optimizer.step()
 
 
@@ -270,9 +193,9 @@ def test_a_model_that_transformers_loaded_quantised(tmp_path, bits):
     model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).train()
     assert {layer.base.kind for layer in lora_layers(model)} == {f"{bits}bit"}
     optimizer = adam8(model)
-    before = quantised(model)
+    before = base_bits(model)
     for i in range(3):
         train_tokens(model, optimizer, range(i, i + 1))
         evaluate(model)
-    assert difference(before, quantised(model)) is None
+    assert difference(before, base_bits(model)) is None
     assert all(std.isfinite().all() and (std > 0).all() for std in optimizer.row_std().values())

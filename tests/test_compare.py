@@ -25,13 +25,12 @@ EXAMPLES = Path(__file__).parent.parent / "examples" / "research"
 sys.path.insert(0, str(EXAMPLES))
 
 import compare  # noqa: E402
-import double_descent  # noqa: E402
 from common import Example, encode  # noqa: E402
 from comparing import runs as runs_module  # noqa: E402
 from comparing.data import flip_labels, load_named, training_data  # noqa: E402
 from comparing.methods import METHODS, Average, Fit, fresh_model  # noqa: E402
 from comparing.quantised import rounded  # noqa: E402
-from comparing.report import curves_over, heat_maps, holm, paired_difference, table, training_curves  # noqa: E402
+from comparing.report import holm, paired_difference, table  # noqa: E402
 from comparing.runs import execute, load_task, train  # noqa: E402
 from comparing.scoring import calibration_error, matthews, score  # noqa: E402
 from comparing.store import Store  # noqa: E402
@@ -582,98 +581,3 @@ def test_a_comparison_of_generation_from_end_to_end(files, decoder, tmp_path, mo
     assert "labels generated" in printed and "nf4: change of loss" in printed and "ECE" not in printed
     with pytest.raises(SystemExit):
         compare.parse_arguments(generating(files, decoder, "--measure", "matthews"))
-
-
-# --- pictures -------------------------------------------------------------------------------------------------------
-
-
-def test_training_curves_are_in_the_figure():
-    pytest.importorskip("matplotlib")
-    rows = {"one": {0: planted(0.4), 1: planted(0.8)}, "other": {0: planted(0.5)}}
-    (axes,) = training_curves(rows, "a title").axes
-    lines = {line.get_label(): line for line in axes.get_lines()}
-    assert set(lines) == {"one", "other"} == {text.get_text() for text in axes.get_legend().get_texts()}
-    assert lines["one"].get_xdata().tolist() == [1, 2] and axes.get_title() == "a title"
-    assert lines["one"].get_ydata().tolist() == pytest.approx([30, 60])
-    assert lines["other"].get_ydata().tolist() == pytest.approx([25, 50])
-    band = axes.collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == pytest.approx((20, 80))
-
-
-def test_heat_maps_are_in_the_figure():
-    pytest.importorskip("matplotlib")
-    one = {(1e-3, 4): 0.2, (1e-3, 8): 0.4, (1e-4, 4): 0.35, (1e-4, 8): 0.7}
-    figure = heat_maps({"one": one, "other": {(1e-4, 8): 0.1, (1e-3, 4): 0.2}}, "a title")
-    maps = [axes.get_images()[0] for axes in figure.axes[:2]]
-    np.testing.assert_allclose(maps[0].get_array(), [[35, 70], [20, 40]])
-    assert maps[1].get_array().mask.tolist() == [[True, False], [False, True]]
-    assert maps[0].get_clim() == maps[1].get_clim() == (10, 70)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0.0001", "0.001"]
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["4", "8"]
-    assert "mean 41.2, worst 20.0" in figure.axes[0].get_title()
-
-
-def test_cells_of_the_heat_maps(files, task):
-    results = {0: planted(0.4), 1: planted(0.8)}
-    assert compare.cells_of(results, a_run(files, task, schedule="constant")) == pytest.approx({1: 0.3, 2: 0.6})
-    assert compare.cells_of(results, a_run(files, task, schedule="linear")) == pytest.approx({2: 0.6})
-
-
-def test_curves_over_ranks_are_in_the_figure():
-    pytest.importorskip("matplotlib")
-    (axes,) = curves_over({"LoRA": {1: [0.2, 0.4], 8: [0.5]}}, "rank", "loss", "a title").axes
-    line = axes.get_lines()[0]
-    assert line.get_xdata().tolist() == [1, 8] and line.get_ydata().tolist() == pytest.approx([0.3, 0.5])
-
-
-def test_the_table_over_ranks(files, tmp_path, monkeypatch, capsys):
-    wanted = arguments(
-        files, "--runs", "lora", "--seeds", "0-1", "--ranks", 1, 2, "--results", tmp_path / "results.jsonl"
-    )
-    monkeypatch.setattr(sys, "argv", ["double_descent.py", *wanted])
-    double_descent.main()
-    with Store(tmp_path / "results.jsonl") as store:
-        by_rank = {rank: [] for rank in (1, 2)}
-        for key, result in store.results.items():
-            by_rank[json.loads(key)["r"]].append(result["loss"])
-    means = [f"{np.mean(losses):.3f} ±" for losses in by_rank.values()]
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| LoRA, lr 0.003: loss"))
-    assert [cell.strip()[:7] for cell in row.split("|")[2:4]] == means
-    assert double_descent.bumps([1, 3, 2, 2, 5, 4, 6]) == [1, 4] and double_descent.bumps([3, 2, 1]) == []
-
-
-def test_landscapes_are_means_over_seeds_and_are_drawn(files, task, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    result = execute(a_run(files, task, landscape=True), task)
-    around = result["landscape"]
-    assert set(around["lines"]) == {"random", "worst"} and len(around["at"]) == len(around["lines"]["worst"]) == 9
-    assert around["lines"]["random"][4] == around["lines"]["worst"][4] < around["lines"]["worst"][-1]
-
-    args = compare.parse_arguments(arguments(files, "--landscape", "--seeds", "0-1", "--pictures", tmp_path))
-    regime, setting = compare.regimes(args, task.texts.name)[0], compare.Setting("lora", 0.0, 3e-3)
-    drawn, plot = [], compare.plot_landscape
-    monkeypatch.setattr(compare, "plot_landscape", lambda *given: drawn.append(plot(*given)))
-    with Store(tmp_path / "results.jsonl") as store:
-        for seed in (0, 1):
-            lines = {"random": [1.0 + seed, 0.5, 1.0], "worst": [0.4, 0.5, 3.0 + seed]}
-            store.add(compare.of(regime, setting, seed), planted(0.5, landscape={"at": [-1, 0, 1], "lines": lines}))
-        compare.report(regime, [setting], store, args)
-    (figure,) = drawn
-    lines = [axes.get_lines()[0] for axes in figure.axes]
-    assert [line.get_label() for line in lines] == ["LoRA, lr 0.003"] * 2
-    assert lines[0].get_ydata().tolist() == [1.5, 0.5, 1.0] and lines[1].get_ydata().tolist() == [0.4, 0.5, 3.5]
-    assert any(path.name.endswith("landscapes.png") for path in tmp_path.iterdir())
-
-
-def test_pictures_are_saved(files, task, tmp_path):
-    pytest.importorskip("matplotlib")
-    args = compare.parse_arguments(arguments(files, "--pictures", tmp_path / "pictures"))
-    regime = compare.regimes(args, task.texts.name)[0]
-    settings = [compare.Setting("lora", 0.0, lr) for lr in (1e-3, 3e-3)]
-    with Store(tmp_path / "results.jsonl") as store:
-        for setting in settings:
-            store.add(compare.of(regime, setting, 0), planted(0.5))
-        compare.report(regime, settings, store, args)
-        compare.draw_grids({regime: settings}, store, args)
-    names = sorted(path.name.rpartition("-")[2] for path in (tmp_path / "pictures").iterdir())
-    assert names == ["curves.png", "maps.png"]

@@ -7,7 +7,9 @@ import gc
 
 import pytest
 import torch
-from methods import adamw
+from helpers import adamw, assert_near
+from methods import KINDS, over
+from models import trainable
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -19,7 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.6 breaks the graph within PEFT; not tried between"),
 ]
-KINDS = ["gaussian", "low_rank", "Bi-LoRA", "LoRASAM"]
 
 
 class Net(nn.Module):
@@ -49,20 +50,6 @@ def model_of(form: str = "lora", recompute: bool | None = None) -> nn.Module:
     return model.train()
 
 
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def start(model: nn.Module, kind: str | None) -> torch.optim.Optimizer:
-    if kind is None:
-        return adamw(trained(model))
-    if kind == "Bi-LoRA":
-        return flatlora.BiLoRAOptimizer.for_model(model, torch.optim.AdamW, lr=1e-2, rho=0.5, seed=1)
-    if kind == "LoRASAM":
-        return flatlora.LoRASAMOptimizer(adamw(trained(model)), model, rho=0.5)
-    return flatlora.GGPOOptimizer(adamw(trained(model)), model, sigma=0.3, beta=1.0, noise=kind, noise_rank=3, seed=1)
-
-
 def compiled(model: nn.Module, backend: str = "aot_eager") -> tuple[nn.Module, CompileCounterWithBackend]:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
@@ -78,7 +65,7 @@ def step(forward, model, optimizer, i, autocast=False):
     with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
         out = forward(batch(i))
     out.float().square().mean().backward()
-    found = [out.detach(), *(p.grad.clone() for p in trained(model) if p.grad is not None)]
+    found = [out.detach(), *(p.grad.clone() for p in trainable(model) if p.grad is not None)]
     optimizer.step()
     optimizer.zero_grad()
     return found
@@ -93,7 +80,7 @@ def louder(optimizer) -> None:
 def run(kind, form="lora", compile=False, autocast=False, steps=4, backend="aot_eager", recompute=None):
     """What every step computed, with σ or ρ changed on the way, and how many graphs that took."""
     model = model_of(form, recompute)
-    optimizer = start(model, kind)
+    optimizer = over(kind, model, adamw)
     forward, counter = compiled(model, backend) if compile else (model, None)
     found = []
     for i in range(steps):
@@ -101,11 +88,6 @@ def run(kind, form="lora", compile=False, autocast=False, steps=4, backend="aot_
         if i == 1:
             louder(optimizer)
     return found, counter and counter.frame_count
-
-
-def assert_near(found, expected, tolerance):
-    for one, other in zip(found, expected, strict=True):
-        assert (one - other).norm() <= tolerance * other.norm()
 
 
 # The noise is the same, drawn from the same seeds. What differs is the order in which products are added up, a few
@@ -139,7 +121,7 @@ def test_through_inductor(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_step_has_an_own_perturbation_and_evaluation_none(kind):
     model = model_of()
-    optimizer = start(model, kind)
+    optimizer = over(kind, model, adamw)
     forward, counter = compiled(model)
     for i in range(2):
         step(forward, model, optimizer, i)
@@ -147,12 +129,12 @@ def test_each_step_has_an_own_perturbation_and_evaluation_none(kind):
     first, again = forward(x), forward(x)
     assert torch.equal(first, again)
     with torch.no_grad():  # the weights as they were, the perturbation another one
-        before = [p.clone() for p in trained(model)]
+        before = [p.clone() for p in trainable(model)]
         forward(x).detach()
     forward(x).square().mean().backward()
     optimizer.step()
     with torch.no_grad():
-        for p, value in zip(trained(model), before, strict=True):
+        for p, value in zip(trainable(model), before, strict=True):
             if kind != "Bi-LoRA":
                 p.copy_(value)
     assert not torch.allclose(forward(x), first, rtol=1e-6, atol=0)
@@ -168,7 +150,7 @@ def test_each_step_has_an_own_perturbation_and_evaluation_none(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_passes_without_gradients_are_not_perturbed(kind):
     model = model_of()
-    optimizer = start(model, kind)
+    optimizer = over(kind, model, adamw)
     forward, _ = compiled(model)
     for i in range(2):
         step(forward, model, optimizer, i)
@@ -184,7 +166,7 @@ def test_a_perturbation_that_is_taken_off_or_put_on_anew(kind):
     x, clean = batch(9), model(batch(9))
     assert torch.allclose(forward(x), clean, rtol=1e-5, atol=1e-6)
     for gone in ("removed", "collected"):
-        optimizer = start(model, kind)
+        optimizer = over(kind, model, adamw)
         for i in range(2):
             step(forward, model, optimizer, i)
         assert not torch.allclose(forward(x), model.eval()(x), rtol=1e-5, atol=1e-6)
@@ -210,7 +192,7 @@ def test_recomputed_activations_see_the_same_perturbation(kind):
 def test_a_compiled_block_within_a_reentrant_checkpoint(kind):
     """Its first pass records no gradients and is perturbed nevertheless, as it will be run again."""
     model = model_of()
-    optimizer = start(model, kind)
+    optimizer = over(kind, model, adamw)
     forward, _ = compiled(model)
     for i in range(2):
         step(forward, model, optimizer, i)
@@ -228,7 +210,7 @@ def test_a_compiled_block_within_a_reentrant_checkpoint(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_transforms_of_functions(kind, form):
     model = model_of(form)
-    optimizer = start(model, kind)
+    optimizer = over(kind, model, adamw)
     for i in range(2):
         step(model, model, optimizer, i)
     x, direction = batch(9), batch(10)
@@ -254,7 +236,7 @@ def test_transforms_of_functions(kind, form):
 def test_a_compiled_directional_derivative():
     """An operator would drop the tangent without a word."""
     model = model_of()
-    optimizer = start(model, "gaussian")
+    optimizer = over("gaussian", model, adamw)
     step(model, model, optimizer, 0)
 
     def derivative(x):

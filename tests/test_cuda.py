@@ -10,21 +10,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from ecosystem import difference
-from methods import (
-    METHODS,
-    OF_PEFT,
-    adamw,
-    adapted,
-    base_bits,
-    batch,
-    every_method,
-    logits,
-    sgd,
-    trained,
-    twin,
-    weights,
-)
+from helpers import adamw, difference, sgd
+from methods import METHODS, OF_PEFT, adapted, base_bits, batch, every_method, logits, twin, weights
+from models import trained
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),

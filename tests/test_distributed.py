@@ -8,15 +8,15 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from ecosystem import adamw, adapters, difference, frozen, ggpo, lora_mlp, outputs
-from ranks import RANKS, on_ranks
+from helpers import RANKS, adamw, adapters, difference, frozen, full, ggpo, on_ranks, outputs, shard
+from models import lora_mlp
 from torch.nn.parallel import DistributedDataParallel
 
 from flatlora.layers.base import FloatBase
 
 STEPS = 5
-CASES = ["ddp", "ddp low_rank", "ddp built before", "ddp no seed", "ddp accumulating"]
-SHARDED = ["fsdp", "fsdp low_rank", "fsdp parameters replaced"]
+CASES = ["ddp built before", "ddp no seed", "ddp accumulating"]
+SHARDED = ["fsdp", "fsdp parameters replaced"]
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,9 +29,8 @@ def batch(i):
     return torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(i))
 
 
-def ggpo_of(model, case, **kwargs):
-    noise = "low_rank" if "low_rank" in case else "gaussian"
-    return ggpo(model, adamw(model, weight_decay=0.1), **{"sigma": 0.1, "beta": 1.0, "noise": noise, **kwargs})
+def ggpo_of(model, **kwargs):
+    return ggpo(model, adamw(model), **{"sigma": 0.1, "beta": 1.0, **kwargs})
 
 
 def run(model, optimizer, rank=None, accumulate=False):
@@ -57,30 +56,23 @@ def ddp(case, rank, folder):
     model = lora_mlp()
     torch.manual_seed(100 + rank)  # every rank's own, as loaders and dropout want it
     if case == "ddp built before":
-        optimizer = ggpo_of(model, case)
+        optimizer = ggpo_of(model)
         parallel = DistributedDataParallel(model)
     else:
         parallel = DistributedDataParallel(model)
-        optimizer = ggpo_of(parallel, case, **({"seed": None} if case == "ddp no seed" else {}))
+        optimizer = ggpo_of(parallel, **({"seed": None} if case == "ddp no seed" else {}))
     run(parallel, optimizer, rank, accumulate=case == "ddp accumulating")
     return report(model, optimizer)
 
 
 def fsdp(case, rank, folder):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (RANKS,))
     model = lora_mlp()
     early = case == "fsdp parameters replaced"
-    optimizer = ggpo_of(model, case) if early else None
+    optimizer = ggpo_of(model) if early else None
     names = {id(p): name for name, p in model.named_parameters()}
-    for name, module in list(model.named_modules()):
-        if name.endswith((".0", ".2")):
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    shard(model, model.base_model.model[0], model.base_model.model[2])
     if not early:
-        optimizer = ggpo_of(model, case)
+        optimizer = ggpo_of(model)
     else:  # as Accelerate does it
         sharded = dict(model.named_parameters())
         for group in optimizer.param_groups:
@@ -89,17 +81,15 @@ def fsdp(case, rank, folder):
     run(model, optimizer, rank)
     row_std = optimizer.row_std()
     held = [type(p).__name__ for group in optimizer.param_groups for p in group["params"]]
-    whole = {name: p.full_tensor().clone() for name, p in adapters(model).items()}
-    base = {name: p.full_tensor().clone() for name, p in frozen(model).items()}
     x = batch(99)[0]
     noisy = model(x).detach().clone()
     model.eval()
     clean = model(x).detach().clone()
     return {
         "first": first,
-        "adapters": whole,
+        "adapters": full(adapters(model)),
         "row_std": row_std,
-        "base": base,
+        "base": full(frozen(model)),
         "noisy": noisy,
         "clean": clean,
         "held": held,
@@ -143,9 +133,9 @@ def same_on_both(ranks, case):
     return first
 
 
-def alone(case, **kwargs):
+def alone(**kwargs):
     model = lora_mlp()
-    optimizer = ggpo_of(model, case, **kwargs)
+    optimizer = ggpo_of(model, **kwargs)
     first = optimizer.row_std()
     run(model, optimizer)
     return model, optimizer, first
@@ -155,13 +145,13 @@ def alone(case, **kwargs):
 def test_ddp_is_one_process_on_the_whole_batch(ranks, case):
     found = same_on_both(ranks, case)
     # Without a seed it is the initial seed of rank 0.
-    model, optimizer, _ = alone(case, **({"seed": 100} if case == "ddp no seed" else {}))
+    model, optimizer, _ = alone(**({"seed": 100} if case == "ddp no seed" else {}))
     assert difference(adapters(lora_mlp()), adapters(model)) is not None
     torch.testing.assert_close(found, report(model, optimizer), rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_seed_it_is_not_that_of_another_rank(ranks):
-    model, _, _ = alone("ddp no seed", seed=101)
+    model, _, _ = alone(seed=101)
     found = ranks[1]["ddp no seed"]["outputs"]
     assert any((found[name] - value).abs().max() > 1e-3 for name, value in outputs(model).items())
 
@@ -171,7 +161,7 @@ def test_fsdp2_is_one_process_on_the_whole_batch(ranks, case):
     found = same_on_both(ranks, case)
     assert set(found["held"]) == {"DTensor"}
     assert found["reads"] == [False, False]  # two layers, each once in a step, and never gathered for it
-    model, optimizer, std = alone(case)
+    model, optimizer, std = alone()
     torch.testing.assert_close(found["first"], std)
     torch.testing.assert_close(found["adapters"], adapters(model), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["row_std"], optimizer.row_std(), rtol=1e-4, atol=1e-5)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from methods import KINDS, over
+from models import MLP, trainable, trained
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -13,21 +15,11 @@ from flatlora.kernels.low_rank import Added, AddedTerms
 
 # Not DoRA, whose norm is a constant in PEFT's backward, while differences see it move.
 FORMS = ["lora", "gralora", "hybrid", "dropout", "gralora dropout"]
-KINDS = ["gaussian", "low_rank", "Bi-LoRA", "LoRASAM"]
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 4, bias=False)
-
-    def forward(self, x):
-        return self.down(torch.tanh(self.up(x)))
 
 
 def model_of(form, dtype=torch.float64):
     torch.manual_seed(0)
-    model = Net().to(dtype)
+    model = MLP(6, 8, 4, bias=True).to(dtype)
     if form in ("gralora", "hybrid", "gralora dropout"):
         options = {"hybrid": {"hybrid_r": 2}, "gralora dropout": {"dropout": 0.5}}.get(form, {})
         flatlora.apply_gralora(model, ["up", "down"], r=4, k=2, alpha=8, **options)
@@ -41,17 +33,8 @@ def model_of(form, dtype=torch.float64):
     return model.train()
 
 
-def trained(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def start(model, kind):
-    if kind == "Bi-LoRA":
-        return flatlora.BiLoRAOptimizer.for_model(model, torch.optim.SGD, lr=1e-1, rho=0.5, seed=1)
-    base = torch.optim.SGD(trained(model), lr=1e-1)
-    if kind == "LoRASAM":
-        return flatlora.LoRASAMOptimizer(base, model, rho=0.5)
-    return flatlora.GGPOOptimizer(base, model, sigma=0.3, beta=1.0, noise=kind, noise_rank=3, seed=1)
+def sgd(params):
+    return torch.optim.SGD(params, lr=0.1)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -59,14 +42,13 @@ def start(model, kind):
 def test_a_gradient_penalty_has_the_gradient_that_differences_have(kind, form):
     """The gradient of ``‖∂L/∂x‖² + ‖∂L/∂θ‖²`` along a direction of all parameters, at the perturbed weights."""
     model = model_of(form)
-    optimizer = start(model, kind)
+    optimizer = over(kind, model, sgd)
     data = torch.randn(5, 6, dtype=torch.float64)
     for _ in range(2):
         model(data).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    auxiliary = {id(p) for p in optimizer.perturbation_parameters()}
-    params = [p for p in trained(model) if id(p) not in auxiliary]
+    params = trained(model)
     # A perturbation that follows the weights, such as GGPO's, is that of the step.
     perturbed = optimizer.perturbed_as(optimizer.current_perturbation()) if kind != "Bi-LoRA" else None
 
@@ -128,7 +110,7 @@ def test_second_derivatives_of_the_product_with_blocks(with_product):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gradient_penalty_under_autocast(kind, form):
     model = model_of(form, torch.float32)
-    optimizer = start(model, kind)
+    optimizer = over(kind, model, sgd)
     x = torch.randn(5, 6)
     model(x).square().mean().backward()
     optimizer.step()
@@ -140,7 +122,7 @@ def test_a_gradient_penalty_under_autocast(kind, form):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             out = model(inputs)
         (grad,) = torch.autograd.grad(out.float().pow(3).mean(), inputs, create_graph=True)
-        return torch.cat([g.flatten() for g in torch.autograd.grad(grad.square().sum(), trained(model))])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(grad.square().sum(), trainable(model))])
 
     exact = penalty_grads(False)
     assert (penalty_grads(True) - exact).norm() < 0.05 * exact.norm()

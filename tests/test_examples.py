@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from ecosystem import tiny_llama, tokens
-from models import llama
+from helpers import tokens
+from models import llama, tiny_llama
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -79,7 +79,8 @@ def test_code_of_the_pages(block, tmp_path, monkeypatch):
 
 BEFORE = """
 import sys, torch
-from ecosystem import tiny_llama, tokens
+from helpers import tokens
+from models import tiny_llama
 model, output_dir = tiny_llama(), sys.argv[1]
 dataloader = [{"input_ids": tokens(i), "labels": tokens(i)} for i in range(2)]
 """

@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
-from ecosystem import adapters, base_state, difference, lora_mlp, loss_of, outputs, trained
+from helpers import adapters, base_state, closure_of, difference
+from methods import METHODS, Method, adapted, attach_auxiliary, batch, bilora, every_method, logits, lora
+from models import trainable
 from torch import nn
 
-from flatlora import BiLoRAOptimizer, GGPOOptimizer, apply_gralora
+from flatlora import GGPOOptimizer
 
 
 class Fault(Exception):
@@ -29,38 +31,15 @@ class Base(torch.optim.AdamW):
         return loss
 
 
-def ggpo(noise):
-    def build():
-        model = lora_mlp()
-        return model, GGPOOptimizer(Base(trained(model), lr=1e-2), model, sigma=0.3, beta=1.0, noise=noise, seed=1)
-
-    return build
+def both(model, base, seed):
+    return GGPOOptimizer(bilora(model, base, seed), model, sigma=0.3, beta=1.0, seed=seed)
 
 
-def bilora():
-    model = lora_mlp()
-    return model, BiLoRAOptimizer.for_model(model, Base, lr=1e-2, rho=0.1, seed=1)
-
-
-def both():
-    model, inner = bilora()
-    return model, GGPOOptimizer(inner, model, sigma=0.3, beta=1.0, seed=1)
-
-
-def gralora():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
-    model = apply_gralora(model, ["0", "2"], r=4, k=2).train()
-    return model, GGPOOptimizer(Base(trained(model), lr=1e-2), model, sigma=0.3, beta=1.0, seed=1)
-
-
-METHODS = {
-    "gaussian": ggpo("gaussian"),
-    "low_rank": ggpo("low_rank"),
-    "bilora": bilora,
-    "both": both,
-    "gralora": gralora,
-}
+# BiDoRA's step has no closure, and calls its model and its bases itself: tests/bidora has its faults.
+IN_A_LOOP = [
+    *(method for method in METHODS if method.name not in ("BiDoRA", "GraLoRA")),
+    Method("GGPO over Bi-LoRA", lora, both, before_wrapping=attach_auxiliary),
+]
 
 
 def innermost(optimizer):
@@ -70,12 +49,7 @@ def innermost(optimizer):
 
 
 def a_step(model, optimizer, i, closed=False):
-    def closure():
-        optimizer.zero_grad()
-        loss = loss_of(model, i)
-        loss.backward()
-        return loss
-
+    closure = closure_of(optimizer, lambda: model(**batch(i)).loss)
     if not closed:
         closure()
     optimizer.step(closure if closed else None)
@@ -85,48 +59,40 @@ def raises(*args, **kwargs):
     raise Fault
 
 
-def in_forward(model, optimizer):
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    return last.register_forward_hook(raises)
-
-
-def in_backward(model, optimizer):
-    handle = trained(model)[0].register_hook(raises)
-    return handle
-
-
-class Off:
-    def __init__(self, base):
-        self.base = base
+class InTheUpdate:
+    def __init__(self, model, optimizer):
+        self.base = innermost(optimizer)
+        self.base.fails = True
 
     def remove(self):
         self.base.fails = False
 
 
-def in_the_update(model, optimizer):
-    innermost(optimizer).fails = True
-    return Off(innermost(optimizer))
+def in_forward(model, optimizer):
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    return last.register_forward_hook(raises)
 
 
-def in_a_step_hook(model, optimizer):
-    return optimizer.register_step_pre_hook(raises)
-
-
-PLACES = {"forward": in_forward, "backward": in_backward, "update": in_the_update, "step hook": in_a_step_hook}
+PLACES = {
+    "forward": in_forward,
+    "backward": lambda model, optimizer: trainable(model)[0].register_hook(raises),
+    "update": InTheUpdate,
+    "step hook": lambda model, optimizer: optimizer.register_step_pre_hook(raises),
+}
 
 
 def everything(model, optimizer):
-    state = optimizer.state_dict()
-    return adapters(model), outputs(model), base_state(optimizer), copy.deepcopy(state.get("flatlora"))
+    own = copy.deepcopy(optimizer.state_dict().get("flatlora"))
+    return adapters(model), logits(model), base_state(optimizer), own
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("method", METHODS)
+@every_method(among=IN_A_LOOP)
 def test_a_fault_leaves_everything_as_before_and_a_second_try_succeeds(method, place, closed):
-    model, optimizer = METHODS[method]()
-    twin, other = METHODS[method]()
+    model, twin = adapted(method), adapted(method)
+    optimizer, other = (method.start(which, lambda params: Base(params, lr=1e-2)) for which in (model, twin))
     for i in range(2):
         a_step(model, optimizer, i)
         a_step(twin, other, i)

@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from ecosystem import WIDE, adapters, difference, lora_mlp, tiny_llama, tokens
+from helpers import adapters, difference, tokens
 from methods import weights
+from models import WIDE, lora_mlp, tiny_llama
 from torch import nn
 
 transformers = pytest.importorskip("transformers")

@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from ecosystem import tiny_llama, tokens
-from helpers import dense, lm_loss, one_layer
+from helpers import dense, lm_loss, tokens
+from models import one_layer, tiny_llama
 
 from flatlora import (
     Landscape,
@@ -85,22 +85,26 @@ MEASURES = {
 @pytest.mark.parametrize("quant", [None, "nf4", "int8"])
 @pytest.mark.parametrize("measure", MEASURES)
 def test_the_model_is_as_it_was_after_an_exception(measure, quant):
-    model, calls = tiny_llama(quant=quant, dropout=0.1), []
+    """A part of it in eval mode; all of it is, while it is measured."""
+    model, modes = tiny_llama(quant=quant, dropout=0.1), []
+    model.base_model.model.model.layers[0].mlp.eval()
+    before = [module.training for module in model.modules()]
     state = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
     stream = torch.get_rng_state()
 
     def crash_later(model, ids):
-        calls.append(None)
-        if len(calls) == 3:
+        modes.append(any(module.training for module in model.modules()))
+        if len(modes) == 3:
             raise KeyError("crash")
         return lm_loss(model, ids)
 
     with pytest.raises(KeyError, match="crash"):
         MEASURES[measure](model, crash_later, [tokens(0), tokens(1)])
     MEASURES[measure](model, lm_loss, [tokens(0)])
+    assert not any(modes) and before == [module.training for module in model.modules()]
     after = model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in state.items())
-    assert all(module.training and "forward" not in module.__dict__ for module in model.modules())
+    assert not any("forward" in module.__dict__ for module in model.modules())
     assert all(p.grad is None for p in model.parameters()) and torch.equal(torch.get_rng_state(), stream)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import Counting
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from watching import Counting
 
 import flatlora
 from flatlora.layers import base

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Net, peft
-from methods import METHODS, batch, bidora, dora, every_method, fill, llama, lora, plain, sgd, trained
-from models import quantised
+from helpers import Living, sgd
+from methods import METHODS, batch, bidora, dora, every_method, fill, lora, plain
+from models import Net, llama, peft, quantised, trained
 from torch import nn
-from watching import Living
+from transformers.pytorch_utils import Conv1D
 
 import flatlora
+from flatlora.kernels.draw import quadruples
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
@@ -21,6 +22,7 @@ WIDTH = 128
 
 def peak(method, start, checkpointing, adapt=None):
     """Bytes that two steps of two micro-batches add to the model at most: optimizer, auxiliaries and all."""
+    quadruples()  # of which noise is made, once in a process
     torch.manual_seed(0)
     model = (adapt or method.adapt)(llama(WIDTH, num_hidden_layers=2), r=8, dropout=0.0)
     fill(model)
@@ -67,11 +69,14 @@ M, N = 256, 192
 def over(method, kind, dropout):
     """One adapted layer over a base of a kind, with the optimizer of a method."""
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-    fc = nn.Linear(N, M, bias=False)
-    net = Net(quantised(fc, "nf4") if kind == "nf4" else fc.to(dtype))
+    if kind in ("nf4", "int8"):
+        fc = quantised(nn.Linear(N, M, bias=False), kind)
+    else:
+        fc = (Conv1D(M, N) if kind == "conv1d" else nn.Linear(N, M, bias=False)).to(dtype)
+    net = Net(fc)
     if method.adapt is lora:
-        net.is_loaded_in_4bit = kind == "nf4"
-        model = peft(net, ["fc"], None, lora_dropout=dropout)
+        net.is_loaded_in_4bit, net.is_loaded_in_8bit = kind == "nf4", kind == "int8"
+        model = peft(net, ["fc"], None, lora_dropout=dropout, fan_in_fan_out=kind == "conv1d")
     else:
         model = flatlora.apply_gralora(net, ["fc"], r=4, k=2, alpha=8, dropout=dropout)
     fill(model)
@@ -79,12 +84,12 @@ def over(method, kind, dropout):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4", "autocast"])
+@pytest.mark.parametrize("kind", ["fp32", "conv1d", "bf16", "nf4", "int8", "autocast"])
 @every_method(among=[method for method in METHODS if method.build is not bidora])
 def test_nothing_of_a_weights_size_outlives_its_product(method, kind, dropout):
     model, optimizer, dtype = over(method, kind, dropout)
     x = torch.randn(5, N, dtype=dtype, requires_grad=True)
-    size = M * N * (2 if kind == "autocast" else dtype.itemsize)
+    size = M * N * {"autocast": 2, "int8": 1}.get(kind, dtype.itemsize)
     for _ in range(2):  # bitsandbytes and the noise set something up in the first
         with Living(size) as living:
             with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):

@@ -6,8 +6,9 @@ import functools
 
 import pytest
 import torch
-from methods import batch, every_method, fill, llama, plain
-from watching import Counting, OneDevice
+from helpers import Counting, OneDevice
+from methods import batch, every_method, fill, plain
+from models import llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from ecosystem import difference, lora_mlp, loss_of
+from helpers import difference, loss_of
+from models import lora_mlp
 
 from flatlora import GGPOOptimizer, LoRASAMOptimizer, OptimizerWrapper
 

@@ -8,7 +8,8 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import MLP, applied_weight, peft
+from helpers import applied_weight
+from models import MLP, peft, trainable
 from torch import nn
 
 import flatlora
@@ -57,10 +58,6 @@ def layers(model):
     return found
 
 
-def trained(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
 def loss(weights):
     return loss_at(weights, **batch())
 
@@ -73,7 +70,7 @@ def assert_close(found, expected):
 def test_ggpo_takes_the_step_of_its_reference_and_goes_on_with_its_row_deviations(noise):
     model = model_of()
     optimizer = flatlora.GGPOOptimizer(
-        torch.optim.SGD(trained(model), lr=0.1), model, sigma=0.2, beta=3.0, noise=noise, seed=5
+        torch.optim.SGD(trainable(model), lr=0.1), model, sigma=0.2, beta=3.0, noise=noise, seed=5
     )
     before = layers(model)
     assert_close(optimizer.row_std().values(), [reference.ggpo_std(reference.lora(*layer), 0.2) for layer in before])
@@ -96,7 +93,7 @@ def test_ggpo_takes_the_step_of_its_reference_and_goes_on_with_its_row_deviation
 
 def test_lorasam_takes_the_steps_of_its_reference():
     model = model_of()
-    optimizer = flatlora.LoRASAMOptimizer(torch.optim.SGD(trained(model), lr=0.1), model, rho=0.3)
+    optimizer = flatlora.LoRASAMOptimizer(torch.optim.SGD(trainable(model), lr=0.1), model, rho=0.3)
     eps = [torch.zeros_like(W0) for W0, *_ in layers(model)]
     for _ in range(3):
         before = layers(model)

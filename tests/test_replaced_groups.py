@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Net, one_layer, trainable
-from methods import METHODS, adapted, batch, every_method, ggpo, logits, lora, lorasam, sgd
+from helpers import sgd
+from methods import METHODS, adapted, batch, every_method, ggpo, logits, lora, lorasam
+from models import Net, one_layer, trainable
 from peft import LoraConfig
 from torch import nn
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from ecosystem import difference, frozen
+from helpers import difference, frozen
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 

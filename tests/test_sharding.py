@@ -7,9 +7,8 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from ecosystem import difference
-from methods import METHODS, adamw, adapted, batch, logits, sgd, weights
-from ranks import RANKS, on_ranks
+from helpers import adamw, difference, full, on_ranks, sgd, shard
+from methods import METHODS, adapted, logits, train_share, weights
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,36 +24,10 @@ pytestmark = [
 ]
 
 
-def run(model, optimizer, rank=None):
-    losses = []
-    for i in range(2):
-        whole = batch(i, 2 * RANKS)
-        part = whole if rank is None else {key: value.chunk(RANKS)[rank] for key, value in whole.items()}
-        loss = model(**part).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
 def trained_alone(name, base=sgd):
     model = adapted(NAMED[name])
-    run(model, NAMED[name].start(model, base))
+    train_share(model, NAMED[name].start(model, base))
     return weights(model)
-
-
-def full(values):
-    return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for name, p in values.items()}
-
-
-def shard(model, **options):
-    from torch.distributed.fsdp import fully_shard
-
-    for module in list(model.modules()):
-        if type(module).__name__ == "LlamaDecoderLayer":
-            fully_shard(module, **options)
-    fully_shard(model, **options)
 
 
 def mixed_precision(name, rank, folder):
@@ -63,7 +36,7 @@ def mixed_precision(name, rank, folder):
     model = adapted(NAMED[name])
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     optimizer = NAMED[name].start(model, sgd, wrap=lambda model: shard(model, mp_policy=policy))
-    run(model, optimizer, rank)
+    train_share(model, optimizer, rank)
     assert logits(model).dtype == torch.bfloat16
     return full(weights(model))
 
@@ -74,7 +47,7 @@ def offload(name, rank, folder):
     model = adapted(NAMED[name])
     policy = CPUOffloadPolicy(pin_memory=False)
     optimizer = NAMED[name].start(model, sgd, wrap=lambda model: shard(model, offload_policy=policy))
-    run(model, optimizer, rank)
+    train_share(model, optimizer, rank)
     return full(weights(model))
 
 
@@ -86,7 +59,7 @@ def zero(name, rank, folder):
     model = adapted(NAMED[name])
     parallel = []
     optimizer = NAMED[name].start(model, zero_base, wrap=lambda whole: parallel.append(DistributedDataParallel(whole)))
-    run(*parallel, optimizer, rank)
+    train_share(*parallel, optimizer, rank)
     return weights(model)
 
 
@@ -109,7 +82,7 @@ def fsdp1(name, early, rank, folder):
     sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
     with pytest.raises(ValueError, match="FSDP1") as error:
         optimizer = method.build(sharded, sgd, 7) if optimizer is None else optimizer
-        run(sharded, optimizer, rank)
+        train_share(sharded, optimizer, rank)
     return str(error.value)
 
 

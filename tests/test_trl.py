@@ -8,7 +8,8 @@ import accelerate
 import pytest
 import torch
 import transformers
-from ecosystem import adamw, adapters, difference, frozen, tiny_llama, tokens
+from helpers import adamw, adapters, difference, frozen, tokens
+from models import tiny_llama
 from peft import GraloraConfig, LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
@@ -205,3 +206,24 @@ def test_sft_by_a_factory_logs_its_own_numbers_and_the_methods(factory, method, 
     steps = [log for log in trainer.state.log_history if "loss" in log]
     assert len(steps) == 2 and all("mean_token_accuracy" in log for log in steps)
     assert {key for log in steps for key in log if key.startswith("flatlora/")}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrap", [with_ggpo, with_bilora, with_lorasam])
+def test_sft_of_an_optimizer_that_is_handed_over(wrap, tmp_path):
+    model = tiny_llama()
+    optimizer = wrap(model)
+    before, start = frozen(model), adapters(model)
+    config = {**COMMON, "save_strategy": "steps"}
+    trainer = trl.SFTTrainer(
+        model,
+        trl.SFTConfig(output_dir=str(tmp_path), gradient_accumulation_steps=2, **config),
+        train_dataset=datasets.Dataset.from_dict({"text": [text(i, i + 1, i + 2) for i in range(8)]}),
+        processing_class=tokenizer(),
+        optimizers=(optimizer, None),
+    )
+    trainer.train()
+    assert difference(before, frozen(model)) is None and difference(start, adapters(model)) is not None
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
+    saved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    assert saved["flatlora"].keys() == {type(optimizer).__name__}

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy
 import torch
 import torch.nn.functional as F
+from helpers import difference as difference
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -102,21 +103,6 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def difference(a: object, b: object, path: str = "") -> str | None:
-    """Where two nested states differ first, to the bit; None if nowhere."""
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        same_bits = isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-        return None if same_bits else path
-    if isinstance(a, dict) and isinstance(b, dict):
-        if a.keys() != b.keys():
-            return f"{path}: {sorted(map(str, a.keys() ^ b.keys()))}"
-        return next((found for key in a if (found := difference(a[key], b[key], f"{path}/{key}"))), None)
-    if isinstance(a, list | tuple) and type(a) is type(b) and len(a) == len(b):
-        pairs = enumerate(zip(a, b, strict=True))
-        return next((found for i, (x, y) in pairs if (found := difference(x, y, f"{path}/{i}"))), None)
-    return None if type(a) is type(b) and a == b else f"{path}: {a!r} {b!r}"
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from ecosystem import lora_mlp
-from methods import METHODS, PERTURBING, Method, adapted, batch, every_method, gralora, lorasam, sgd, trained
+from helpers import sgd
+from methods import METHODS, PERTURBING, Method, adapted, batch, every_method, gralora, lorasam
+from models import lora_mlp, trained
 from torch import Tensor, nn
 
 import flatlora

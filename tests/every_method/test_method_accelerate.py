@@ -7,9 +7,8 @@ import os
 
 import pytest
 import torch.distributed as dist
-from ecosystem import difference
-from methods import KEEPS_STATE, METHODS, adamw, adapted, batch, every_method, weights
-from ranks import RANKS, on_ranks
+from helpers import RANKS, adamw, difference, on_ranks
+from methods import KEEPS_STATE, METHODS, adapted, batch, every_method, weights
 
 from flatlora import MethodState
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from ecosystem import difference
-from methods import KEEPS_STATE, METHODS, adamw, adapted, every_method, sgd, train, weights
+from helpers import adamw, difference, sgd
+from methods import KEEPS_STATE, METHODS, adapted, every_method, train, weights
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from flatlora import CheckpointState, MethodState

@@ -11,9 +11,8 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from ecosystem import difference
-from methods import METHODS, PERTURBING, Method, adapted, batch, every_method, ggpo, lora, sgd, weights
-from ranks import RANKS, on_ranks
+from helpers import RANKS, difference, on_ranks, sgd
+from methods import METHODS, PERTURBING, Method, adapted, batch, every_method, ggpo, lora, weights
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ecosystem import difference
-from methods import KEEPS_STATE, METHODS, adapted, base_bits, batch, every_method, logits, sgd, weights
-from ranks import RANKS, on_ranks
+from helpers import difference, full, on_ranks, sgd, shard
+from methods import KEEPS_STATE, METHODS, adapted, base_bits, every_method, logits, train_share, weights
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -28,24 +27,6 @@ pytestmark = [
 ]
 
 
-def run(model, optimizer, rank=None, steps=range(3)):
-    """Trains on this rank's share of every batch, or on all of it; returns the losses."""
-    losses = []
-    for i in steps:
-        whole = batch(i, 2 * RANKS)
-        part = whole if rank is None else {key: value.chunk(RANKS)[rank] for key, value in whole.items()}
-        loss = model(**part).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
-def full(values):
-    return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for name, p in values.items()}
-
-
 def report(model):
     """What is trained, what is not, and what a pass that trains and one that does not make of the model."""
     noisy = logits(model.train())
@@ -59,43 +40,32 @@ def ddp(method, rank, folder):
     torch.manual_seed(100 + rank)  # every rank's own, as loaders and dropout want it
     parallel = []
     optimizer = method.start(model, sgd, wrap=lambda whole: parallel.append(DistributedDataParallel(whole)))
-    run(*parallel, optimizer, rank)
+    train_share(*parallel, optimizer, rank)
     return report(model)
 
 
 def fsdp(method, rank, folder):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (RANKS,))
-
-    def shard(model):
-        for module in list(model.modules()):
-            if type(module).__name__ == "LlamaDecoderLayer":
-                fully_shard(module, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-
     model = adapted(method)
     torch.manual_seed(100 + rank)
     optimizer = method.start(model, sgd, wrap=shard)
     held = {type(p).__name__ for group in optimizer.param_groups for p in group["params"]}
-    run(model, optimizer, rank)
+    train_share(model, optimizer, rank)
     found = {**report(model), "held": sorted(held)}
     get_optimizer_state_dict(model, optimizer)  # after an evaluation, which leaves FSDP2's root gathered
-    return {**found, "losses": resumed(method, model, optimizer, folder, shard) if method in KEEPS_STATE else None}
+    return {**found, "losses": resumed(method, model, optimizer, folder) if method in KEEPS_STATE else None}
 
 
-def resumed(method, model, optimizer, folder, shard):
+def resumed(method, model, optimizer, folder):
     """The losses of further steps, and those after all that matters went through a checkpoint into new objects."""
     folder = f"{folder}/{method.name}"
     dcp.async_save(states(model, optimizer), checkpoint_id=folder).result()
-    went_on = run(model.train(), optimizer, steps=range(3, 5))
+    went_on = train_share(model.train(), optimizer, steps=range(3, 5))
     other = adapted(method, seed=1)
     again = method.start(other, sgd, seed=8, wrap=shard)
     state = states(other, again)
     dcp.load(state, checkpoint_id=folder)
     set_model_state_dict(other, state["model"])
-    return went_on, run(other, again, steps=range(3, 5))
+    return went_on, train_share(other, again, steps=range(3, 5))
 
 
 def states(model, optimizer):
@@ -130,7 +100,7 @@ def test_two_processes_train_as_one_does_on_the_whole_batch(ranks, parallel, met
     model = adapted(method)
     start = weights(model), base_bits(model)
     optimizer = method.start(model, sgd)
-    run(model, optimizer)
+    train_share(model, optimizer)
     alone = report(model)
     assert difference(start[0], alone["weights"]) is not None
     assert difference(start[1], {name: first["base"][name] for name in start[1]}) is None

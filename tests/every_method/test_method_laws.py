@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import numpy as np
 import pytest
 import torch
-from ecosystem import difference
+from helpers import adamw, difference, sgd
 from methods import (
     OF_PEFT,
     PERTURBING,
-    adamw,
     adapted,
     base_bits,
     batch,
@@ -19,27 +19,19 @@ from methods import (
     fill,
     logits,
     plain,
-    sgd,
+    started,
     streams,
     train,
-    trained,
     twin,
     weights,
 )
+from models import trained
 from peft import LoraConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*use_reentrant"),
 ]
-
-
-def started(method, base=adamw, steps=2, **kwargs):
-    """A model on its way, so that whatever perturbs it is there: an auxiliary begins at zero."""
-    model = adapted(method, **kwargs)
-    optimizer = method.start(model, base)
-    train(model, optimizer, range(steps))
-    return model, optimizer
 
 
 class Interruption(Exception):
@@ -104,12 +96,46 @@ def test_a_pass_that_trains_sees_other_weights_and_one_set_of_them_per_step(meth
 
 @every_method()
 def test_all_micro_batches_of_a_step_see_the_same_model(method):
-    model, _ = started(method)
+    """Whatever is evaluated between them, and though gradients are set to zero."""
+    model, optimizer = started(method)
     grads = []
-    for _ in range(2):
+    for _ in range(3):
         loss = model(**batch(5)).loss
-        grads.append([loss, *torch.autograd.grad(loss, trained(model))])
-    assert difference(*grads) is None
+        loss.backward()
+        grads.append([loss.detach(), [p.grad for p in trained(model)]])
+        logits(model.eval())
+        model.train()
+        optimizer.zero_grad()
+    assert difference(grads[0], grads[1]) is None and difference(grads[0], grads[2]) is None
+
+
+@every_method()
+def test_micro_batches_add_up_to_the_whole_batch(method):
+    ends = []
+    for parts in (1, 4):
+        model = adapted(method).double()
+        optimizer = method.start(model, sgd)
+        for i in range(3):
+            whole = batch(i, 4)
+            for j in range(parts):
+                (model(**{key: value.chunk(parts)[j] for key, value in whole.items()}).loss / parts).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append((weights(model), logits(model)))
+    torch.testing.assert_close(*ends, rtol=1e-7, atol=1e-9)
+
+
+@every_method(among=PERTURBING)
+def test_the_models_mode_alone_counts(method):
+    """Not the optimizer's, which Accelerate and others switch around an evaluation."""
+    model, optimizer = started(method)
+    noisy = logits(model)
+    optimizer.eval()
+    assert difference(noisy, logits(model)) is None
+    clean = logits(model.eval())
+    optimizer.train()
+    assert difference(clean, logits(model)) is None
+    assert difference(noisy, logits(model.train())) is None
 
 
 PASSES = {
@@ -179,25 +205,40 @@ def test_a_frozen_reference_adapter_is_trained_by_nobody_and_perturbed_by_nobody
     own = with_reference(method)
     own.load_state_dict({name: p for name, p in model.state_dict().items() if name in own.state_dict()})
 
-    def reference(which, gradients):
-        which.set_adapter("ref")  # which makes its parameters trainable, so its passes are run without gradients
-        try:
-            if not gradients:
-                with torch.no_grad():
-                    return logits(which)
-            for name, p in which.named_parameters():
-                if ".ref." in name:
-                    p.requires_grad_(False)
-            return logits(which)
-        finally:
-            which.set_adapter("default")
+    def reference(which, how):
+        which.set_adapter("ref")  # which makes its parameters trainable
+        for name, p in which.named_parameters():
+            if ".ref." in name:
+                p.requires_grad_(how != "frozen")
+        with torch.no_grad() if how == "no_grad" else torch.enable_grad():
+            found = logits(which)
+        which.set_adapter("default")
+        return found
 
-    for gradients in (False, True):
-        assert difference(reference(model, gradients), reference(own, gradients)) is None
+    for how in ("no_grad", "frozen", "trainable"):
+        assert difference(reference(model, how), reference(own, how)) is None
     if method.perturbs:
         assert (logits(model) - logits(own)).abs().max() > 1e-3
     train(model, optimizer, range(3, 5))
     assert difference(before, base_bits(model)) is None
+
+
+# --- files and merged weights -------------------------------------------------------------------------------------
+
+
+@every_method(among=OF_PEFT)
+def test_what_is_saved_or_merged_is_the_plain_model(method, tmp_path):
+    model, _ = started(method)
+    own = twin(model, method)
+    for which, folder in ((model, "perturbed"), (own, "plain")):
+        which.save_pretrained(tmp_path / folder)
+    for file in (tmp_path / "plain").iterdir():
+        assert file.read_bytes() == (tmp_path / "perturbed" / file.name).read_bytes()
+    expected = own.merge_and_unload()
+    for which in (copy.deepcopy(model), model):
+        merged = which.merge_and_unload()
+        assert difference(logits(merged.train()), logits(expected.train())) is None
+        assert difference(merged.state_dict(), expected.state_dict()) is None
 
 
 # --- recomputation ------------------------------------------------------------------------------------------------
@@ -208,7 +249,7 @@ def test_a_frozen_reference_adapter_is_trained_by_nobody_and_perturbed_by_nobody
 def test_recomputation_sees_the_same_perturbation(method, reentrant):
     results = []
     for checkpointing in (False, True):
-        model = adapted(method, dropout=0.1)
+        model = adapted(method, dropout=0.1).double()
         optimizer = method.start(model, sgd)
         model.enable_input_require_grads()
         if checkpointing:
@@ -219,7 +260,7 @@ def test_recomputation_sees_the_same_perturbation(method, reentrant):
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append((losses, grads, weights(model)))
     assert len(results[0][1]) > 10
-    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
 
 
 # --- random numbers -----------------------------------------------------------------------------------------------

@@ -4,55 +4,38 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import pickle
 import random
 
 import pytest
 import torch
-from ecosystem import difference
+from helpers import adamw, difference, sgd, through_a_file
 from methods import (
     METHODS,
     OF_PEFT,
     PERTURBING,
-    adamw,
     adapted,
     batch,
     every_method,
     load_weights,
     logits,
     plain,
-    sgd,
+    started,
     train,
-    trained,
     twin,
     weights,
 )
+from models import trained
 
 import flatlora
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
-def started(method, **kwargs):
-    """A model on its way, so that whatever perturbs it is there: an auxiliary begins at zero."""
-    model = adapted(method, **kwargs)
-    optimizer = method.start(model, adamw)
-    train(model, optimizer, range(2))
-    return model, optimizer
-
-
-def through_a_file(model):
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
 COPIES = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": through_a_file,
+    "torch.save": lambda model: through_a_file(model, weights_only=False),
 }
 
 

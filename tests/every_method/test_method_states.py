@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
-from ecosystem import difference
+from helpers import adamw, difference, through_a_file
 from methods import (
     KEEPS_STATE,
-    adamw,
     adapted,
     every_method,
     load_weights,
     logits,
     set_streams,
+    started,
     streams,
     train,
     values,
@@ -27,24 +26,9 @@ from flatlora.wrapper import STATE_KEY
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
 
-def through_a_file(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
-def begun(method, steps=3, seed=7, **kwargs):
-    model = adapted(method, **kwargs)
-    optimizer = method.start(model, adamw, seed=seed)
-    torch.manual_seed(5)
-    train(model, optimizer, range(steps))
-    return model, optimizer
-
-
 @every_method()
 def test_a_resumed_run_is_the_uninterrupted_one(method):
-    model, optimizer = begun(method, dropout=0.1)
+    model, optimizer = started(method, steps=3, dropout=0.1)
     saved = through_a_file([weights(model), optimizer.state_dict(), streams()])
     straight = train(model, optimizer, range(3, 6))
 
@@ -64,7 +48,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(method):
 
 @every_method()
 def test_a_setting_that_a_checkpoint_replaces_is_told_of(method, caplog):
-    _, optimizer = begun(method, steps=1)
+    _, optimizer = started(method, steps=1)
     state = optimizer.state_dict()
     for part in state.get(STATE_KEY, {}).values():
         part.update({name: 2 * part[name] for name in ("sigma", "beta", "rho") if name in part})
@@ -80,7 +64,7 @@ def test_a_setting_that_a_checkpoint_replaces_is_told_of(method, caplog):
 def test_saving_disturbs_nothing(method):
     runs = []
     for saving in (False, True):
-        model, optimizer = begun(method, dropout=0.1)
+        model, optimizer = started(method, steps=3, dropout=0.1)
         if saving:
             optimizer.state_dict()
             weights(model)
@@ -95,7 +79,7 @@ def refused(method, changes):
     run = None
     for name, change in changes.items():
         if run is None:
-            run = begun(method, steps=2)
+            run = started(method, steps=2)
             # The checkpoint is of another moment, so that whatever is taken over of it shows.
             saved = copy.deepcopy(run[1].state_dict())
             train(*run, range(2, 3))
@@ -125,7 +109,7 @@ def place(state, path):
 
 def own_part(method):
     """The keys that lead to each value of the method's part of a checkpoint."""
-    _, optimizer = begun(method, steps=2)
+    _, optimizer = started(method, steps=2)
     return [((STATE_KEY, *path), value) for path, value in values(optimizer.state_dict()[STATE_KEY])]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ecosystem import difference
-from methods import adamw, adapted, base_bits, every_method, logits, plain, twin, weights
+from helpers import adamw, difference
+from methods import adapted, base_bits, every_method, logits, plain, twin, weights
 from methods import batch as batch_of
 
 transformers = pytest.importorskip("transformers")

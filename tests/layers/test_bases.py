@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import IntLinear, Net, expected_std, noise_of, peft, quantised
 from helpers import base_weight as stored_weight
+from helpers import noise_of
+from models import IntLinear, Net, peft, quantised
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flatlora import GGPOOptimizer, lora_layers
 from flatlora.layers.bases import BASES, base_weight
+from flatlora.reference import ggpo_std as expected_std
 
 M, N = 48, 80
 

@@ -2,18 +2,9 @@
 
 import pytest
 import torch
-from helpers import (
-    MLP,
-    ModuleLoRA,
-    Net,
-    ParameterLoRA,
-    dense,
-    one_layer,
-    peft,
-    tiny_gpt2,
-    tiny_llama,
-)
 from helpers import base_weight as stored_weight
+from helpers import dense
+from models import MLP, ModuleLoRA, Net, ParameterLoRA, one_layer, peft, tiny_gpt2, tiny_llama
 from peft import GraloraConfig, LoraConfig, get_peft_model
 from torch import nn
 
@@ -24,10 +15,10 @@ from flatlora.layers.plain import PlainLoRA
 
 
 def test_finds_every_adapted_layer_of_a_llama():
-    layers = lora_layers(tiny_llama(layers=2))
+    layers = lora_layers(tiny_llama(layers=2, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"]))
     assert len(layers) == 8
     shapes = {layer.name.rsplit(".", 1)[1]: layer.shape for layer in layers}
-    assert shapes == {"q_proj": (32, 32), "v_proj": (16, 32), "gate_proj": (48, 32), "down_proj": (32, 48)}
+    assert shapes == {"q_proj": (32, 32), "v_proj": (16, 32), "gate_proj": (64, 32), "down_proj": (32, 64)}
     assert {layer.base.kind for layer in layers} == {"float"}
 
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Net, expected_std, projected
+from models import Net
 from torch import nn
 
 from flatlora import BiLoRAOptimizer, GGPOOptimizer, LoRASAMOptimizer, lora_layers
+from flatlora.reference import ggpo_std as expected_std
+from flatlora.reference import projected
 
 M, N, R = 8, 6, 2
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from helpers import Net, ParameterLoRA, gradient_rows, one_layer, peft, projected, trainable
+from helpers import gradient_rows
+from models import Net, ParameterLoRA, one_layer, peft, trainable
 from torch import nn
 
 from flatlora import GGPOOptimizer, LoRASAMOptimizer, apply_gralora, lora_layers
+from flatlora.reference import projected
 
 
 def gralora():

@@ -12,7 +12,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import quantised, quantised_mlp, trainable
+from models import quantised, quantised_mlp, trainable
 from torch import nn
 
 from flatlora import BiLoRAOptimizer, GGPOOptimizer, apply_gralora, attach_auxiliary, detach_auxiliary, weight_noise

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Net, expected_std, one_layer, peft, quantised, trainable
+from models import Net, one_layer, peft, quantised, trainable
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from flatlora import GGPOOptimizer, GraLoRALinear, LoRASAMOptimizer, lora_layers, merge_gralora
 from flatlora.layers.bases import base_weight, linear_base
+from flatlora.reference import ggpo_std as expected_std
 
 N = 32
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from methods import Method, adapted, batch, every_method, gralora, lora, lorasam, sgd, trained
+from helpers import sgd
+from methods import Method, adapted, batch, every_method, gralora, lora, lorasam
+from models import trained
 from torch import nn
 
 import flatlora
