@@ -16,8 +16,6 @@ from torch.utils.checkpoint import checkpoint
 import flatlora
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-
-
 ALL = pytest.mark.parametrize("method", ["gaussian", "LoRASAM", "Bi-LoRA"])
 ONE_GROUP = pytest.mark.parametrize("method", ["gaussian", "LoRASAM"])
 

@@ -18,8 +18,6 @@ import flatlora
 from flatlora import GGPOOptimizer, LoRASAMOptimizer
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-
-
 ALL = pytest.mark.parametrize("method", ["gaussian", "LoRASAM", "Bi-LoRA"])
 ONE_GROUP = pytest.mark.parametrize("method", ["gaussian", "LoRASAM"])
 

@@ -1,4 +1,4 @@
-"""Which passes are perturbed, and by whom: reference adapters, generation, checkpointing, modes, copies, successors."""
+"""Which passes are perturbed, beyond tests/every_method: frozen adapters, closures, checkpoints, patches, devices."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import adapters, closure_of, difference, epsilon, ggpo, outputs, tokens, train, wrapped
+from helpers import adapters, closure_of, difference, epsilon, ggpo, outputs, perturbation, tokens, train, wrapped
 from models import lora_mlp, tiny_llama, trainable
 from peft import LoraConfig
 from torch.utils.checkpoint import checkpoint
@@ -63,7 +63,7 @@ def gralora_mlp():
 
 
 def perturbed(model):
-    return max(float(e.abs().max()) for e in epsilon(model).values()) > 1e-3
+    return perturbation(model) > 1e-3
 
 
 def with_reference(model):
