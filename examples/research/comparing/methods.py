@@ -26,7 +26,6 @@ from flatlora import (
     direction_parameters,
     magnitude_parameters,
 )
-from flatlora.layers.view import lora_layers
 
 Batch = dict[str, Any]
 
@@ -102,25 +101,7 @@ def bilora(model: nn.Module, lr: float, rho: float) -> Optimizer:
 
 
 lorasam = wrapped(lambda optimizer, model, rho: LoRASAMOptimizer(optimizer, model, rho=rho))
-
-
-class RelativeRadius(LoRASAMOptimizer):
-    """LoRASAM whose ρ is κ·‖s·B·A‖_F over all layers: none at the start, and more as more is learnt."""
-
-    kappa = 0.0
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        super().after_step()
-        adapters = [a for layer in lora_layers(self._model) for a in layer.adapters()]
-        squares = [a.scaling**2 * ((a.B.mT @ a.B) * (a.A @ a.A.mT)).sum() for a in adapters]
-        self.rho = self.kappa * math.sqrt(max(0.0, float(torch.stack(squares).sum())))
-
-
-def relative_lorasam(model: nn.Module, lr: float, kappa: float) -> Optimizer:
-    optimizer = RelativeRadius(adamw(model, lr, 0.0), model, rho=0.0)
-    optimizer.kappa = kappa
-    return optimizer
+relative = wrapped(lambda optimizer, model, rho: LoRASAMOptimizer(optimizer, model, rho=rho, relative=True))
 
 
 def noisy_lorasam(model: nn.Module, lr: float, rho: float) -> Optimizer:
@@ -344,7 +325,7 @@ METHODS = {
         "σ",
     ),
     "lorasam": Method("LoRASAM", lorasam, (0.05, 0.15), "ρ"),
-    "lorasam-relative": Method("LoRASAM, ρ = κ‖s·B·A‖", relative_lorasam, (0.02,), "κ"),
+    "lorasam-relative": Method("LoRASAM, relative ρ", relative, (0.02,), "ρ"),
     "bilora": Method("Bi-LoRA", bilora, (0.05, 0.1), "ρ"),
     "bidora": Method("BiDoRA", adapter="dora", loop=bilevel),
     "gralora-ggpo": Method("GGPO on GraLoRA", ggpo(beta=0.0), (0.2, 0.1), "σ", adapter="gralora"),
