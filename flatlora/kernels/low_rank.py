@@ -184,8 +184,11 @@ class Added(torch.autograd.Function):
                 g = cast(g, a.dtype)
                 gh = g @ b
                 plan.scale(gh, ctx.ranks)
-                if of_x:
-                    grad_x = gh @ a if grad_x is None else cast(grad_x, a.dtype).addmm_(gh, a)
+                if grad_x is not None:
+                    grad_x = grad_x if grad_x.dtype == ctx.x_dtype else cast(grad_x, a.dtype)
+                    grad_x = _plus_product(grad_x, gh, a.t(), writable=True)
+                elif of_x:
+                    grad_x = gh @ a
                 if x is not None:
                     r = sum(ctx.ranks)
                     grad_a = gh[:, :r].t() @ cast(x.reshape(-1, x.shape[-1]), h.dtype)
@@ -241,7 +244,7 @@ def _plus_product(out: Tensor, h: Tensor, b: Tensor, writable: bool) -> Tensor:
         target = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         rows = target.view(flat.shape)
     if out.dtype != h.dtype:
-        rows.copy_(flat + h @ b.t())
+        torch.add(flat, h @ b.t(), out=rows)  # in the wider dtype, and rounded once
     elif target is out:
         rows.addmm_(h, b.t())
     else:
