@@ -20,6 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .low_rank import cast
+
 __all__ = ["Draw", "draw_gaussian", "draw_low_rank", "refuse_capture"]
 
 _BLOCK = 1 << 24  # elements drawn at a time
@@ -113,15 +115,15 @@ def draw_gaussian(draw: Draw, n: int, weight: Tensor | None, dtype: torch.dtype)
     tabled = on_cpu and wide == torch.float32 and m * n >= _TINY and type(draw.std) is Tensor
     source = _Quadruples(rows, n) if tabled else torch.empty((rows, n), dtype=wide, device=device)
     out = torch.empty((m, n), dtype=dtype, device=device)
-    parts: Iterable[tuple[Tensor, Tensor, Tensor | None]] = [(out, draw.std, weight)]
+    stds = cast(draw.std, wide).unsqueeze(1)
+    parts: Iterable[tuple[Tensor, Tensor, Tensor | None]] = [(out, stds, weight)]
     if rows < m:
         weights = itertools.repeat(None) if weight is None else weight.split(rows)
-        parts = zip(out.split(rows), draw.std.split(rows), weights, strict=False)
+        parts = zip(out.split(rows), stds.split(rows), weights, strict=False)
     for target, std, stored in parts:
         normals = source.normal_(generator=generator)
         if target.shape != normals.shape:  # of the last rows
             normals = normals[: target.shape[0]]
-        std = std.to(wide).unsqueeze(1)
         if stored is None:
             torch.mul(normals, std, out=target)
         else:

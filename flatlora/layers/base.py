@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, ClassVar, Literal
 
@@ -21,6 +21,7 @@ __all__ = [
     "corner",
     "full_tensor",
     "hooked",
+    "row_squares",
     "sum_dtype",
 ]
 
@@ -91,6 +92,18 @@ def _version(tensor: Tensor) -> tuple[Any, ...] | None:
     return id(tensor), tensor._version, corner(tensor)
 
 
+def row_squares(bases: Sequence[BaseWeight]) -> Tensor:
+    """``‖W0_i‖²`` (L, m) of bases of one shape on one device, in `sum_dtype`.
+
+    A CPU widens its weights block by block, in cache. Elsewhere launches are what counts: one for each base, and two
+    for all of them.
+    """
+    device = bases[0].device
+    if device.type == "cpu":
+        return torch.stack([base.row_sq() for base in bases])
+    return torch.stack([base.row_norms() for base in bases]).to(sum_dtype(device)).square_()
+
+
 class BaseWeight(ABC):
     """A frozen linear layer's weight ``W0`` of shape (m, n) = (out_features, in_features), however it is stored.
 
@@ -123,9 +136,14 @@ class BaseWeight(ABC):
         """Whether the module computes ``x·W0ᵀ + bias`` and nothing else, as far as its class tells."""
 
     @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype of floats in which the weight's values are held or dequantised; None where that is not known."""
+        return None
+
+    @property
     def mixes(self) -> bool:
         """Whether products with bfloat16 rows are as in float32: neither the sums nor the result are rounded."""
-        return False
+        return _MIXES and self.stored_dtype == torch.bfloat16 and self.device.type == "cuda"
 
     @property
     def trainable(self) -> bool:
@@ -180,6 +198,12 @@ class BaseWeight(ABC):
     def row_sq(self) -> Tensor:
         """``‖W0_i‖²``, shape (m,)."""
         return torch.cat([block.square().sum(1) for block in self._row_blocks(sum_dtype(self.device))])
+
+    def row_norms(self) -> Tensor:
+        """``‖W0_i‖``, shape (m,), summed in float32: by one kernel on a GPU, which widens half precision as it reads."""
+        stored = self.stored_dtype or torch.float32
+        wide = stored if stored == torch.float64 else torch.float32
+        return torch.linalg.vector_norm(self.dense(stored), dim=1, dtype=wide)
 
     @abstractmethod
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
@@ -258,9 +282,9 @@ class FloatBase(BaseWeight):
         return fits and super().fusable(x)
 
     @property
-    def mixes(self) -> bool:
-        weight = self.module.weight
-        return _MIXES and weight.is_cuda and weight.dtype == torch.bfloat16
+    def stored_dtype(self) -> torch.dtype | None:
+        dtype: torch.dtype = self.module.weight.dtype
+        return dtype
 
     def float_weight(self) -> Tensor:
         weight: Tensor = self.module.weight
@@ -282,9 +306,8 @@ class FloatBase(BaseWeight):
         self.module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
 
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
-        weight = full_tensor(self.float_weight().detach())
-        if weight.dtype == x.dtype:
-            factors = weight[:, columns], x.t()
+        if x.dtype == self.stored_dtype:
+            factors = self.dense(x.dtype)[:, columns], x.t()
             return torch.mm(*factors, out_dtype=torch.float32) if self.mixes else torch.mm(*factors)
         return torch.cat([block[:, columns] @ x.t() for block in self._row_blocks(x.dtype)])
 
@@ -340,6 +363,9 @@ class OpaqueBase(BaseWeight):
         for columns in self._columns():
             total += columns.to(dtype).square().sum(1)
         return total
+
+    def row_norms(self) -> Tensor:
+        return self.row_sq().sqrt()
 
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
         x = self._padded(x, columns)

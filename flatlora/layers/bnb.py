@@ -46,6 +46,11 @@ class Bnb4bitBase(BaseWeight):
             )
         return super().fault()
 
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        dtype: torch.dtype = _quant_state(self.module, self.module.weight).dtype
+        return dtype
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
@@ -64,6 +69,8 @@ class Bnb4bitBase(BaseWeight):
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
         from bitsandbytes import matmul_4bit
 
+        if x.dtype == torch.bfloat16 and self.mixes:
+            return torch.mm(self.dense(x.dtype)[:, columns], x.t(), out_dtype=torch.float32)
         # Not module(x): that would round x to the layer's compute dtype.
         weight = self.module.weight
         state = _quant_state(self.module, weight)
