@@ -61,7 +61,7 @@ class RowNoise(Source):
         self.always, self.relative = always, relative
         self.step = 0
         self.grad_sq: dict[str, Tensor] = {}
-        # What a layer's standard deviations were computed from, they (m,), the same as noise is drawn with them, and the
+        # What a layer's standard deviations were computed from, they (m,), the same as they are drawn with, and the
         # gradient term (m,) within them.
         self._stds: dict[str, tuple[Any, Tensor, Tensor, Tensor]] = {}
         self._norms = BaseNorms()

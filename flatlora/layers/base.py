@@ -200,7 +200,7 @@ class BaseWeight(ABC):
         return torch.cat([block.square().sum(1) for block in self._row_blocks(sum_dtype(self.device))])
 
     def row_norms(self) -> Tensor:
-        """``‖W0_i‖``, shape (m,), summed in float32: by one kernel on a GPU, which widens half precision as it reads."""
+        """``‖W0_i‖``, shape (m,), summed in float32; on a GPU by one kernel, which widens half precision itself."""
         stored = self.stored_dtype or torch.float32
         wide = stored if stored == torch.float64 else torch.float32
         return torch.linalg.vector_norm(self.dense(stored), dim=1, dtype=wide)

@@ -153,8 +153,8 @@ def weight_sq(stack: Stack, norms: BaseNorms) -> tuple[Tensor, dict[str, Tensor]
 def base_products(layers: Iterable[LoRALayer], a: Tensor) -> Tensor:
     """``W0·Aᵀ`` (L, g, g, m/g, q) of layers, for rows a (L, g, g, q, n/g).
 
-    A bfloat16 W0 is not upcast where the device mixes dtypes: a is, to the bit, the sum of three bfloat16 tensors, whose
-    products are exact in float32 and summed there. So the result is rounded as a product in float32 is.
+    A bfloat16 W0 is not upcast where the device mixes dtypes: a is the sum, to the bit, of three bfloat16 tensors, and
+    their products are exact in float32 and summed there. So the result is rounded as a product in float32 is.
     """
     bases = [layer.base for layer in layers]
     split = a.dtype == torch.float32 and all(base.mixes for base in bases)
