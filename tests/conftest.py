@@ -23,6 +23,7 @@ ON_DEVICES = {
     "test_method_lifetimes",
     "test_method_states",
     "test_method_bitsandbytes",
+    "test_method_devices",
     "test_reference",
     "test_cuda",
     "test_accelerators",

@@ -392,6 +392,33 @@ class OneDevice(TorchDispatchMode):
         return out
 
 
+class HostReads(TorchDispatchMode):
+    """Notes where the host waits for values: numbers read, shapes that depend on values, copies to the CPU.
+
+    Attributes:
+        count: how many there were.
+        places: the files of flatlora in which they were, by their paths within it; "elsewhere" outside of it.
+    """
+
+    SHAPED = ("nonzero", "masked_select", "unique", "_unique", "equal", "is_nonzero", "_local_scalar_dense")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.places = 0, set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        away = any(tensor.device.type != "cpu" for tensor in tensors(args, kwargs))
+        copied = name in ("_to_copy", "copy_") and any(tensor.device.type == "cpu" for tensor in tensors(out))
+        if away and (name.startswith(self.SHAPED) or copied):
+            files = [frame.filename for frame in reversed(traceback.extract_stack())]
+            ours = [file.rpartition("/flatlora/")[2] for file in files if "/flatlora/" in file]
+            self.count += 1
+            self.places.add(ours[0] if ours else "elsewhere")
+        return out
+
+
 class Living(TorchDispatchMode):
     """Follows the storages that operators make: the bytes that are alive, and the most there were at once.
 

@@ -11,14 +11,16 @@ import pytest
 import torch
 from helpers import sgd
 from methods import PERTURBING, adapted, batch, every_method, gralora, lora
-from models import llama, quantised
+from models import llama, quantise, quantised
 from torch import nn
 
 from flatlora import lora_layers
 from flatlora.kernels.draw import Draw, draw_gaussian, draw_low_rank, refuse_capture
 from flatlora.layers import base
+from flatlora.layers.base import row_squares
 from flatlora.layers.bases import base_weight
-from flatlora.layers.stack import base_products, stacks
+from flatlora.layers.bnb import Bnb4bitBase
+from flatlora.layers.stack import base_products, bfloat16_parts, stacks
 from flatlora.streams import RandomStreams, private_streams
 
 # --- float64 --------------------------------------------------------------------------------------------------------
@@ -53,45 +55,69 @@ def test_a_graph_gets_the_dtype_as_a_constant(device, monkeypatch):
 # --- products of bfloat16 weights and float32 -------------------------------------------------------------------------
 
 
+BASES = {"bf16": base.FloatBase, "nf4": Bnb4bitBase}
+
+
 @pytest.fixture
 def mixing(device, monkeypatch):
-    """On a CPU, the kernel that CUDA has."""
-    if not hasattr(torch.ops.aten.mm, "dtype") or (device.type == "cuda" and torch.version.cuda is None):
+    """On a CPU, the kernel that CUDA has; and nothing is widened in blocks."""
+    if not hasattr(torch.ops.aten.mm, "dtype") or (device.type == "cuda" and torch.version.hip is not None):
         pytest.skip("torch has the kernel from version 2.8 on, and not for ROCm")
     library = torch.library.Library("aten", "IMPL")
     if device.type == "cpu":
         library.impl("mm.dtype", lambda a, b, dtype: a.to(dtype) @ b.to(dtype), "CPU")
-        mixes = property(lambda base: base.module.weight.dtype == torch.bfloat16)
-        monkeypatch.setattr(base.FloatBase, "mixes", mixes)
+    for kind in BASES.values():
+        monkeypatch.setattr(kind, "mixes", property(lambda base: base.stored_dtype == torch.bfloat16))
+        monkeypatch.setattr(kind, "_row_blocks", None)
     yield
     library._destroy()
 
 
+def test_three_bfloat16_tensors_are_a_float32_one_to_the_bit(device):
+    a = torch.randn(100, 1000, device=device) * torch.logspace(-30, 30, 1000, device=device)
+    parts = bfloat16_parts(a)
+    assert all(part.dtype == torch.bfloat16 for part in parts)
+    assert torch.equal(sum(part.double() for part in parts), a.double())
+
+
+def relative(found, expected):
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("adapt", [lora, gralora])
-def test_a_bf16_base_is_multiplied_without_a_float32_copy(adapt, device, mixing, monkeypatch):
-    """As a whole, and in blocks."""
+def test_a_bf16_base_is_multiplied_without_a_float32_copy(adapt, kind, device, mixing):
+    """As a whole and in blocks, and as exactly as in float32."""
+    if kind == "nf4" and device.type != "cpu":
+        needs_kernels_of_bitsandbytes()
     torch.manual_seed(0)
-    model = adapt(llama(64, num_hidden_layers=2).to(torch.bfloat16), r=4, dropout=0.0).to(device)
-    layers = lora_layers(model)
-    stack = next(stack for stack in stacks(layers) if len(stack.layers) == 2)
+    model = llama(64, num_hidden_layers=2).to(torch.bfloat16)
+    model = adapt(quantise(model, "nf4") if kind == "nf4" else model, r=4, dropout=0.0).to(device)
+    stack = next(stack for stack in stacks(lora_layers(model)) if len(stack.layers) == 2)
+    assert all(type(layer.base) is BASES[kind] for layer in stack.layers)
     grid = stack.adapters[0][0].k
     assert grid == (2 if adapt is gralora else 1)
     a = torch.stack([adapters[0].blocks(grid)[0] for adapters in stack.adapters]).float() * 1.1
-    monkeypatch.setattr(base.FloatBase, "_row_blocks", None)
     found = base_products(stack.layers, a)
     weights = torch.stack([layer.base.dense(torch.float64) for layer in stack.layers])
     blocks = weights.unflatten(2, (grid, -1)).unflatten(1, (grid, -1)).transpose(2, 3)
-    expected, rounded = blocks @ a.double().mT, blocks @ a.bfloat16().double().mT
+    expected = blocks @ a.double().mT
     assert found.dtype == torch.float32 and found.shape == expected.shape
-    assert (found.double() - expected).norm() < 1e-5 * expected.norm()
-    assert (rounded - expected).norm() > 1e-4 * expected.norm()  # by one bfloat16 number in the place of two
+    in_float32, in_bfloat16 = blocks.float() @ a.mT, blocks @ a.bfloat16().double().mT
+    assert relative(found, expected) < 2 * relative(in_float32, expected) < 1e-6
+    assert relative(in_bfloat16, expected) > 1e-4
+
+
+def needs_kernels_of_bitsandbytes():
+    if torch.cuda.get_device_name() == "fake":
+        pytest.skip("the stand-in for CUDA has no kernels of bitsandbytes'")
 
 
 def test_bf16_rows_have_products_that_are_not_rounded(device, mixing):
     linear = nn.Linear(96, 80).to(device, torch.bfloat16)
     stored, x = base_weight(linear, (96, 80), True), torch.randn(3, 80, device=device).bfloat16()
     found, expected = stored.apply_rows(x), stored.dense(torch.float64) @ x.double().t()
-    assert found.dtype == torch.float32 and (found.double() - expected).norm() < 1e-6 * expected.norm()
+    assert found.dtype == torch.float32 and relative(found, expected) < 1e-6
 
 
 def test_only_a_bf16_weight_on_cuda_mixes(device):
@@ -99,7 +125,22 @@ def test_only_a_bf16_weight_on_cuda_mixes(device):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         stored = base_weight(nn.Linear(4, 4).to(device, dtype), (4, 4))
         assert stored.mixes == (kernel and dtype == torch.bfloat16)
-    assert not base_weight(quantised(nn.Linear(64, 64), "nf4"), (64, 64)).mixes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["float", "Conv1D", "nf4", "int8"])
+def test_norms_by_one_kernel_are_those_in_float64(kind, dtype, device):
+    linear = nn.Linear(128, 96).to(dtype)
+    if kind in ("nf4", "int8"):
+        if dtype not in (torch.bfloat16, torch.float16) or device.type != "cpu":
+            pytest.skip("quantised weights are dequantised to half precision; by kernels of bitsandbytes'")
+        linear = quantised(linear, kind)
+    elif kind == "Conv1D":
+        linear.weight = nn.Parameter(linear.weight.t().contiguous())
+    stored = base_weight(linear.to(device), (96, 128), kind == "Conv1D", (nn.Linear.forward, True))
+    expected = stored.dense(torch.float64).square().sum(1)
+    torch.testing.assert_close(stored.row_norms().double().square(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(row_squares([stored, stored])[1], expected, rtol=1e-6, atol=0)
 
 
 # --- random streams ---------------------------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ CORE_IMPORTS = {
 }  # everything else is an extra, imported in the function that needs it
 # Nobody imports these parts but the users of the library that each is for, which they may therefore import at the top.
 GLUE = {"hf": {"transformers"}, "lightning": {"lightning", "pytorch_lightning"}}
+# A kernel that is imported by who asks for it; torch brings Triton where there is a GPU that it is for.
+TRITON = {"flatlora.kernels.triton_draw": {"triton"}}
 MOST_LINES, MOST_BODY_LINES = 400, 40
 
 
@@ -103,7 +105,7 @@ def upward(module: str) -> list[str]:
 def foreign(module: str) -> list[str]:
     """Imports at module level of anything but torch, the standard library and flatlora."""
     top = {source.split(".")[0] for source, _ in imports(module, at_module_level(TREES[module]))}
-    return sorted(top - CORE_IMPORTS - GLUE.get(part(module), set()) - {"flatlora"})
+    return sorted(top - CORE_IMPORTS - GLUE.get(part(module), set()) - TRITON.get(module, set()) - {"flatlora"})
 
 
 def private(module: str) -> list[str]:
@@ -116,8 +118,8 @@ def beyond_torch(module: str) -> list[str]:
     """What a kernel imports beside torch, the standard library and other kernels, inside functions too."""
     if part(module) != "kernels":
         return []
-    sources = {source for source, _ in imports(module, TREES[module])}
-    return [s for s in sources if s.split(".")[0] not in CORE_IMPORTS and not s.startswith("flatlora.kernels")]
+    sources = {source for source, _ in imports(module, TREES[module]) if not source.startswith("flatlora.kernels")}
+    return [s for s in sources if s.split(".")[0] not in CORE_IMPORTS | TRITON.get(module, set())]
 
 
 def long_functions(module: str) -> list[str]:

@@ -64,14 +64,24 @@ def linears(shapes: list[tuple[int, int]], dtype: torch.dtype, dropout: float = 
         return get_peft_model(net, LoraConfig(r=16, lora_alpha=32, target_modules=names, lora_dropout=dropout)).train()
 
 
+def adapted(shapes: str) -> nn.Module:
+    hidden, intermediate, layers, kv = SHAPES[shapes]
+    block = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
+    block += [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
+    return linears(block * layers, torch.bfloat16)
+
+
+@pytest.fixture
+def mixing(monkeypatch):
+    """Products of bfloat16 with a float32 result, as CUDA has them."""
+    monkeypatch.setattr(base.FloatBase, "mixes", property(lambda base: base.stored_dtype == torch.bfloat16))
+
+
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("name", OURS)
 def test_a_step_launches_no_more_kernels_than_a_gpu_waits_for(name, shapes):
     """The base optimizer's own launches, which are few here, are among them."""
-    hidden, intermediate, layers, kv = SHAPES[shapes]
-    block = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
-    block += [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
-    model = linears(block * layers, torch.bfloat16)
+    model = adapted(shapes)
     optimizer = METHODS[name](model)
     for _ in range(2):
         for p in trained(model):
@@ -81,12 +91,28 @@ def test_a_step_launches_no_more_kernels_than_a_gpu_waits_for(name, shapes):
     assert launching.count <= MOST[shapes]
 
 
+@pytest.mark.parametrize("shapes", ["0.5B", "7B", "8B"])
+def test_ggpos_first_pass_reads_every_base_weight_by_one_kernel(shapes, mixing):
+    """What a pass computes the deviations of all layers by, and what the first takes more for the norms of W0."""
+    model = adapted(shapes)
+    optimizer = flatlora.GGPOOptimizer(sgd(trained(model)), model)
+    counts = []
+    for _ in range(2):
+        with Launching() as launching:
+            for layer in optimizer._source.layers.values():
+                optimizer._source.std(layer)
+        counts.append(launching.count)
+        for p in trained(model):
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+    first, later = counts
+    print(f"{shapes}: {len(optimizer.row_std())} layers, {first} launches, {later} in later passes")
+    assert later <= MOST[shapes] and first - later <= MOST[shapes]
+
+
 # How many launches forward and backward of a layer take beyond those of PEFT's LoRA: 12 in float32, and 17 over
 # bfloat16; GGPO's product W0·Aᵀ is among them. No more than that: lower a number when the method has got cheaper.
-MORE = {
-    "float32": {"GGPO gaussian": 5, "GGPO low_rank": 5, "LoRASAM": 2, "Bi-LoRA": 5},
-    "bfloat16": {"GGPO gaussian": 7, "GGPO low_rank": 7, "LoRASAM": 4, "Bi-LoRA": 7},
-}
+MORE = {"GGPO gaussian": 3, "GGPO low_rank": 6, "LoRASAM": 3, "Bi-LoRA": 4}
 
 
 def in_a_layer(name: str, dtype: torch.dtype) -> int:
@@ -106,11 +132,9 @@ def in_a_layer(name: str, dtype: torch.dtype) -> int:
     return counts[1] - counts[0]
 
 
-@pytest.mark.parametrize("dtype", MORE)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", OURS)
-def test_a_layer_launches_few_kernels_more_than_pefts(name, dtype, monkeypatch):
-    mixes = property(lambda base: base.module.weight.dtype == torch.bfloat16)  # as on CUDA
-    monkeypatch.setattr(base.FloatBase, "mixes", mixes)
+def test_a_layer_launches_few_kernels_more_than_pefts(name, dtype, mixing):
     plain, found = (in_a_layer(which, getattr(torch, dtype)) for which in ("PEFT LoRA", name))
     print(f"{name}, {dtype}: {found}, {found - plain} more than PEFT's LoRA")
-    assert found - plain <= MORE[dtype][name]
+    assert found - plain <= MORE[name]

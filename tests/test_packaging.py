@@ -16,11 +16,12 @@ ROOT = Path(__file__).parent.parent
 FILES = {path.relative_to(ROOT).as_posix() for path in (ROOT / "flatlora").rglob("*.py")} | {"flatlora/py.typed"}
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, 'build_' + sys.argv[1])(sys.argv[2])"
 IMPORT_ALL = """
-import importlib, pathlib, pkgutil, sys
+import importlib.util, pathlib, pkgutil, sys
 import flatlora
 assert pathlib.Path(flatlora.__file__).is_relative_to(sys.prefix), flatlora.__file__
 for module in pkgutil.walk_packages(flatlora.__path__, "flatlora."):
-    importlib.import_module(module.name)
+    if module.name != "flatlora.kernels.triton_draw" or importlib.util.find_spec("triton"):
+        importlib.import_module(module.name)
     print(module.name)
 """
 

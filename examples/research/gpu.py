@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 import flatlora  # noqa: E402
-from flatlora.kernels.draw import Draw, draw_gaussian, draw_low_rank  # noqa: E402
+from flatlora.kernels.draw import Draw, draw_gaussian, draw_low_rank, use_triton  # noqa: E402
 
 R, ALPHA = 16, 32
 MB = 2**20
@@ -171,6 +171,7 @@ def sam(model: nn.Module, base: Base) -> Optimizer:
 METHODS: dict[str, tuple[Callable[..., nn.Module], Callable[[nn.Module, Base], Optimizer]]] = {
     "PEFT LoRA": (lora, plain),
     "GGPO gaussian": (lora, ggpo("gaussian")),
+    "GGPO gaussian, Triton": (lora, ggpo("gaussian")),
     "GGPO low_rank": (lora, ggpo("low_rank")),
     "Bi-LoRA": (lora, bilora),
     "LoRASAM": (lora, lorasam),
@@ -257,16 +258,22 @@ class Run:
             return False
         return True
 
+    def methods(self, names: Iterable[str]) -> list[str]:
+        """Those that run on this device: Triton's kernels need a GPU."""
+        return [name for name in names if self.cuda or not name.endswith("Triton")]
+
     @contextmanager
     def guarded(self, part: str, key: str) -> Iterator[None]:
-        """What fails within the context is noted, and the run goes on."""
+        """What fails within the context is noted, and the run goes on. Triton draws where the key ends so."""
         try:
+            use_triton(*(["cuda"] if key.endswith("Triton") else []))
             yield
         except Exception as error:
             traceback.print_exc()
             self.faults.append(f"{part}: {key}")
             self.note(part, key, {"failed": f"{type(error).__name__}: {error}"[:500]})
         finally:
+            use_triton()
             gc.collect()
             if self.cuda:
                 torch.cuda.empty_cache()
@@ -317,7 +324,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.detach().double() - expected.double()).norm() / expected.double().norm())
 
 
-def draws(run: Run) -> None:
+def draws(run: Run, name: str) -> None:
     """Gaussian noise of a large layer: its moments, and that it is the same in every draw, whatever it is added to."""
     m, n = (300, 400) if run.args.tiny else (9000, 4096)  # more than are drawn at a time
     std = torch.rand(m, device=run.args.device, dtype=torch.float64) + 0.5
@@ -336,9 +343,9 @@ def draws(run: Run) -> None:
         "added to a weight": float((draw_gaussian(draw, n, weight, torch.float32) - weight - eps).abs().max()),
         "in bf16": relative(draw_gaussian(draw, n, None, torch.bfloat16), eps),
     }
-    run.note("right", "draws", errors | same)
+    run.note("right", name, errors | same)
     if any(abs(error) > 5 for error in errors.values()) or same["drawn again"] or max(same.values()) > 1e-2:
-        run.faults.append("right: draws")
+        run.faults.append(f"right: {name}")
 
 
 def dense(extra: Any, m: int, n: int) -> Tensor:
@@ -397,10 +404,11 @@ def one_layer(run: Run, name: str, kind: str) -> dict[str, float]:
 
 def right(run: Run) -> None:
     """Each method over each kind of base, against dense weights in float64."""
-    with run.guarded("right", "draws"):
-        draws(run)
+    for name in run.methods(["draws", "draws, Triton"]):
+        with run.guarded("right", name):
+            draws(run, name)
     for kind in MOST:
-        for name in METHODS:
+        for name in run.methods(METHODS):
             if name == "two-pass SAM":
                 continue
             with run.guarded("right", f"{kind} {name}"):
@@ -416,7 +424,7 @@ def costs(run: Run, cell: Cell, methods: list[str]) -> None:
     vocabulary = GEOMETRIES[cell.geometry][5]
     ids = torch.randint(0, vocabulary, (1, cell.tokens), generator=torch.Generator().manual_seed(1)).to(run.args.device)
     reference = None
-    for name in [*methods, methods[0]]:
+    for name in run.methods([*methods, methods[0]]):
         key = f"{name}, again" if name in run.found.get(cell.name, ()) else name
         if not run.args.tiny and run.left() < 15:
             run.found["skipped"].append(f"{cell.name}: {key}")

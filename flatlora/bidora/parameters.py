@@ -125,7 +125,7 @@ def update_changes(layers: list[LoRALayer], norms: BaseNorms | None = None) -> T
     """
     norms = BaseNorms() if norms is None else norms
     adapters = [(layer, a) for layer in layers for a in layer.all_adapters() if a.magnitude is not None]
-    found = [_changes(layer, adapter, norms.of(layer)) for layer, adapter in adapters]
+    found = [_changes(layer, adapter, *norms.of([layer])) for layer, adapter in adapters]
     if not found:
         return torch.zeros(2, 0, dtype=torch.float32)
     return torch.stack([pair.to(found[0].device) for pair in found], 1)

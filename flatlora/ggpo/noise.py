@@ -13,7 +13,7 @@ from ..kernels.draw import Draw
 from ..kernels.low_rank import without_autocast
 from ..layers.adapter import Adapter
 from ..layers.base import corner
-from ..layers.stack import BaseNorms, stacks, weight_sq
+from ..layers.stack import BaseNorms, Stack, stacks, weight_sq
 from ..layers.tangent import project
 from ..layers.view import LoRALayer
 from ..perturbation.passes import would_perturb
@@ -61,8 +61,9 @@ class RowNoise(Source):
         self.always, self.relative = always, relative
         self.step = 0
         self.grad_sq: dict[str, Tensor] = {}
-        # What a layer's standard deviations were computed from, they (m,), and the gradient term (m,) within them.
-        self._stds: dict[str, tuple[Any, Tensor, Tensor]] = {}
+        # What a layer's standard deviations were computed from, they (m,), the same as they are drawn with, and the
+        # gradient term (m,) within them.
+        self._stds: dict[str, tuple[Any, Tensor, Tensor, Tensor]] = {}
         self._norms = BaseNorms()
         self._observed: list[tuple[list[str], Tensor]] = []
 
@@ -73,7 +74,8 @@ class RowNoise(Source):
         # every rank and a resumed run get the same ε, and nothing but these numbers has to be kept.
         # Two optimizers, each of an adapter of its own, don't draw the same.
         seed = derived_seed(self.seed, self.step, layer.name, *sorted(layer.names))
-        return Draw(self.kind, self.std(layer, adapters), seed, self.rank)
+        self.std(layer, adapters)
+        return Draw(self.kind, self._stds[layer.name][2], seed, self.rank)
 
     def form(self, layer: LoRALayer) -> Any:
         m, n = layer.shape
@@ -119,7 +121,13 @@ class RowNoise(Source):
             squares, terms = row_squares(row_sq, self._grad_sq(names, row_sq), self.beta, self.relative)
             variance = squares.mul(self.sigma**2 / stack.layers[0].shape[1])
             stds = variance.nan_to_num(0.0, posinf=0.0).clamp_(min=0.0).sqrt_()
-            self._stds.update((name, (keys[name], *row)) for name, *row in zip(names, stds, terms, strict=True))
+            rows = zip(names, stds, self._as_drawn(stds, stack), terms, strict=True)
+            self._stds.update((name, (keys[name], *row)) for name, *row in rows)
+
+    def _as_drawn(self, stds: Tensor, stack: Stack) -> Tensor:
+        """Where each cast is a launch, deviations are cast for all layers together, and not in every layer and pass."""
+        wide = any(adapter.A.dtype == torch.float64 for adapters in stack.adapters for adapter in adapters)
+        return stds if stds.device.type == "cpu" or wide or self.kind != "gaussian" else stds.float()
 
     def _is_ready(self, layer: LoRALayer, adapters: list[Adapter], device: torch.device) -> bool:
         return self.sigma > 0 and would_perturb(self, layer, adapters) and _at_hand(layer, adapters, device)
@@ -149,7 +157,7 @@ class RowNoise(Source):
             return None
         noises: list[Tensor] = []
         both, grads = [], []
-        for name, ((_, sigma, *_), std, term) in self._stds.items():
+        for name, ((_, sigma, *_), std, _, term) in self._stds.items():
             if not (self.always or name in self.acted or name in self.passes):
                 continue
             noise = self.layers[name].shape[1] * std.square().sum()

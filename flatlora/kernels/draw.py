@@ -20,7 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "draw_gaussian", "draw_low_rank", "refuse_capture", "rise_of"]
+from .low_rank import cast
+
+__all__ = ["Draw", "draw_gaussian", "draw_low_rank", "refuse_capture", "rise_of", "use_triton"]
 
 _BLOCK = 1 << 24  # elements drawn at a time
 _CPU_BLOCK = 1 << 16  # on a CPU, in whose cache they stay
@@ -84,6 +86,28 @@ def _quadruples() -> Tensor:
     return (sizes.unsqueeze(1) * signs).view(-1, 4).float()
 
 
+_triton_on: frozenset[str] = frozenset()
+
+
+def use_triton(*devices: str) -> None:
+    """Has Gaussian noise on these kinds of device, such as "cuda", drawn by one Triton kernel; without any, by torch.
+
+    The kernel saves a pass over ε in float32 for its writing and one for its reading. It was tested in Triton's
+    interpreter and compiled, and never timed on a GPU, so it is off until it is asked for. Its noise is another for the
+    same seed: choose before the first step, and alike when a run is resumed. float64 is drawn by torch in any case.
+
+    Raises:
+        ImportError: triton is not installed.
+    """
+    global _triton_on
+    if devices:
+        try:
+            from . import triton_draw  # noqa: F401
+        except ImportError as error:
+            raise ImportError("noise is drawn by Triton, which is not installed: pip install triton") from error
+    _triton_on = frozenset(devices)
+
+
 _table: Tensor | None = None
 
 
@@ -106,6 +130,11 @@ def draw_gaussian(draw: Draw, n: int, weight: Tensor | None, dtype: torch.dtype)
     It is drawn in blocks of rows, so that no more than a block is ever there in float32. On a CPU, where torch draws
     normals on one core and slowly, ε of a layer that is not tiny is made of `quadruples`, unless it is float64.
     """
+    if draw.std.device.type in _triton_on and _wide(dtype) == torch.float32:
+        from .triton_draw import noisy_weight
+
+        refuse_capture(draw.std.device)
+        return noisy_weight(draw.std, draw.seed, n, weight, dtype)
     m, device, generator, wide = draw.std.shape[0], draw.std.device, _generator(draw), _wide(dtype)
     on_cpu = device.type == "cpu"
     rows = max(1, min(m, (_CPU_BLOCK if on_cpu else _BLOCK) // max(1, n)))
@@ -113,15 +142,15 @@ def draw_gaussian(draw: Draw, n: int, weight: Tensor | None, dtype: torch.dtype)
     tabled = on_cpu and wide == torch.float32 and m * n >= _TINY and type(draw.std) is Tensor
     source = _Quadruples(rows, n) if tabled else torch.empty((rows, n), dtype=wide, device=device)
     out = torch.empty((m, n), dtype=dtype, device=device)
-    parts: Iterable[tuple[Tensor, Tensor, Tensor | None]] = [(out, draw.std, weight)]
+    stds = cast(draw.std, wide).unsqueeze(1)
+    parts: Iterable[tuple[Tensor, Tensor, Tensor | None]] = [(out, stds, weight)]
     if rows < m:
         weights = itertools.repeat(None) if weight is None else weight.split(rows)
-        parts = zip(out.split(rows), draw.std.split(rows), weights, strict=False)
+        parts = zip(out.split(rows), stds.split(rows), weights, strict=False)
     for target, std, stored in parts:
         normals = source.normal_(generator=generator)
         if target.shape != normals.shape:  # of the last rows
             normals = normals[: target.shape[0]]
-        std = std.to(wide).unsqueeze(1)
         if stored is None:
             torch.mul(normals, std, out=target)
         else:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from .draw import Draw, rise_of
 
 __all__ = [
     "Added",
@@ -77,7 +77,7 @@ class AddedTerms:
             It is called in forward and again in backward, so that W lives during each of its two products alone.
         in_place: whether the output that is given may be written to.
         queries: of each term, the `GraphQuery` that is told ``⟨G, s_k·B_k·A_k⟩`` in backward, or None; empty for none.
-        noise: the draws in `weight` of which the same is told, with whom.
+        noise: whom the same is told of a noise in `weight`, and what makes it of x (T, n) and ∂L/∂out (T, m).
     """
 
     dtype: torch.dtype
@@ -87,7 +87,7 @@ class AddedTerms:
     weight: Callable[[Tensor | None], Tensor] | None = None
     in_place: bool = False
     queries: tuple[Any, ...] = ()
-    noise: tuple[tuple[Any, Draw], ...] = ()
+    noise: tuple[tuple[Any, Callable[[Tensor, Tensor], Tensor]], ...] = ()
 
     @property
     def tells(self) -> bool:
@@ -103,8 +103,8 @@ class AddedTerms:
 
     def tell_of_noise(self, x: Tensor, g: Tensor) -> None:
         """The same of Gaussian draws, each by a product of its own."""
-        for query, draw in self.noise:
-            query.tell(rise_of(draw, x.reshape(-1, x.shape[-1]), g))
+        for query, rise in self.noise:
+            query.tell(rise(x.reshape(-1, x.shape[-1]), g))
 
     def factors(self, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """All terms as one, but for their scalings: the factors A (R, n) and B (m, R), the learned ones first."""
@@ -117,11 +117,16 @@ class AddedTerms:
         return [*learned, *(A.shape[0] for _, A in self.constant)]
 
     def scale(self, h: Tensor, learned: Sequence[int]) -> None:
-        """Multiplies the columns of h (T, R), which are smaller than A and B, by the s_k of their terms."""
-        parts = h.split_with_sizes(self.ranks(learned), 1) if len(self.scalings) > 1 else (h,)
-        for part, factor in zip(parts, self.scalings, strict=True):
+        """Multiplies the columns of h (T, R), which are smaller than A and B, by the s_k of their terms.
+
+        One launch for neighbours of one s_k, as Bi-LoRA's adapters often are.
+        """
+        start = 0
+        for factor, terms in groupby(zip(self.scalings, self.ranks(learned), strict=True), key=itemgetter(0)):
+            width = sum(rank for _, rank in terms)
             if factor != 1.0:
-                part.mul_(factor)
+                h.narrow(1, start, width).mul_(factor)
+            start += width
 
 
 def added(
@@ -215,8 +220,11 @@ class Added(torch.autograd.Function):
                 gh = g @ b
                 plan.tell(h, gh, ctx.ranks)
                 plan.scale(gh, ctx.ranks)
-                if of_x:
-                    grad_x = gh @ a if grad_x is None else cast(grad_x, a.dtype).addmm_(gh, a)
+                if grad_x is not None:
+                    grad_x = grad_x if grad_x.dtype == ctx.x_dtype else cast(grad_x, a.dtype)
+                    grad_x = _plus_product(grad_x, gh, a.t(), writable=True)
+                elif of_x:
+                    grad_x = gh @ a
                 if ctx.ranks and x is not None:
                     r = sum(ctx.ranks)
                     grad_a = gh[:, :r].t() @ cast(x.reshape(-1, x.shape[-1]), h.dtype)
@@ -278,7 +286,7 @@ def _plus_product(out: Tensor, h: Tensor, b: Tensor, writable: bool) -> Tensor:
         target = torch.empty(out.shape, dtype=out.dtype, device=out.device)
         rows = target.view(flat.shape)
     if out.dtype != h.dtype:
-        rows.copy_(flat + h @ b.t())
+        torch.add(flat, h @ b.t(), out=rows)  # in the wider dtype, and rounded once
     elif target is out:
         rows.addmm_(h, b.t())
     else:

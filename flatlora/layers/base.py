@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from ..kernels.low_rank import autocasts
 
-__all__ = ["OFFLOADED", "BaseWeight", "FloatBase", "OpaqueBase", "corner", "full_tensor", "hooked", "sum_dtype"]
+__all__ = [
+    "OFFLOADED",
+    "BaseWeight",
+    "FloatBase",
+    "OpaqueBase",
+    "corner",
+    "full_tensor",
+    "hooked",
+    "row_squares",
+    "sum_dtype",
+]
 
 _BLOCK = 1 << 22  # elements of a base weight that are upcast at a time
 _CPU_BLOCK = 1 << 18  # on a CPU, in whose cache they stay
@@ -76,6 +86,18 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def row_squares(bases: Sequence[BaseWeight]) -> Tensor:
+    """``‖W0_i‖²`` (L, m) of bases of one shape on one device, in `sum_dtype`.
+
+    A CPU widens its weights block by block, in cache. Elsewhere launches are what counts: one for each base, and two
+    for all of them.
+    """
+    device = bases[0].device
+    if device.type == "cpu":
+        return torch.stack([base.row_sq() for base in bases])
+    return torch.stack([base.row_norms() for base in bases]).to(sum_dtype(device)).square_()
+
+
 class BaseWeight(ABC):
     """The frozen weight ``W0`` of a linear layer, of shape (m, n) = (out_features, in_features).
 
@@ -107,9 +129,14 @@ class BaseWeight(ABC):
         """Whether the module's class computes ``x·W0ᵀ + bias`` and nothing else."""
 
     @property
+    def stored_dtype(self) -> torch.dtype | None:
+        """The dtype of floats in which the weight's values are held or dequantised; None where that is not known."""
+        return None
+
+    @property
     def mixes(self) -> bool:
-        """Whether the product with bfloat16 rows is summed and returned in float32."""
-        return False
+        """Whether products with bfloat16 rows are as in float32: neither the sums nor the result are rounded."""
+        return _MIXES and self.stored_dtype == torch.bfloat16 and self.device.type == "cuda"
 
     @property
     def trainable(self) -> bool:
@@ -178,6 +205,12 @@ class BaseWeight(ABC):
         """``‖W0_i‖²``, shape (m,)."""
         return torch.cat([block.square().sum(1) for block in self._row_blocks(sum_dtype(self.device))])
 
+    def row_norms(self) -> Tensor:
+        """``‖W0_i‖``, shape (m,), summed in float32; on a GPU by one kernel, which widens half precision itself."""
+        stored = self.stored_dtype or torch.float32
+        wide = stored if stored == torch.float64 else torch.float32
+        return torch.linalg.vector_norm(self.dense(stored), dim=1, dtype=wide)
+
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
         """``W0·xᵀ`` of shape (m, r) for x (r, n), or ``W0[:, columns]·xᵀ`` for as many columns. No (m, n) temporary."""
         return torch.cat([block[:, columns] @ x.t() for block in self._row_blocks(x.dtype)])
@@ -244,9 +277,9 @@ class FloatBase(BaseWeight):
         return fits and super().fusable(x)
 
     @property
-    def mixes(self) -> bool:
-        weight = self.module.weight
-        return _MIXES and weight.is_cuda and weight.dtype == torch.bfloat16
+    def stored_dtype(self) -> torch.dtype | None:
+        dtype: torch.dtype = self.module.weight.dtype
+        return dtype
 
     def float_weight(self) -> Tensor:
         weight: Tensor = self.module.weight
@@ -267,10 +300,9 @@ class FloatBase(BaseWeight):
         self.module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
 
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
-        weight = full_tensor(self.float_weight().detach())
-        if weight.dtype != x.dtype:
+        if x.dtype != self.stored_dtype:
             return super().apply_rows(x, columns)
-        factors = weight[:, columns], x.t()
+        factors = self.dense(x.dtype)[:, columns], x.t()
         return torch.mm(*factors, out_dtype=torch.float32) if self.mixes else torch.mm(*factors)
 
     def _row_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -319,6 +351,9 @@ class OpaqueBase(BaseWeight):
         for columns in self._columns():
             total += columns.to(dtype).square().sum(1)
         return total
+
+    def row_norms(self) -> Tensor:
+        return self.row_sq().sqrt()
 
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
         x = self._padded(x, columns)

@@ -44,6 +44,11 @@ class Bnb4bitBase(BaseWeight):
             )
         return super().fault()
 
+    @property
+    def stored_dtype(self) -> torch.dtype | None:
+        dtype: torch.dtype = _quant_state(self.module, self.module.weight).dtype
+        return dtype
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
@@ -60,6 +65,8 @@ class Bnb4bitBase(BaseWeight):
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
         from bitsandbytes import matmul_4bit
 
+        if x.dtype == torch.bfloat16 and self.mixes:
+            return torch.mm(self.dense(x.dtype)[:, columns], x.t(), out_dtype=torch.float32)
         # Not module(x): that would round x to the layer's compute dtype.
         return matmul_4bit(self._padded(x, columns), self.module.weight.data, quant_state=self._state).t()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.draw import refuse_capture
 from .adapter import Adapter
-from .base import full_tensor
+from .base import BaseWeight, full_tensor, row_squares
 from .view import LoRALayer
 
 __all__ = ["BaseNorms", "Stack", "by_block", "chunks", "row_dot", "stacks", "weight_sq"]
@@ -80,17 +80,32 @@ class BaseNorms:
     def __init__(self) -> None:
         self._known: dict[str, tuple[tuple[Any, ...] | None, Tensor]] = {}
 
-    def of(self, layer: LoRALayer) -> Tensor:
-        base = layer.base
-        if layer.merged or base.trainable:
-            self._known.pop(layer.name, None)
-            return base.row_sq()
-        former, known = self._known.get(layer.name, (None, None))
+    def of(self, layers: Sequence[LoRALayer]) -> Tensor:
+        """Of layers of one shape on one device: (L, m)."""
+        bases = [layer.base for layer in layers]
+        rows = [self._look_up(layer, base) for layer, base in zip(layers, bases, strict=True)]
+        missing = [i for i, known in enumerate(rows) if known is None]
+        computed = row_squares([bases[i] for i in missing]) if missing else ()
+        for i, row in zip(missing, computed, strict=True):
+            rows[i] = row
+            if _is_frozen(layers[i], bases[i]):
+                self._known[layers[i].name] = bases[i].version, row
+        return torch.stack([row for row in rows if row is not None])
+
+    def _look_up(self, layer: LoRALayer, base: BaseWeight) -> Tensor | None:
+        """What is known and still so."""
+        former, known = self._known.pop(layer.name, (None, None))
         version = base.version or former  # a sharded weight has one within its own forward alone
         written = former is not None and version != former
-        known = base.row_sq() if known is None or written else known.to(base.device)
+        if known is None or written or not _is_frozen(layer, base):
+            return None
+        known = known.to(base.device)
         self._known[layer.name] = version, known
         return known
+
+
+def _is_frozen(layer: LoRALayer, base: BaseWeight) -> bool:
+    return not (layer.merged or base.trainable)
 
 
 def weight_sq(stack: Stack, norms: BaseNorms) -> tuple[Tensor, dict[str, Tensor]]:
@@ -100,7 +115,7 @@ def weight_sq(stack: Stack, norms: BaseNorms) -> tuple[Tensor, dict[str, Tensor]
 
         ‖W'_i‖² = a_i²·‖W0_i‖² + 2·a_i·b_i·(W0·Aᵀ)_iᵀ + b_i·(A·Aᵀ)·b_iᵀ
     """
-    base_sq = torch.stack([norms.of(layer) for layer in stack.layers])
+    base_sq = norms.of(stack.layers)
     columns = stack.columns()
     if not columns:
         return base_sq, {}
@@ -136,16 +151,22 @@ def weight_sq(stack: Stack, norms: BaseNorms) -> tuple[Tensor, dict[str, Tensor]
 def base_products(layers: Iterable[LoRALayer], a: Tensor) -> Tensor:
     """``W0·Aᵀ`` (L, g, g, m/g, q) of layers, for rows a (L, g, g, q, n/g).
 
-    Where the device mixes dtypes, a bfloat16 W0 is not upcast: a is split into two bfloat16 tensors, whose sum it is up
-    to 2⁻¹⁷ of each element.
+    A bfloat16 W0 is not upcast where the device mixes dtypes: a is the sum, to the bit, of three bfloat16 tensors, and
+    their products are exact in float32 and summed there. So the result is rounded as a product in float32 is.
     """
     bases = [layer.base for layer in layers]
     split = a.dtype == torch.float32 and all(base.mixes for base in bases)
-    if split:
-        high = a.bfloat16()
-        a = torch.cat([high, (a - high).bfloat16()], 3)
-    products = torch.stack([base.apply_blocks(own) for base, own in zip(bases, a, strict=True)])
-    return products.unflatten(4, (2, -1)).sum(4) if split else products
+    rows = torch.cat(bfloat16_parts(a), 3) if split else a
+    products = torch.stack([base.apply_blocks(own) for base, own in zip(bases, rows, strict=True)])
+    return products.unflatten(4, (3, -1)).sum(4) if split else products
+
+
+def bfloat16_parts(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three bfloat16 tensors that add up to the float32 `a`: each has eight of its 24 bits."""
+    high = a.bfloat16()
+    rest = a - high
+    middle = rest.bfloat16()
+    return high, middle, (rest - middle).bfloat16()
 
 
 def stacked_blocks(same: Iterable[Adapter], grid: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ own `forward` in every other case.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels import operators
 from ..kernels.blocks import BlockOptions, add_blocks
-from ..kernels.draw import Draw, draw_gaussian, draw_low_rank
+from ..kernels.draw import Draw, draw_gaussian, draw_low_rank, rise_of
 from ..kernels.low_rank import Added, AddedTerms, added, autocasts, cast, compute_dtype
 from ..kernels.operators import GraphNoise, GraphQuery, is_tracing
 from ..layers.adapter import Adapter, stored_blocks
@@ -74,7 +75,7 @@ class Terms:
         grad_scale = tuple(adapter.grad_scale for adapter, _ in self.learned)
         factors = [factor for adapter, _ in self.learned for factor in (adapter.A, adapter.B)]
         queries = tuple(query for _, query in (*self.learned, *self.low_rank, *self.constant))
-        noise = tuple((query, draw) for draw, query in self.gaussian if query is not None)
+        noise = tuple((query, partial(rise_of, draw)) for draw, query in self.gaussian if query is not None)
         return AddedTerms(dtype, scalings, constant, grad_scale, weight, in_place, queries, noise), factors
 
 
