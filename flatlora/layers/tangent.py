@@ -10,7 +10,7 @@ from torch import Tensor
 from .base import sum_dtype
 from .stack import BaseNorms, Stack, by_block, row_dot, stacked_blocks, weight_sq
 
-__all__ = ["Factors", "Projection", "project"]
+__all__ = ["Factors", "Projection", "product_sq", "project"]
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -130,3 +130,13 @@ def _roots(gram: Tensor, eps: float) -> Tensor:
     two = one @ one
     series = (eye + one) @ (eye + two) @ (eye + two @ two)
     return scale * inverse.mT @ torch.linalg.cholesky_ex(series)[0]
+
+
+def product_sq(B: Tensor, A: Tensor) -> Tensor:
+    """``Σ ‖B·A‖_F²`` of all products in a stack, B (..., m, r) and A (..., r, n), in float64 where the device has it.
+
+    By ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``: nothing larger than r×r is formed.
+    """
+    dtype = sum_dtype(B.device)
+    B, A = B.to(dtype), A.to(dtype)
+    return ((B.mT @ B) * (A @ A.mT)).sum()
