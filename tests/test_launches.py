@@ -12,6 +12,7 @@ from torch import nn
 from watching import Counting
 
 import flatlora
+from flatlora.bidora.orthogonality import add_orthogonality_gradient
 from flatlora.layers import base
 
 pytestmark = pytest.mark.skipif(torch.__version__ < "2.13", reason="older versions break operators into others")
@@ -64,14 +65,17 @@ def linears(shapes: list[tuple[int, int]], dtype: torch.dtype, dropout: float = 
         return get_peft_model(net, LoraConfig(r=16, lora_alpha=32, target_modules=names, lora_dropout=dropout)).train()
 
 
+def projections(shapes: str) -> list[tuple[int, int]]:
+    hidden, intermediate, layers, kv = SHAPES[shapes]
+    attention = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
+    return layers * [*attention, (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
+
+
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("name", OURS)
 def test_a_step_launches_no_more_kernels_than_a_gpu_waits_for(name, shapes):
     """The base optimizer's own launches, which are few here, are among them."""
-    hidden, intermediate, layers, kv = SHAPES[shapes]
-    block = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
-    block += [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
-    model = linears(block * layers, torch.bfloat16)
+    model = linears(projections(shapes), torch.bfloat16)
     optimizer = METHODS[name](model)
     for _ in range(2):
         for p in trained(model):
@@ -79,6 +83,23 @@ def test_a_step_launches_no_more_kernels_than_a_gpu_waits_for(name, shapes):
         with Launching() as launching:
             optimizer.step()
     assert launching.count <= MOST[shapes]
+
+
+# How many launches BiDoRA's orthogonality term takes, over all layers. No more than that; a weight of 7B's size fills a
+# GPU by itself, so there each launches its own.
+MOST_ORTHOGONALITY = {"0.5B": 1485, "1.5B": 4702, "7B": 6909}
+
+
+@pytest.mark.parametrize("shapes", MOST_ORTHOGONALITY)
+def test_the_orthogonality_term_launches_no_more_kernels_than_it_did(shapes):
+    model = linears(projections(shapes), torch.bfloat16)
+    layers = flatlora.lora_layers(model)
+    for p in trained(model):
+        p.grad = torch.empty_like(p)
+    with Launching() as launching:
+        add_orthogonality_gradient(layers, 1e-5)
+    print(f"{shapes}: {launching.count} launches over {len(layers)} layers")
+    assert launching.count <= MOST_ORTHOGONALITY[shapes]
 
 
 # How many launches forward and backward of a layer take beyond those of PEFT's LoRA: 12 in float32, and 17 over
