@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import IterableDataset
 from .. import checks
 from ..streams import derived_seed, private_streams
 
-__all__ = ["Batches", "Position", "check_position", "split_dataset", "to_device"]
+__all__ = ["Batches", "Position", "check_position", "split_dataset", "to_device", "two_splits"]
 
 logger = logging.getLogger("flatlora")
 
@@ -216,6 +217,17 @@ class Batches:
             self.position = Position(state["epoch"], index, index, stream)
         else:
             self.position = Position(state["epoch"], index)
+
+
+def two_splits(train: Any, val: Any, seed: int) -> tuple[Batches | None, Batches]:
+    """Batches of both levels; none of the lower's where a loop runs them. Warns if one loader is given twice."""
+    if train is val is not None:
+        warnings.warn(
+            "the same object is both train_dataloader and val_dataloader, so magnitudes are trained on the data of the "
+            "directions; split the data, for example with flatlora.split_dataset",
+            stacklevel=3,
+        )
+    return None if train is None else Batches(train, "train_dataloader", seed), Batches(val, "val_dataloader", seed)
 
 
 def check_position(name: str, state: Any) -> None:

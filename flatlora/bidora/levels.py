@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .. import checks
 from ..wrapper import STATE_KEY, Method, chain, check_base_state, load_base, saved_groups
-from .passes import Values, parameters_of
+from .passes import parameters_of
 
 __all__ = ["TwoLevels", "check_optimizer_state", "directions_of", "shapes_of", "step_sizes"]
 
@@ -177,10 +177,10 @@ class TwoLevels(Method, Optimizer):
         return found
 
 
-def directions_of(lower: Optimizer) -> Values:
-    """V by parameter: what `lower` holds, but for what makes up a perturbation, which is part of the function L_tr."""
+def directions_of(lower: Optimizer) -> list[Tensor]:
+    """V: what `lower` holds, but for what makes up a perturbation, which is part of the function L_tr."""
     perturbing = {p for wrapper in chain(lower) for p in wrapper.perturbation_parameters()}
-    return {p: p.detach().clone() for p in parameters_of(lower) if p not in perturbing}
+    return [p for p in parameters_of(lower) if p not in perturbing]
 
 
 def step_sizes(lower: Optimizer, xi: float | str) -> dict[Tensor, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..streams import RandomStreams
-from .passes import LossPass, Values, devices_of, model_loss, parameters_of
+from .passes import LossPass, Parts, Values, model_loss, parameters_of
 
 __all__ = ["LoopWatch", "Seen"]
 
@@ -117,7 +117,7 @@ class LoopWatch:
                     "the magnitudes are no longer in the groups of the BilevelOptimizer: copies stand in their place, "
                     "as under DeepSpeed's ZeRO and its fp16 and bf16 modes. Use ZeRO stage 0 in float32, or DDP"
                 )
-            self._streams = RandomStreams(devices_of(model))
+            self._streams = RandomStreams(Parts.of(model).devices)
 
     def after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         loss, streams, self._streams = model_loss(output), self._streams, None

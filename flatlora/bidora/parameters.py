@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,12 +18,11 @@ from ..layers.view import LoRALayer, lora_layers
 
 __all__ = [
     "check_levels",
-    "correlation",
     "direction_parameters",
     "dora_layers",
     "magnitude_parameters",
     "reset_directions",
-    "update_changes",
+    "update_correlation",
 ]
 
 
@@ -96,7 +95,7 @@ def _is_peft(model: nn.Module) -> bool:
 
 
 def dora_layers(
-    model: nn.Module, adapter: str | Iterable[str] | None, directions: Container[Any], needed: bool = True
+    model: nn.Module, adapter: str | Iterable[str] | None, directions: Iterable[Tensor], needed: bool
 ) -> list[LoRALayer]:
     """PEFT's linear layers, seen through the adapters whose A is among `directions`.
 
@@ -109,7 +108,7 @@ def dora_layers(
         if needed:
             raise
         return []
-    found = []
+    directions, found = set(directions), []
     for layer in layers:
         if names := frozenset(a.name for a in layer.all_adapters() if a.A_param in directions):
             found.append(LoRALayer(layer.name, layer.module, layer.base, names))
@@ -117,30 +116,29 @@ def dora_layers(
 
 
 @torch.no_grad()
-def update_changes(layers: list[LoRALayer], norms: BaseNorms | None = None) -> Tensor:
-    """ΔM and ΔD (2, adapters) of DoRA's Eq. 3-4 (arXiv:2402.09353), on the device: how far from the pretrained weight.
+def update_correlation(layers: list[LoRALayer], norms: BaseNorms) -> Tensor | None:
+    """Pearson's r of the adapters' ΔM and ΔD (DoRA, arXiv:2402.09353, Eq. 3-4); None of fewer than two.
 
     ΔM is the mean over the rows of ``|μ_i − ‖W0_i‖|``, ΔD that of ``1 − cos(V_i, W0_i)`` with ``V = W0 + s·B·A``; each
-    adapter is looked at as if it were its layer's only one. `norms` keeps ``‖W0_i‖²`` for the next call.
+    adapter is looked at as if it were its layer's only one. 0 where one of them does not vary. `norms` keeps
+    ``‖W0_i‖²`` for the next call.
     """
-    norms = BaseNorms() if norms is None else norms
     adapters = [(layer, a) for layer in layers for a in layer.all_adapters() if a.magnitude is not None]
+    if len(adapters) < 2:
+        return None
     found = [_changes(layer, adapter, norms.of(layer)) for layer, adapter in adapters]
-    if not found:
-        return torch.zeros(2, 0, dtype=torch.float32)
-    return torch.stack([pair.to(found[0].device) for pair in found], 1)
-
-
-def correlation(changes: Tensor) -> Tensor:
-    """Pearson's r of the two rows of `changes`, on their device; 0 where one of them does not vary."""
+    changes = torch.stack([pair.to(found[0].device) for pair in found], 1)
     m, d = changes - changes.mean(1, keepdim=True)
     both = m.norm() * d.norm()
     return torch.where(both > 0, (m @ d) / both, 0.0)
 
 
 def _changes(layer: LoRALayer, adapter: Adapter, base_sq: Tensor) -> Tensor:
-    # No (m, n) matrix is formed. ``1 − cos`` is taken as ``sin²/(1 + cos)``, where nothing cancels however small
-    # ``d = s·B·A`` is: ``sin² = (‖W0_i‖²·‖d_i‖² − (W0_i·d_i)²) / (‖W0_i‖²·‖V_i‖²)``.
+    """ΔM and ΔD of one adapter, without an (m, n) matrix.
+
+    ``1 − cos`` is taken as ``sin²/(1 + cos)``, where nothing cancels however small ``d = s·B·A`` is:
+    ``sin² = (‖W0_i‖²·‖d_i‖² − (W0_i·d_i)²) / (‖W0_i‖²·‖V_i‖²)``.
+    """
     assert adapter.magnitude is not None
     dtype = sum_dtype(layer.base.device)
     crossed = layer.base.apply_rows(adapter.A).to(dtype)  # W0·Aᵀ

@@ -16,7 +16,7 @@ from .data import Batches, check_position
 from .levels import TwoLevels, check_optimizer_state, shapes_of
 from .loop import LoopWatch
 from .parameters import direction_parameters, reset_directions
-from .passes import Values, assign, finite, parameters_of, together, undone_on_error
+from .passes import assign, copies, finite, parameters_of, together, undone_on_error
 
 __all__ = ["TwoPhases"]
 
@@ -117,7 +117,7 @@ class TwoPhases(TwoLevels):
         if self.phase == 2:
             yield
             return
-        directions: Values = {p: p.detach().clone() for p in direction_parameters(self.model, self.adapter)}
+        directions = copies(direction_parameters(self.model, self.adapter))
         grads = [(p, p.grad) for p in parameters_of(self.upper)]
         reset_directions(self.model, self.adapter, derived_seed(self._seed, "retrain"))
         self._enter(2)
