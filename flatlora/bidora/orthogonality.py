@@ -16,13 +16,15 @@ __all__ = ["add_orthogonality_gradient"]
 
 @torch.no_grad()
 def add_orthogonality_gradient(layers: list[LoRALayer], gamma: float) -> None:
-    """Adds ``γ·∂R/∂A`` and ``γ·∂R/∂B`` to the `.grad` of the adapters that have one.
+    """Adds ``γ·∂R/∂A`` and ``γ·∂R/∂B`` to the `.grad` of the adapters that have one; nothing where γ is 0.
 
     ``R = mean ‖DᵀD − I‖_F`` over these, D (m, n) being ``W0 + s·B·A`` with columns of norm one (BiDoRA,
     arXiv:2410.09758, Eq. 5). A column that is zero is left out. Costs ⅝ of a product of ``m·n·min(m, n)`` per layer,
     twice that where m < n, and reads (dequantises) each base weight once. Layers of one form are computed together, as
     many as have a bounded size.
     """
+    if gamma == 0:
+        return
     known = {layer.name: [adapter for adapter in layer.all_adapters() if adapter.has_grads] for layer in layers}
     count = sum(map(len, known.values()))
     for stack in stacks([layer for layer in layers if known[layer.name]], known):

@@ -15,6 +15,7 @@ from ..layers.adapter import Adapter
 from ..layers.base import full_tensor, sum_dtype
 from ..layers.stack import BaseNorms
 from ..layers.view import LoRALayer, lora_layers
+from .passes import parameters_of
 
 __all__ = [
     "check_levels",
@@ -66,27 +67,22 @@ def reset_directions(model: nn.Module, adapter: str | Iterable[str] | None, seed
 
 def check_levels(lower: Optimizer, upper: Optimizer, model: nn.Module, adapter: str | Iterable[str] | None) -> None:
     """ValueError unless the levels are apart, of this model and, if it has PEFT's layers, not mixed up."""
-    low, up = ({id(p) for group in level.param_groups for p in group["params"]} for level in (lower, upper))
-    built = "build lower from direction_parameters(model) and upper from magnitude_parameters(model)"
+    low, up = directions, magnitudes = set(parameters_of(lower)), set(parameters_of(upper))
     if _is_peft(model):
-        directions = {id(p) for p in direction_parameters(model, adapter)}
-        magnitudes = {id(p) for p in magnitude_parameters(model, adapter)}
-    else:
-        directions, magnitudes = low, up
-    if low & up:
-        raise ValueError(f"lower and upper overlap: they share {len(low & up)} parameters; {built}")
-    foreign = (low | up) - {id(p) for p in model.parameters()}
-    if foreign:
-        raise ValueError(
-            f"{len(foreign)} parameters of lower and upper are not in the model; build the optimizers from this model, "
-            "after its adapters were added"
-        )
-    if low & magnitudes and up & directions:
-        raise ValueError(f"lower and upper are swapped: lower holds magnitudes and upper directions; {built}")
-    if low & magnitudes:
-        raise ValueError(f"lower holds {len(low & magnitudes)} magnitudes, which belong to upper; {built}")
-    if up - magnitudes:
-        raise ValueError(f"upper holds {len(up - magnitudes)} parameters that are not magnitudes; {built}")
+        directions, magnitudes = set(direction_parameters(model, adapter)), set(magnitude_parameters(model, adapter))
+    faults = {
+        "overlap: parameters of both": low & up,
+        "hold parameters that are not in the model": (low | up) - set(model.parameters()),
+        "are swapped: magnitudes are in lower": low & magnitudes if up & directions else (),
+        "are mixed up: magnitudes, which belong to upper, are in lower": low & magnitudes,
+        "are mixed up: parameters that are not magnitudes are in upper": up - magnitudes,
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ValueError(
+                f"lower and upper {fault} ({len(found)} parameters); build lower from direction_parameters(model) and "
+                "upper from magnitude_parameters(model), once this model has its adapters"
+            )
 
 
 def _is_peft(model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,6 @@ Values = dict[Tensor, Tensor]  # of parameters, or their gradients
 
 __all__ = [
     "LossPass",
-    "Parts",
     "Values",
     "assign",
     "average_gradients",
@@ -35,6 +34,7 @@ __all__ = [
     "moved",
     "norm_of",
     "parameters_of",
+    "parts_of",
     "together",
     "undone_on_error",
     "whole_model",
@@ -90,8 +90,7 @@ def batch_loss(model: nn.Module, batch: Any, which: str, loss_fn: Callable[[nn.M
     return loss
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(NamedTuple):
     """What a pass may change of a model, as it is now, found in one walk through its modules.
 
     Attributes:
@@ -104,16 +103,16 @@ class Parts:
     statistics: list[Tensor]
     devices: list[torch.device]
 
-    @staticmethod
-    def of(model: nn.Module) -> Parts:
-        params: dict[Tensor, None] = {}
-        statistics: dict[Tensor, None] = {}
-        for module in model.modules():
-            params.update(dict.fromkeys(p for p in module._parameters.values() if p is not None))
-            if getattr(module, "track_running_stats", False):
-                statistics.update(dict.fromkeys(module.buffers(recurse=False)))
-        devices = list(dict.fromkeys(p.device for p in params))
-        return Parts([p for p in params if p.requires_grad], list(statistics), devices)
+
+def parts_of(model: nn.Module) -> Parts:
+    """What `Parts` lists."""
+    params: dict[Tensor, None] = {}
+    statistics: list[Tensor] = []
+    for module in model.modules():
+        params.update(dict.fromkeys(p for p in module._parameters.values() if p is not None))
+        if module.__dict__.get("track_running_stats"):
+            statistics += module.buffers(recurse=False)
+    return Parts([p for p in params if p.requires_grad], statistics, list(dict.fromkeys(p.device for p in params)))
 
 
 def finite(which: str, loss: Tensor, *others: Tensor) -> list[float]:
@@ -189,7 +188,7 @@ def isolated(model: nn.Module, seed: int = 0, watch: Any = None) -> Iterator[Non
 
     Nor does `watch`, a `LoopWatch` if one is given, see what is done within.
     """
-    parts = Parts.of(model)
+    parts = parts_of(model)
     grads, statistics = [(p, p.grad) for p in parts.trained], copies(parts.statistics)
     try:
         for p in parts.trained:
@@ -221,10 +220,12 @@ def undone_on_error(
     gradients and running statistics of the model, the random streams, the positions in `batches` (`Batches` or None),
     and what `watch` has seen. What a base optimizer keeps elsewhere cannot be known and stays as it has become.
     """
-    parts, positions = Parts.of(model), [(one, one.position) for one in batches if one is not None]
+    parts, positions = parts_of(model), [(one, one.position) for one in batches if one is not None]
     values = copies([*parts.statistics, *(p for optimizer in optimizers for p in parameters_of(optimizer))])
-    grads = [(p, _copied(p.grad)) for p in parts.trained]
-    streams, kept = RandomStreams(parts.devices), [_kept(optimizer) for optimizer in optimizers]
+    streams = RandomStreams(parts.devices)
+    with torch.no_grad():
+        grads = [(p, _copied(p.grad)) for p in parts.trained]
+        kept = [_kept(optimizer) for optimizer in optimizers]
     seen = None if watch is None else watch.seen()
     try:
         yield
@@ -258,7 +259,6 @@ def _bring_back(optimizer: Optimizer, state: Any, groups: Any, methods: Any) -> 
             wrapper.load_method_state(own)
 
 
-@torch.no_grad()
 def _copied(value: Any) -> Any:
     """A copy down to the tensors; other objects than these, dicts, lists and tuples are taken to be immutable."""
     if isinstance(value, Tensor):
@@ -319,7 +319,7 @@ def average_gradients(model: nn.Module, loss: Tensor) -> Tensor:
     """
     if (ranks := _ranks()) == 1:
         return loss
-    params = Parts.of(model).trained
+    params = parts_of(model).trained
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     there = torch.tensor([p.grad is not None for p in params])
     flat = torch.cat([part.flatten().to(loss.device) for part in (loss, there, *parts)])
