@@ -106,7 +106,8 @@ class LoopWatch:
                     "the magnitudes are no longer in the groups of the BilevelOptimizer: copies stand in their place, "
                     "as under DeepSpeed's ZeRO and its fp16 and bf16 modes. Use ZeRO stage 0 in float32, or DDP"
                 )
-            self._streams = RandomStreams(parts_of(model).devices)
+            *_, devices = parts_of(model)
+            self._streams = RandomStreams(devices)
 
     def after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         loss, streams, self._streams = model_loss(output), self._streams, None

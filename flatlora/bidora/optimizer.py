@@ -322,7 +322,7 @@ class BilevelOptimizer(TwoPhases):
 
     def _pass(self, batch: Any, which: str) -> LossPass:
         """The loss of a batch from where the random streams stand now; `which` batch it is, errors tell."""
-        devices = parts_of(self.model).devices
+        *_, devices = parts_of(self.model)
         batch = to_device(batch, devices[0])
         return LossPass(lambda: batch_loss(self.model, batch, which, self.loss_fn), RandomStreams(devices))
 

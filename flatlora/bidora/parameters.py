@@ -162,8 +162,9 @@ def _dora_adapters(model: nn.Module, adapter: str | Iterable[str] | None) -> lis
         known |= {*layer.lora_A, *layer.lora_embedding_A}
         for name in layer.lora_magnitude_vector:
             if wanted is None or name in wanted:
-                factors = [(linear if name in linear else embedding)[name] for linear, embedding in _factors(layer)]
-                found.append((layer.lora_magnitude_vector[name].weight, *factors))
+                embeds = name in layer.lora_embedding_A
+                A, B = (layer.lora_embedding_A, layer.lora_embedding_B) if embeds else (layer.lora_A, layer.lora_B)
+                found.append((layer.lora_magnitude_vector[name].weight, A[name], B[name]))
     if wanted is not None and not wanted <= known:
         raise ValueError(f"unknown adapter {sorted(wanted - known)}; the model has {sorted(known) or 'no adapters'}")
     if not found:
@@ -173,7 +174,3 @@ def _dora_adapters(model: nn.Module, adapter: str | Iterable[str] | None) -> lis
             "peft.get_peft_model(model, LoraConfig(use_dora=True, target_modules='all-linear'))"
         )
     return found
-
-
-def _factors(layer: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    return (layer.lora_A, layer.lora_embedding_A), (layer.lora_B, layer.lora_embedding_B)

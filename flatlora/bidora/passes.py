@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,29 +90,18 @@ def batch_loss(model: nn.Module, batch: Any, which: str, loss_fn: Callable[[nn.M
     return loss
 
 
-class Parts(NamedTuple):
-    """What a pass may change of a model, as it is now, found in one walk through its modules.
+def parts_of(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[torch.device]]:
+    """The parameters that require a gradient, the buffers of running statistics, and the devices of all parameters.
 
-    Attributes:
-        trained: the parameters that require a gradient.
-        statistics: buffers that forward passes in train mode update, as BatchNorm's.
-        devices: of all parameters; the first is where batches go.
+    Of this moment, in one walk through the modules. Batches go to the first device.
     """
-
-    trained: list[Tensor]
-    statistics: list[Tensor]
-    devices: list[torch.device]
-
-
-def parts_of(model: nn.Module) -> Parts:
-    """What `Parts` lists."""
     params: dict[Tensor, None] = {}
     statistics: list[Tensor] = []
     for module in model.modules():
         params.update(dict.fromkeys(p for p in module._parameters.values() if p is not None))
-        if module.__dict__.get("track_running_stats"):
+        if module.__dict__.get("track_running_stats"):  # as BatchNorm's, which passes in train mode update
             statistics += module.buffers(recurse=False)
-    return Parts([p for p in params if p.requires_grad], statistics, list(dict.fromkeys(p.device for p in params)))
+    return [p for p in params if p.requires_grad], statistics, list(dict.fromkeys(p.device for p in params))
 
 
 def finite(which: str, loss: Tensor, *others: Tensor) -> list[float]:
@@ -188,15 +177,15 @@ def isolated(model: nn.Module, seed: int = 0, watch: Any = None) -> Iterator[Non
 
     Nor does `watch`, a `LoopWatch` if one is given, see what is done within.
     """
-    parts = parts_of(model)
-    grads, statistics = [(p, p.grad) for p in parts.trained], copies(parts.statistics)
+    trained, statistics, devices = parts_of(model)
+    grads, before = [(p, p.grad) for p in trained], copies(statistics)
     try:
-        for p in parts.trained:
+        for p in trained:
             p.grad = None  # backward would add to it in place
-        with private_streams(seed, parts.devices), nullcontext() if watch is None else watch.away():
+        with private_streams(seed, devices), nullcontext() if watch is None else watch.away():
             yield
     finally:
-        assign(statistics)
+        assign(before)
         for p, grad in grads:
             p.grad = grad
 
@@ -220,11 +209,11 @@ def undone_on_error(
     gradients and running statistics of the model, the random streams, the positions in `batches` (`Batches` or None),
     and what `watch` has seen. What a base optimizer keeps elsewhere cannot be known and stays as it has become.
     """
-    parts, positions = parts_of(model), [(one, one.position) for one in batches if one is not None]
-    values = copies([*parts.statistics, *(p for optimizer in optimizers for p in parameters_of(optimizer))])
-    streams = RandomStreams(parts.devices)
+    trained, statistics, devices = parts_of(model)
+    values = copies([*statistics, *(p for optimizer in optimizers for p in parameters_of(optimizer))])
+    streams, positions = RandomStreams(devices), [(one, one.position) for one in batches if one is not None]
     with torch.no_grad():
-        grads = [(p, _copied(p.grad)) for p in parts.trained]
+        grads = [(p, _copied(p.grad)) for p in trained]
         kept = [_kept(optimizer) for optimizer in optimizers]
     seen = None if watch is None else watch.seen()
     try:
@@ -277,14 +266,14 @@ def _make_equal(present: dict[Any, Any], kept: dict[Any, Any]) -> None:
         now = present.get(key)
         if isinstance(now, dict) and isinstance(value, dict):
             _make_equal(now, value)
-        elif isinstance(now, Tensor) and isinstance(value, Tensor) and _form(now) == _form(value):
+        elif isinstance(now, Tensor) and isinstance(value, Tensor) and _alike(now, value):
             now.copy_(value)
         else:
             present[key] = value
 
 
-def _form(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.device
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 # --- several processes, each with its share of every batch --------------------------------------------------------
@@ -319,7 +308,7 @@ def average_gradients(model: nn.Module, loss: Tensor) -> Tensor:
     """
     if (ranks := _ranks()) == 1:
         return loss
-    params = parts_of(model).trained
+    params, *_ = parts_of(model)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     there = torch.tensor([p.grad is not None for p in params])
     flat = torch.cat([part.flatten().to(loss.device) for part in (loss, there, *parts)])
