@@ -68,7 +68,8 @@ class TwoLevels(Method, Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused by a NotImplementedError: a group belongs to a level."""
         raise NotImplementedError(
-            "call optimizer.lower.add_param_group(group) or optimizer.upper.add_param_group(group)"
+            "which of the two levels is the group for? Call optimizer.lower.add_param_group(group) or "
+            "optimizer.upper.add_param_group(group)"
         )
 
     def inner_optimizers(self) -> list[Optimizer]:

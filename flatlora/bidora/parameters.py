@@ -67,7 +67,8 @@ def reset_directions(model: nn.Module, adapter: str | Iterable[str] | None, seed
 
 def check_levels(lower: Optimizer, upper: Optimizer, model: nn.Module, adapter: str | Iterable[str] | None) -> None:
     """ValueError unless the levels are apart, of this model and, if it has PEFT's layers, not mixed up."""
-    low, up = directions, magnitudes = set(parameters_of(lower)), set(parameters_of(upper))
+    low, up = set(parameters_of(lower)), set(parameters_of(upper))
+    directions, magnitudes = low, up
     if _is_peft(model):
         directions, magnitudes = set(direction_parameters(model, adapter)), set(magnitude_parameters(model, adapter))
     faults = {
