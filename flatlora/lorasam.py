@@ -15,7 +15,7 @@ from .kernels.low_rank import without_autocast
 from .layers.adapter import Adapter
 from .layers.base import sum_dtype
 from .layers.stack import BaseNorms, Stack, stacks
-from .layers.tangent import Factors, project, update_sq
+from .layers.tangent import Factors, product_sq, project, update_sq
 from .layers.view import LoRALayer
 from .perturbation.optimizer import PerturbingOptimizer, trained_by
 from .perturbation.rise import check_rise
@@ -73,8 +73,7 @@ class LastGradient(Source):
         squares: dict[Names, Tensor] = {}
         for (layer, names), factors in self.direction.items():
             if not acted or (layer, names) in self._ran:
-                B, A = (factor.to(sum_dtype(factor.device)) for factor in factors)
-                square = ((B.mT @ B) * (A @ A.mT)).sum().to(self.gradient_norm.device)
+                square = product_sq(*factors).to(self.gradient_norm.device)
                 squares[names] = squares[names] + square if names in squares else square
         if not squares:
             return torch.zeros_like(self.gradient_norm)

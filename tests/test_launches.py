@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import flatlora
+from flatlora.bidora.orthogonality import add_orthogonality_gradient
 from flatlora.layers import base
 
 pytestmark = pytest.mark.skipif(torch.__version__ < "2.13", reason="older versions break operators into others")
@@ -108,6 +109,23 @@ def test_ggpos_first_pass_reads_every_base_weight_by_one_kernel(shapes, mixing):
     first, later = counts
     print(f"{shapes}: {len(optimizer.row_std())} layers, {first} launches, {later} in later passes")
     assert later <= MOST[shapes] and first - later <= MOST[shapes]
+
+
+# How many launches BiDoRA's orthogonality term takes, over all layers. No more than that; a weight of 7B's size fills a
+# GPU by itself, so there each launches its own.
+MOST_ORTHOGONALITY = {"0.5B": 1485, "1.5B": 4702, "7B": 6909}
+
+
+@pytest.mark.parametrize("shapes", MOST_ORTHOGONALITY)
+def test_the_orthogonality_term_launches_no_more_kernels_than_it_did(shapes):
+    model = adapted(shapes)
+    layers = flatlora.lora_layers(model)
+    for p in trained(model):
+        p.grad = torch.empty_like(p)
+    with Launching() as launching:
+        add_orthogonality_gradient(layers, 1e-5)
+    print(f"{shapes}: {launching.count} launches over {len(layers)} layers")
+    assert launching.count <= MOST_ORTHOGONALITY[shapes]
 
 
 # How many launches forward and backward of a layer take beyond those of PEFT's LoRA: 12 in float32, and 17 over

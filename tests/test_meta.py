@@ -71,7 +71,7 @@ MOST = {
     "GGPO low_rank": 3346,
     "LoRASAM": 1212,
     "Bi-LoRA": 662,
-    "BiDoRA": 18745,
+    "BiDoRA": 8671,
     "GraLoRA": 0,
     "GraLoRA under GGPO": 6402,
 }

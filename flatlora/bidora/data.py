@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data import IterableDataset
 from .. import checks
 from ..streams import derived_seed, private_streams
 
-__all__ = ["Batches", "Position", "check_position", "split_dataset", "to_device"]
+__all__ = ["Batches", "Position", "check_position", "split_dataset", "to_device", "two_splits"]
 
 logger = logging.getLogger("flatlora")
 
@@ -39,16 +40,15 @@ class Position:
 class Batches:
     """Cycles through a dataloader. Epoch and index in it are the whole state; the global streams are not touched.
 
-    Every batch is fetched with the global streams set from (seed, epoch, index), and put back afterwards, so whatever
-    draws from them (`shuffle=True` without a generator, random augmentation, the seeds of workers) draws the same
-    after a resume. Generators that the loader or its samplers own are seeded anew at each epoch, from the seed they
-    came with and the epoch; samplers and datasets with a `set_epoch` are told the epoch. An error while a batch is
-    fetched leaves the position where it was: the next call opens the loader anew and tries the same batch again.
+    Every batch is fetched with the global streams set from (seed, epoch, index), so whatever draws from them
+    (`shuffle=True` without a generator, random augmentation, the seeds of workers) draws the same after a resume.
+    Generators that the loader or its samplers own are seeded anew at each epoch, from the seed they came with and the
+    epoch; samplers and datasets with a `set_epoch` are told the epoch. After an error the same batch is tried again.
 
     A loader is taken to a position by reading up to it. One over an `IterableDataset` is resumed in another process
-    through the `state_dict` and `load_state_dict` of its own (as torchdata's StatefulDataLoader has them) or, if it
-    has no workers and so reads no further than it yields, of its dataset (as those of Hugging Face `datasets` have
-    them). With neither it works, but a checkpoint taken in the middle of it is refused.
+    through the `state_dict` and `load_state_dict` of its own (torchdata's StatefulDataLoader) or, if it has no workers
+    and so reads no further than it yields, of its dataset (Hugging Face `datasets`). With neither it works, but a
+    checkpoint taken in the middle of it is refused.
 
     Args:
         loader: any iterable of batches that can be iterated again and again. A list has the same order every time.
@@ -67,14 +67,11 @@ class Batches:
         if not isinstance(loader, Iterable) or isinstance(loader, str | bytes):
             raise TypeError(f"{name} must be an iterable of batches, such as a DataLoader; got {type(loader).__name__}")
         if isinstance(loader, Iterator):
-            raise TypeError(
-                f"{name} is an iterator, which ends after one epoch; pass a DataLoader or a list of batches"
-            )
-        self._name = name
+            raise TypeError(f"{name} is an iterator, which ends after one epoch; pass a DataLoader or a list")
         self.loader: Any = loader
+        self._name, self._seed = name, seed
         if _length(loader) == 0:
             raise self._empty()
-        self._seed = seed
         self._generators = [(g, g.initial_seed()) for g in _generators(loader)]
         self._streams, self._stream = _is_stream(loader), _resumable_stream(loader)
         self._first: Any = None  # state of the stream before anything was read from it
@@ -98,8 +95,7 @@ class Batches:
             self._reopen_at(position)
 
     def _reopen_at(self, position: Position) -> None:
-        stream = self._first if position.stream is None else position.stream
-        self.position = Position(position.epoch, position.index, position.stream_index, stream)
+        self.position = position if position.stream is not None else replace(position, stream=self._first)
         self._iterator = None
 
     def _next(self) -> Any:
@@ -113,7 +109,7 @@ class Batches:
                 raise self._empty() from None
             self.position, self._iterator = Position(at.epoch + 1), None
             return self._next()
-        self.position = Position(at.epoch, at.index + 1, at.stream_index, at.stream)
+        self.position = replace(at, index=at.index + 1)
         return batch
 
     def _open(self) -> None:
@@ -143,7 +139,7 @@ class Batches:
         if at.stream is not None:
             self._stream.load_state_dict(copy.deepcopy(at.stream))
         else:
-            self.position = Position(at.epoch, at.index, 0, copy.deepcopy(self._stream.state_dict()))
+            self.position = replace(at, stream_index=0, stream=copy.deepcopy(self._stream.state_dict()))
 
     def _fetch(self, index: int) -> Any:
         assert self._iterator is not None
@@ -199,37 +195,45 @@ class Batches:
             ValueError: as `check_state_dict`. Nothing has changed then.
         """
         self.check_state_dict(state)
-        index = state["index"]
-        if index > 0 and (state["length"], len(state["generators"])) != (_length(self.loader), len(self._generators)):
+        index, seeds = state["index"], state["generators"]
+        theirs, ours = (state["length"], len(seeds)), (_length(self.loader), len(self._generators))
+        if index > 0 and theirs != ours:
             logger.warning(
                 "%s goes on after batch %d of an epoch of %s with %d generators; it now has %s and %d, so the batches "
                 "of this epoch are others than they would have been",
-                *(self._name, index, state["length"], len(state["generators"])),
-                *(_length(self.loader), len(self._generators)),
+                *(self._name, index, *theirs, *ours),
             )
-        if len(state["generators"]) == len(self._generators):
-            pairs = zip(self._generators, state["generators"], strict=True)
-            self._generators = [(generator, seed) for (generator, _), seed in pairs]
+        if len(seeds) == len(self._generators):
+            self._generators = [(generator, seed) for (generator, _), seed in zip(self._generators, seeds, strict=True)]
         self._seed, self._iterator = state["seed"], None
+        self.position = Position(state["epoch"], index)
         if self._streams:
             stream = self._first if state["stream"] is None else state["stream"]
-            self.position = Position(state["epoch"], index, index, stream)
-        else:
-            self.position = Position(state["epoch"], index)
+            self.position = replace(self.position, stream_index=index, stream=stream)
+
+
+def two_splits(train: Any, val: Any, seed: int) -> tuple[Batches | None, Batches]:
+    """Batches of both levels; none of the lower's where a loop runs them. Warns if one loader is given twice."""
+    if train is val is not None:
+        warnings.warn(
+            "the same object is both train_dataloader and val_dataloader, so magnitudes are trained on the data of the "
+            "directions; split the data, for example with flatlora.split_dataset",
+            stacklevel=3,
+        )
+    return None if train is None else Batches(train, "train_dataloader", seed), Batches(val, "val_dataloader", seed)
 
 
 def check_position(name: str, state: Any) -> None:
     """ValueError unless `state` has the form of what `Batches.state_dict` gives."""
     name = f"position of {name}"
     checks.state_fields(name, state, *_FIELDS)
-    for field in ("seed", "epoch", "index"):
-        checks.integer(f"{field} in the state_dict's {name}", state[field], 0)
-    if state["length"] is not None:
-        checks.integer(f"length in the state_dict's {name}", state["length"], 0)
-    if not isinstance(state["generators"], list):
-        raise ValueError(f"generators in the state_dict's {name} must be a list, got {state['generators']!r}")
-    for seed in state["generators"]:
-        checks.integer(f"a generator in the state_dict's {name}", seed, 0)
+    seeds = state["generators"]
+    if not isinstance(seeds, list):
+        raise ValueError(f"generators in the state_dict's {name} must be a list, got {seeds!r}")
+    found = [(field, state[field]) for field in ("seed", "epoch", "index", "length")]
+    for field, value in [*found, *(("a generator", seed) for seed in seeds)]:
+        if value is not None or field != "length":
+            checks.integer(f"{field} in the state_dict's {name}", value, 0)
 
 
 def _length(loader: Any) -> int | None:

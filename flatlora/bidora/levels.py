@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .. import checks
 from ..wrapper import STATE_KEY, Method, chain, check_base_state, load_base, saved_groups
-from .passes import Values, parameters_of
+from .passes import parameters_of
 
 __all__ = ["TwoLevels", "check_optimizer_state", "directions_of", "shapes_of", "step_sizes"]
 
@@ -42,10 +42,8 @@ class TwoLevels(Method, Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # As of torch's optimizers, neither hooks nor what a scheduler or Accelerate patched in.
-        ours = (
-            key for key in self.__dict__ if key not in ("step", "_opt_called") and not key.startswith("_optimizer_")
-        )
-        return {key: self.__dict__[key] for key in ours}
+        foreign = {key for key in self.__dict__ if key in ("step", "_opt_called") or key.startswith("_optimizer_")}
+        return {key: value for key, value in self.__dict__.items() if key not in foreign}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -68,14 +66,10 @@ class TwoLevels(Method, Optimizer):
                 level.zero_grad(set_to_none=False)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: a group belongs to a level.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Refused by a NotImplementedError: a group belongs to a level."""
         raise NotImplementedError(
-            f"{type(self).__name__} has two levels and can't tell which one the group is for; call "
-            "optimizer.lower.add_param_group(group) or optimizer.upper.add_param_group(group)"
+            "which of the two levels is the group for? Call optimizer.lower.add_param_group(group) or "
+            "optimizer.upper.add_param_group(group)"
         )
 
     def inner_optimizers(self) -> list[Optimizer]:
@@ -91,13 +85,13 @@ class TwoLevels(Method, Optimizer):
         self._tell("train")
 
     def eval(self) -> None:
-        """Calls `eval()` of the levels that have one, as Accelerate expects of an optimizer."""
+        """As `train`."""
         self._tell("eval")
 
-    def _tell(self, what: str) -> None:
+    def _tell(self, mode: str) -> None:
         for level in self.inner_optimizers():
-            if callable(method := getattr(level, what, None)):
-                method()
+            if callable(tell := getattr(level, mode, None)):
+                tell()
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -112,13 +106,13 @@ class TwoLevels(Method, Optimizer):
         merged: dict[str, Any] = {"state": {}, "param_groups": [], STATE_KEY: {type(self).__name__: own}}
         for name, level in (("lower", self.lower), ("upper", self.upper)):
             state, offset = level.state_dict(), _count(merged["param_groups"])
-            if not {"state", "param_groups"} <= state.keys():
-                own["of_own_form"] = [*own.get("of_own_form", ()), name]
-                own[name], numbered, groups = state, {}, _numbered_groups(level)
+            if {"state", "param_groups"} <= state.keys():
+                own[name] = _rest(state)
             else:
-                own[name], numbered, groups = _rest(state), state["state"], state["param_groups"]
-            merged["state"] |= {offset + i: one for i, one in numbered.items() if isinstance(i, int)}
-            merged["param_groups"] += _shifted(groups, offset)
+                own["of_own_form"], own[name] = [*own.get("of_own_form", ()), name], state
+                state = {"state": {}, "param_groups": _numbered_groups(level)}
+            merged["state"] |= {offset + i: one for i, one in state["state"].items() if isinstance(i, int)}
+            merged["param_groups"] += _shifted(state["param_groups"], offset)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             merged = post_hook(self, merged) or merged
         return merged
@@ -152,8 +146,7 @@ class TwoLevels(Method, Optimizer):
         own = state_dict.get(STATE_KEY, {}).get(name)
         if own is None:
             raise ValueError(
-                f"the state_dict was not written by {name}; load the state of a level on its own with "
-                "optimizer.lower.load_state_dict or optimizer.upper.load_state_dict"
+                f"the state_dict was not written by {name}; one level's goes to optimizer.lower or optimizer.upper"
             )
         checks.state_fields("optimizer", state_dict, "state", "param_groups")
         checks.state_fields(name, own, "lower", "upper", "shapes", "own")
@@ -177,10 +170,10 @@ class TwoLevels(Method, Optimizer):
         return found
 
 
-def directions_of(lower: Optimizer) -> Values:
-    """V by parameter: what `lower` holds, but for what makes up a perturbation, which is part of the function L_tr."""
+def directions_of(lower: Optimizer) -> list[Tensor]:
+    """V: what `lower` holds, but for what makes up a perturbation, which is part of the function L_tr."""
     perturbing = {p for wrapper in chain(lower) for p in wrapper.perturbation_parameters()}
-    return {p: p.detach().clone() for p in parameters_of(lower) if p not in perturbing}
+    return [p for p in parameters_of(lower) if p not in perturbing]
 
 
 def step_sizes(lower: Optimizer, xi: float | str) -> dict[Tensor, Any]:

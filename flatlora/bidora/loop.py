@@ -6,7 +6,6 @@ import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,21 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..streams import RandomStreams
-from .passes import LossPass, Values, devices_of, model_loss, parameters_of
+from .passes import LossPass, Values, model_loss, parameters_of, parts_of
 
-__all__ = ["LoopWatch", "Seen"]
-
-
-@dataclass
-class Seen:
-    """What the loop did since the last step: its forward passes with their losses, and ∂_μ so far."""
-
-    passes: list[tuple[LossPass, Tensor]] = field(default_factory=list)
-    magnitude_grads: Values = field(default_factory=dict)
+__all__ = ["LoopWatch"]
 
 
 class _Hook:
-    """Calls a method of the watch while there is one."""
+    """Calls a method of the watch while there is one; in a copy of the model it does nothing."""
 
     def __init__(self, watch: LoopWatch, method: str):
         self._watch, self._method = weakref.ref(watch), method
@@ -38,7 +29,7 @@ class _Hook:
             getattr(watch, self._method)(*args)
 
     def __reduce__(self) -> Any:
-        return functools.partial, (_nothing,)  # in a copy of a watched model
+        return functools.partial, (_nothing,)
 
 
 def _nothing(*args: Any) -> None: ...
@@ -47,15 +38,13 @@ def _nothing(*args: Any) -> None: ...
 class LoopWatch:
     """Remembers the calls of `model` in train mode, until `clear()`, and takes the gradients of `upper`'s parameters.
 
-    While `on` is False it sees nothing. The model knows it weakly: it goes with its optimizer, and copies of the model
-    are not watched. A copy of it is None.
+    While `on` is False it sees nothing. The model knows it weakly: it goes with its optimizer.
     """
 
     def __init__(self, model: nn.Module, upper: Optimizer):
         self.on = True
         self._upper, self._magnitudes = upper, parameters_of(upper)
-        self._seen = Seen()
-        self._streams: RandomStreams | None = None
+        self.clear()
         self._handles = [
             model.register_forward_pre_hook(_Hook(self, "before")),
             model.register_forward_hook(_Hook(self, "after"), with_kwargs=True),
@@ -63,39 +52,24 @@ class LoopWatch:
             *(p.register_post_accumulate_grad_hook(_Hook(self, "collect")) for p in self._magnitudes),
         ]
 
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
     def __del__(self) -> None:
         self.remove()
 
-    def train_loss(self) -> tuple[list[LossPass], Tensor]:
-        """The passes that backward went through, and L_tr, weighted as the loop weighted them; ∂_μ goes to `.grad`.
-
-        Raises:
-            RuntimeError: there are none.
-        """
-        used = [(one, loss) for one, loss in self._seen.passes if one.weight is not None]
-        if not used:
-            raise RuntimeError(
-                "step() with train_dataloader=None found no training batch: call model(**batch) with labels, in train "
-                "mode, and backward() on the .loss it returns; or pass a train_dataloader"
-            )
-        value = torch.stack([one.part(loss) for one, loss in used]).sum()
-        for p, grad in self._seen.magnitude_grads.items():
-            p.grad = grad
-        return [one for one, _ in used], value
+    def remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
 
     def clear(self) -> None:
-        self._seen, self._streams = Seen(), None
+        self.go_back(([], {}))
 
-    def seen(self) -> Seen:
-        """A copy, for `go_back`."""
-        return Seen(list(self._seen.passes), dict(self._seen.magnitude_grads))
+    def seen(self) -> tuple[list[tuple[LossPass, Tensor]], Values]:
+        """The forward passes with their losses, and ∂_μ so far; for `go_back`."""
+        return list(self._passes), dict(self._magnitude_grads)
 
-    def go_back(self, seen: Seen) -> None:
+    def go_back(self, seen: tuple[list[tuple[LossPass, Tensor]], Values]) -> None:
         """Forgets what came after."""
-        self._seen, self._streams = seen, None
+        self._passes, self._magnitude_grads = seen
+        self._streams: RandomStreams | None = None
 
     @contextmanager
     def away(self) -> Iterator[None]:
@@ -106,18 +80,34 @@ class LoopWatch:
         finally:
             self.on = on
 
-    def remove(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+    def train_loss(self) -> tuple[list[LossPass], Tensor]:
+        """The passes that backward went through, and L_tr, weighted as the loop weighted them; ∂_μ goes to `.grad`.
+
+        Raises:
+            RuntimeError: there are none.
+        """
+        used = [(one, loss) for one, loss in self._passes if one.weight is not None]
+        if not used:
+            raise RuntimeError(
+                "step() with train_dataloader=None found no training batch: call model(**batch) with labels, in train "
+                "mode, and backward() on the .loss it returns; or pass a train_dataloader"
+            )
+        value = torch.stack([one.part(loss) for one, loss in used]).sum()
+        for p, grad in self._magnitude_grads.items():
+            p.grad = grad
+        return [one for one, _ in used], value
+
+    # --- hooks ----------------------------------------------------------------------------------------------------
 
     def before(self, model: nn.Module, args: Any) -> None:
         if self.on and model.training and torch.is_grad_enabled():
-            if set(map(id, parameters_of(self._upper))).isdisjoint(map(id, self._magnitudes)):
+            if set(parameters_of(self._upper)).isdisjoint(self._magnitudes):
                 raise RuntimeError(
                     "the magnitudes are no longer in the groups of the BilevelOptimizer: copies stand in their place, "
                     "as under DeepSpeed's ZeRO and its fp16 and bf16 modes. Use ZeRO stage 0 in float32, or DDP"
                 )
-            self._streams = RandomStreams(devices_of(model))
+            *_, devices = parts_of(model)
+            self._streams = RandomStreams(devices)
 
     def after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         loss, streams, self._streams = model_loss(output), self._streams, None
@@ -130,7 +120,7 @@ class LoopWatch:
             return found
 
         one = LossPass(again, streams)
-        self._seen.passes.append((one, loss.detach()))
+        self._passes.append((one, loss.detach()))
 
         def weigh(grad: Tensor) -> None:
             one.weight = grad.detach()
@@ -139,6 +129,6 @@ class LoopWatch:
 
     def collect(self, p: Tensor) -> None:
         if self.on and p.grad is not None:
-            before = self._seen.magnitude_grads.get(p)
-            self._seen.magnitude_grads[p] = p.grad if before is None else before + p.grad
+            before = self._magnitude_grads.get(p)
+            self._magnitude_grads[p] = p.grad if before is None else before + p.grad
             p.grad = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,19 +14,20 @@ from torch.optim import Optimizer
 from .. import checks
 from ..layers.bnb import hold_training_layout
 from ..layers.stack import BaseNorms
-from ..streams import derived_seed, shared_seed
+from ..streams import RandomStreams, derived_seed, shared_seed
 from ..wrapper import chain, only_initialises
-from .data import Batches
+from .data import to_device, two_splits
 from .levels import directions_of, step_sizes
 from .loop import LoopWatch
 from .orthogonality import add_orthogonality_gradient
-from .parameters import check_levels, correlation, dora_layers, update_changes
+from .parameters import check_levels, dora_layers, update_correlation
 from .passes import (
     LossPass,
     Values,
     average_gradients,
-    batch_pass,
+    batch_loss,
     begin_alike,
+    copies,
     finite,
     frozen,
     grads_of,
@@ -35,6 +35,7 @@ from .passes import (
     moved,
     norm_of,
     parameters_of,
+    parts_of,
     together,
     undone_on_error,
     whole_model,
@@ -62,7 +63,7 @@ class BilevelStep:
 
 
 @dataclass(frozen=True)
-class TrainPoint:
+class LowerPass:
     """Where a lower step begins: V, what perturbs the model there, L_tr with its passes, and ∂_μ L_tr where taken."""
 
     V: Values
@@ -85,21 +86,22 @@ class BilevelOptimizer(TwoPhases):
         ∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v,    v = ∇_V L_val(V', μ)
 
     whose second term is a finite difference of ∂_μ L_tr around V, on the training batch just used, over ``e·v`` with
-    ``e = epsilon/‖v‖``. The passes it subtracts see the same dropout as the lower pass and, if `lower` perturbs the
-    model (any `OptimizerWrapper` that says so), the same perturbation: L_tr is the perturbed loss, and what makes up
-    the perturbation is no part of V. L_val is that of the unperturbed model. R, which lacks μ, is in no difference.
+    ``e = epsilon/‖v‖``. Its passes see the same dropout as the lower pass and, if `lower` perturbs the model (any
+    `OptimizerWrapper` that says so), the same perturbation: L_tr is the perturbed loss, and what makes up the
+    perturbation is no part of V. L_val is that of the unperturbed model. R, which lacks μ, is in no difference.
 
     PEFT treats DoRA's norm ``‖W0 + s·B·A‖`` as a constant in backward. ∂_μ is exact all the same, and the difference
     moves the norm along with V, so the second term is the exact derivative of ∂_μ L_tr along v. But v, as the gradient
     that made V', lacks the part through the norm: this is not the full derivative of ``L_val(V'(μ), μ)``.
 
-    The random streams end a step as if its lower passes alone had run. A loss or gradient that is not finite is refused
-    before the level's optimizer moves. If that or anything else in a step fails, everything is as before `step()`:
-    parameters, gradients, both optimizers' states and groups, random streams and positions in the data, so that the
-    next call tries the same again. What a base optimizer keeps outside of its `state` and `param_groups` can't be put
-    back. The copies that this takes are about 1 % of a step's time and, under Adam, four times the trained parameters.
+    A loss or gradient that is not finite is refused before the level's optimizer moves, for which the host reads two
+    numbers a level. If that or anything else in a step fails, everything is as before `step()`, and the next call tries
+    the same again: parameters, gradients, both optimizers' states and groups, random streams, positions in the data.
+    What a base optimizer keeps outside of its `state` and `param_groups` can't be put back. The copies that this takes
+    are under Adam four times the trained parameters, made in less than 1 % of a step's time on all but toy models.
 
-    Under bfloat16 rounding drowns the difference: keep A, B and μ in float32, as PEFT does, and compute in float32.
+    The random streams end a step as if its lower passes alone had run. Under bfloat16 rounding drowns the difference:
+    keep A, B and μ in float32, as PEFT does, and compute in float32.
 
     Several processes each run their share of every batch, as a `DistributedSampler` in each loader (it is told the
     epoch) deals it out. Losses and all gradients are averaged over them; they begin with rank 0's parameters. DDP need
@@ -115,8 +117,8 @@ class BilevelOptimizer(TwoPhases):
         loss_fn: ``loss_fn(model, batch)`` returns a scalar tensor; by default ``model(**batch).loss``.
         xi: ξ ≥ 0, or ``"lr"`` for the learning rate of each of the lower's groups, which is DARTS' own ξ: its V' is one
             gradient step. 1, as in BiDoRA's code, takes V* by the implicit function theorem instead, with the identity
-            for the inverse Hessian of L_tr, and so does not shrink with the learning rate. 0 drops the second term and
-            its passes, which is a different method: alternating first-order updates.
+            for the inverse Hessian of L_tr. 0 drops the second term and its passes, which is a different method:
+            alternating first-order updates.
         unroll_steps: lower steps per upper step.
         difference: ``"central"``, with an error in e², two more passes; or ``"forward"``, with an error in e, one more,
             as it reuses the lower pass.
@@ -158,34 +160,25 @@ class BilevelOptimizer(TwoPhases):
         adapter: str | Iterable[str] | None = None,
     ):
         super().__init__(lower, upper)
-        model = whole_model(checks.module(model))
+        self.model = whole_model(checks.module(model))
+        check_levels(lower, upper, self.model, adapter)
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable as loss_fn(model, batch), got {loss_fn!r}")
-        if isinstance(xi, str) and xi != "lr":
-            raise ValueError(f"xi must be a number >= 0 or 'lr', got {xi!r}")
-        self.xi: float | Literal["lr"] = "lr" if isinstance(xi, str) else checks.number("xi", xi)
+        self.loss_fn, self.adapter = loss_fn, adapter
+        self.xi: float | Literal["lr"] = "lr" if xi == "lr" else checks.number("xi, if not 'lr',", xi)
         self.unroll_steps = checks.integer("unroll_steps", unroll_steps, 1)
         self.difference = checks.option("difference", difference, ("central", "forward"))
         self.epsilon = checks.number("epsilon", epsilon, above=0)  # to leave the second-order term out, one sets xi=0
         self.orthogonality = checks.number("orthogonality", orthogonality)
-        check_levels(lower, upper, model, adapter)
-        if train_dataloader is val_dataloader is not None:
-            warnings.warn(
-                "the same object is both train_dataloader and val_dataloader, so magnitudes are trained on the data of "
-                "the directions; split the data, for example with flatlora.split_dataset",
-                stacklevel=2,
-            )
-        self.model, self.loss_fn, self.adapter = model, loss_fn, adapter
+        self._layers = dora_layers(self.model, adapter, directions_of(lower), needed=self.orthogonality > 0)
+        self._base_norms = BaseNorms()
         self._seed = shared_seed()
+        self._train, self._val = two_splits(train_dataloader, val_dataloader, self._seed)
         begin_alike([*parameters_of(lower), *parameters_of(upper)])
-        self._train = None if train_dataloader is None else Batches(train_dataloader, "train_dataloader", self._seed)
-        self._val = Batches(val_dataloader, "val_dataloader", self._seed)
         self._lower_steps = 0
         self._norms: dict[str, Tensor] = {}
-        self._adapted = dora_layers(model, adapter, directions_of(lower), needed=orthogonality > 0)
-        self._layers, self._base_norms = self._adapted if orthogonality > 0 else [], BaseNorms()
-        self._layout = hold_training_layout(model)
-        self._watch = LoopWatch(model, upper) if self._train is None else None
+        self._layout = hold_training_layout(self.model)
+        self._watch = LoopWatch(self.model, upper) if self._train is None else None
 
     # --- the method -----------------------------------------------------------------------------------------------
 
@@ -214,33 +207,35 @@ class BilevelOptimizer(TwoPhases):
             return self._iterate()
 
     def _iterate(self) -> BilevelStep:
-        steps = self._lower_steps
+        steps, norms = self._lower_steps, dict(self._norms)
         for _ in range(self.unroll_steps if self._watch is None else 1):
-            at = self._train_point(None if self._train is None else [self._pass(self._train.next(), "training")])
-            norms = {"lower_grad_norm": norm_of(grads_of(at.V))}
-            train_loss, lower_grad_norm = finite("training", at.loss, *norms.values())
+            at = self._lower_pass(None if self._train is None else [self._pass(self._train.next(), "training")])
+            norms["lower_grad_norm"] = norm_of(grads_of(at.V))
+            train_loss, lower_grad_norm = finite("training", at.loss, norms["lower_grad_norm"])
             self.lower.step()  # V becomes V', along ∇_V (L_tr + γ·R)
             steps += 1
         val_loss = upper_grad_norm = None
         if self._watch is None or steps % self.unroll_steps == 0:
-            loss, direct, v = self._val_gradients(self._val.next(), steps)
+            loss, direct, v = self._val_pass(self._val.next(), steps)
             implicit = self._second_order(at, v)
-            for p, grad in zip(self._magnitudes(), self._hypergradient(direct, implicit), strict=True):
+            hypergradient = self._hypergradient(direct, implicit)
+            for p, grad in hypergradient.items():
                 p.grad = grad
-            norms["hypergradient_norm"] = norm = norm_of(grads_of(self._magnitudes()))
             norms |= {"first_order_norm": norm_of(direct), "second_order_norm": norm_of(implicit)}
-            val_loss, upper_grad_norm = finite("validation", loss, norm)
+            norms["hypergradient_norm"] = norm_of(hypergradient)
+            val_loss, upper_grad_norm = finite("validation", loss, norms["hypergradient_norm"])
             self.upper.step()  # μ moves along its hypergradient
         if self._watch is not None:
             self._watch.clear()
-        self._lower_steps, self._norms = steps, self._norms | norms
+        self._lower_steps, self._norms = steps, norms
         return BilevelStep(train_loss, val_loss, lower_grad_norm, upper_grad_norm)
 
-    def _train_point(self, passes: list[LossPass] | None) -> TrainPoint:
+    def _lower_pass(self, passes: list[LossPass] | None) -> LowerPass:
         """L_tr(V, μ) over the passes, or over those that the loop has made; ``∇_V (L_tr + γ·R)`` is in `.grad`."""
         if passes is None:
-            passes, value = self._watch.train_loss()  # type: ignore[union-attr]
-            loss = average_gradients(self.model, value)
+            assert self._watch is not None
+            passes, loss = self._watch.train_loss()
+            loss = average_gradients(self.model, loss)
         else:
             # The forward difference subtracts ∂_μ of this very pass; the central one has no use for it.
             reused = self.difference == "forward" and self.xi != 0
@@ -250,9 +245,9 @@ class BilevelOptimizer(TwoPhases):
         self.upper.zero_grad()
         add_orthogonality_gradient(self._layers, self.orthogonality)
         perturbations = [wrapper.current_perturbation() for wrapper in chain(self.lower)]
-        return TrainPoint(directions_of(self.lower), perturbations, passes, loss, magnitude_grads)
+        return LowerPass(copies(directions_of(self.lower)), perturbations, passes, loss, magnitude_grads)
 
-    def _val_gradients(self, batch: Any, steps: int) -> tuple[Tensor, Values, Values]:
+    def _val_pass(self, batch: Any, steps: int) -> tuple[Tensor, Values, Values]:
         """L_val(V', μ) of the unperturbed model after so many lower steps, ∂_μ of it, and ``v = ∇_V L_val``."""
         # Dropout in this pass draws from a seed of its own, or it would shift the stream of the lower passes.
         seed = derived_seed(self._seed, "validation", steps)
@@ -261,7 +256,7 @@ class BilevelOptimizer(TwoPhases):
             loss = self._backward([self._pass(batch, "validation")])
             return loss, grads_of(self._magnitudes()), grads_of(parameters_of(self.lower))
 
-    def _second_order(self, at: TrainPoint, v: Values) -> Values:
+    def _second_order(self, at: LowerPass, v: Values) -> Values:
         """``ξ·∇²_{μV} L_tr(V, μ)·v`` by finite difference around V; nothing where ξ is 0.
 
         ξ may differ between groups, so the difference is taken along ``u = ξ·v``, at ``V ± epsilon·u/‖u‖``.
@@ -286,10 +281,13 @@ class BilevelOptimizer(TwoPhases):
         per_e = length / (self.epsilon if self.difference == "forward" else 2 * self.epsilon)
         return {p: (ahead[p] - behind[p]) * per_e.to(ahead[p]) for p in ahead if p in behind}
 
-    def _hypergradient(self, direct: Values, implicit: Values) -> list[Tensor]:
+    def _hypergradient(self, direct: Values, implicit: Values) -> Values:
         """``∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v`` of every magnitude, 0 of one that a loss does not have."""
-        zeros = ((p, torch.zeros_like(p)) for p in self._magnitudes())
-        return [direct.get(p, zero) - implicit.get(p, zero) for p, zero in zeros]
+
+        def of(p: Tensor, values: Values) -> Tensor:
+            return values[p] if p in values else torch.zeros_like(p)
+
+        return {p: of(p, direct) - of(p, implicit) for p in self._magnitudes()}
 
     def hypergradient(self, train_batch: Any, val_batch: Any, *, virtual_step: bool = True) -> list[Tensor]:
         """``∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v`` at the present V, which stays; nothing at all is changed.
@@ -308,19 +306,33 @@ class BilevelOptimizer(TwoPhases):
         """
         passes = [self._pass(train_batch, "training")]
         with isolated(self.model, watch=self._watch):
-            at = self._train_point(passes)
+            at = self._lower_pass(passes)
             finite("training", at.loss)
             xi, grads = step_sizes(self.lower, self.xi), grads_of(at.V)
         after = {p: value - xi[p] * grads[p] if p in grads and virtual_step else value for p, value in at.V.items()}
         with moved(after):
-            loss, direct, v = self._val_gradients(val_batch, self._lower_steps)
+            loss, direct, v = self._val_pass(val_batch, self._lower_steps)
         finite("validation", loss)
-        return self._hypergradient(direct, self._second_order(at, v))
+        return list(self._hypergradient(direct, self._second_order(at, v)).values())
 
     def retrain_gradients(self, batch: Any) -> Tensor:
         loss = self._backward([self._pass(batch, "training")])
         add_orthogonality_gradient(self._layers, self.orthogonality)
         return loss
+
+    def _pass(self, batch: Any, which: str) -> LossPass:
+        """The loss of a batch from where the random streams stand now; `which` batch it is, errors tell."""
+        *_, devices = parts_of(self.model)
+        batch = to_device(batch, devices[0])
+        return LossPass(lambda: batch_loss(self.model, batch, which, self.loss_fn), RandomStreams(devices))
+
+    def _backward(self, passes: list[LossPass]) -> Tensor:
+        """L_tr, or L_val, of the passes over all ranks; its gradient replaces what is in `.grad`."""
+        super().zero_grad()
+        return average_gradients(self.model, torch.stack([one.backward() for one in passes]).sum())
+
+    def _magnitudes(self) -> list[Tensor]:
+        return parameters_of(self.upper)
 
     # --- what others see ------------------------------------------------------------------------------------------
 
@@ -333,8 +345,8 @@ class BilevelOptimizer(TwoPhases):
         ``update_correlation``: Pearson's r of the adapters' ΔM and ΔD, how far μ and V are from the pretrained weights
         (DoRA, arXiv:2402.09353, Eq. 3-4); from −1, as full fine-tuning tends to, to 1; 0 where one of them is constant.
         """
-        changes = update_changes(self._adapted if self._lower_steps else [], self._base_norms)
-        return {**self._norms, **({"update_correlation": correlation(changes)} if changes.shape[1] > 1 else {})}
+        found = update_correlation(self._layers, self._base_norms) if self._lower_steps else None
+        return dict(self._norms) if found is None else {**self._norms, "update_correlation": found}
 
     def remove(self) -> None:
         """Takes everything off the model. Idempotent; the levels are left as they are."""
@@ -384,16 +396,3 @@ class BilevelOptimizer(TwoPhases):
             self._train.load_state_dict(state["train"])
         self._val.load_state_dict(state["val"])
         self.load_phase(state["phase"], state["retrain"])
-
-    # --- passes ---------------------------------------------------------------------------------------------------
-
-    def _pass(self, batch: Any, which: str) -> LossPass:
-        return batch_pass(self.model, batch, which, self.loss_fn)
-
-    def _backward(self, passes: list[LossPass]) -> Tensor:
-        """L_tr, or L_val, of the passes over all ranks; its gradient replaces what is in `.grad`."""
-        super().zero_grad()
-        return average_gradients(self.model, torch.stack([one.backward() for one in passes]).sum())
-
-    def _magnitudes(self) -> list[Tensor]:
-        return parameters_of(self.upper)

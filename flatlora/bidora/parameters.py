@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,15 +15,15 @@ from ..layers.adapter import Adapter
 from ..layers.base import full_tensor, sum_dtype
 from ..layers.stack import BaseNorms
 from ..layers.view import LoRALayer, lora_layers
+from .passes import parameters_of
 
 __all__ = [
     "check_levels",
-    "correlation",
     "direction_parameters",
     "dora_layers",
     "magnitude_parameters",
     "reset_directions",
-    "update_changes",
+    "update_correlation",
 ]
 
 
@@ -67,27 +67,23 @@ def reset_directions(model: nn.Module, adapter: str | Iterable[str] | None, seed
 
 def check_levels(lower: Optimizer, upper: Optimizer, model: nn.Module, adapter: str | Iterable[str] | None) -> None:
     """ValueError unless the levels are apart, of this model and, if it has PEFT's layers, not mixed up."""
-    low, up = ({id(p) for group in level.param_groups for p in group["params"]} for level in (lower, upper))
-    built = "build lower from direction_parameters(model) and upper from magnitude_parameters(model)"
+    low, up = set(parameters_of(lower)), set(parameters_of(upper))
+    directions, magnitudes = low, up
     if _is_peft(model):
-        directions = {id(p) for p in direction_parameters(model, adapter)}
-        magnitudes = {id(p) for p in magnitude_parameters(model, adapter)}
-    else:
-        directions, magnitudes = low, up
-    if low & up:
-        raise ValueError(f"lower and upper overlap: they share {len(low & up)} parameters; {built}")
-    foreign = (low | up) - {id(p) for p in model.parameters()}
-    if foreign:
-        raise ValueError(
-            f"{len(foreign)} parameters of lower and upper are not in the model; build the optimizers from this model, "
-            "after its adapters were added"
-        )
-    if low & magnitudes and up & directions:
-        raise ValueError(f"lower and upper are swapped: lower holds magnitudes and upper directions; {built}")
-    if low & magnitudes:
-        raise ValueError(f"lower holds {len(low & magnitudes)} magnitudes, which belong to upper; {built}")
-    if up - magnitudes:
-        raise ValueError(f"upper holds {len(up - magnitudes)} parameters that are not magnitudes; {built}")
+        directions, magnitudes = set(direction_parameters(model, adapter)), set(magnitude_parameters(model, adapter))
+    faults = {
+        "overlap: parameters of both": low & up,
+        "hold parameters that are not in the model": (low | up) - set(model.parameters()),
+        "are swapped: magnitudes are in lower": low & magnitudes if up & directions else (),
+        "are mixed up: magnitudes, which belong to upper, are in lower": low & magnitudes,
+        "are mixed up: parameters that are not magnitudes are in upper": up - magnitudes,
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ValueError(
+                f"lower and upper {fault} ({len(found)} parameters); build lower from direction_parameters(model) and "
+                "upper from magnitude_parameters(model), once this model has its adapters"
+            )
 
 
 def _is_peft(model: nn.Module) -> bool:
@@ -96,7 +92,7 @@ def _is_peft(model: nn.Module) -> bool:
 
 
 def dora_layers(
-    model: nn.Module, adapter: str | Iterable[str] | None, directions: Container[Any], needed: bool = True
+    model: nn.Module, adapter: str | Iterable[str] | None, directions: Iterable[Tensor], needed: bool
 ) -> list[LoRALayer]:
     """PEFT's linear layers, seen through the adapters whose A is among `directions`.
 
@@ -109,7 +105,7 @@ def dora_layers(
         if needed:
             raise
         return []
-    found = []
+    directions, found = set(directions), []
     for layer in layers:
         if names := frozenset(a.name for a in layer.all_adapters() if a.A_param in directions):
             found.append(LoRALayer(layer.name, layer.module, layer.base, names))
@@ -117,30 +113,29 @@ def dora_layers(
 
 
 @torch.no_grad()
-def update_changes(layers: list[LoRALayer], norms: BaseNorms | None = None) -> Tensor:
-    """ΔM and ΔD (2, adapters) of DoRA's Eq. 3-4 (arXiv:2402.09353), on the device: how far from the pretrained weight.
+def update_correlation(layers: list[LoRALayer], norms: BaseNorms) -> Tensor | None:
+    """Pearson's r of the adapters' ΔM and ΔD (DoRA, arXiv:2402.09353, Eq. 3-4); None of fewer than two.
 
     ΔM is the mean over the rows of ``|μ_i − ‖W0_i‖|``, ΔD that of ``1 − cos(V_i, W0_i)`` with ``V = W0 + s·B·A``; each
-    adapter is looked at as if it were its layer's only one. `norms` keeps ``‖W0_i‖²`` for the next call.
+    adapter is looked at as if it were its layer's only one. 0 where one of them does not vary. `norms` keeps
+    ``‖W0_i‖²`` for the next call.
     """
-    norms = BaseNorms() if norms is None else norms
     adapters = [(layer, a) for layer in layers for a in layer.all_adapters() if a.magnitude is not None]
+    if len(adapters) < 2:
+        return None
     found = [_changes(layer, adapter, *norms.of([layer])) for layer, adapter in adapters]
-    if not found:
-        return torch.zeros(2, 0, dtype=torch.float32)
-    return torch.stack([pair.to(found[0].device) for pair in found], 1)
-
-
-def correlation(changes: Tensor) -> Tensor:
-    """Pearson's r of the two rows of `changes`, on their device; 0 where one of them does not vary."""
+    changes = torch.stack([pair.to(found[0].device) for pair in found], 1)
     m, d = changes - changes.mean(1, keepdim=True)
     both = m.norm() * d.norm()
     return torch.where(both > 0, (m @ d) / both, 0.0)
 
 
 def _changes(layer: LoRALayer, adapter: Adapter, base_sq: Tensor) -> Tensor:
-    # No (m, n) matrix is formed. ``1 − cos`` is taken as ``sin²/(1 + cos)``, where nothing cancels however small
-    # ``d = s·B·A`` is: ``sin² = (‖W0_i‖²·‖d_i‖² − (W0_i·d_i)²) / (‖W0_i‖²·‖V_i‖²)``.
+    """ΔM and ΔD of one adapter, without an (m, n) matrix.
+
+    ``1 − cos`` is taken as ``sin²/(1 + cos)``, where nothing cancels however small ``d = s·B·A`` is:
+    ``sin² = (‖W0_i‖²·‖d_i‖² − (W0_i·d_i)²) / (‖W0_i‖²·‖V_i‖²)``.
+    """
     assert adapter.magnitude is not None
     dtype = sum_dtype(layer.base.device)
     crossed = layer.base.apply_rows(adapter.A).to(dtype)  # W0·Aᵀ
@@ -168,8 +163,9 @@ def _dora_adapters(model: nn.Module, adapter: str | Iterable[str] | None) -> lis
         known |= {*layer.lora_A, *layer.lora_embedding_A}
         for name in layer.lora_magnitude_vector:
             if wanted is None or name in wanted:
-                factors = [(linear if name in linear else embedding)[name] for linear, embedding in _factors(layer)]
-                found.append((layer.lora_magnitude_vector[name].weight, *factors))
+                embeds = name in layer.lora_embedding_A
+                A, B = (layer.lora_embedding_A, layer.lora_embedding_B) if embeds else (layer.lora_A, layer.lora_B)
+                found.append((layer.lora_magnitude_vector[name].weight, A[name], B[name]))
     if wanted is not None and not wanted <= known:
         raise ValueError(f"unknown adapter {sorted(wanted - known)}; the model has {sorted(known) or 'no adapters'}")
     if not found:
@@ -179,7 +175,3 @@ def _dora_adapters(model: nn.Module, adapter: str | Iterable[str] | None) -> lis
             "peft.get_peft_model(model, LoraConfig(use_dora=True, target_modules='all-linear'))"
         )
     return found
-
-
-def _factors(layer: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    return (layer.lora_A, layer.lora_embedding_A), (layer.lora_B, layer.lora_embedding_B)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from ..streams import RandomStreams, private_streams
 from ..wrapper import chain
-from .data import to_device
 
 Values = dict[Tensor, Tensor]  # of parameters, or their gradients
 
@@ -24,9 +23,9 @@ __all__ = [
     "Values",
     "assign",
     "average_gradients",
-    "batch_pass",
+    "batch_loss",
     "begin_alike",
-    "devices_of",
+    "copies",
     "finite",
     "frozen",
     "grads_of",
@@ -35,7 +34,7 @@ __all__ = [
     "moved",
     "norm_of",
     "parameters_of",
-    "running_statistics",
+    "parts_of",
     "together",
     "undone_on_error",
     "whole_model",
@@ -71,23 +70,8 @@ def model_loss(output: Any) -> Tensor | None:
     return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
 
 
-def batch_pass(
-    model: nn.Module,
-    batch: Any,
-    which: str,
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None,
-) -> LossPass:
-    """``loss_fn(model, batch)``, or ``model(**batch).loss``, from where the random streams stand now.
-
-    The batch goes to the model's first device. `which` batch it is, errors tell.
-    """
-    devices = devices_of(model)
-    batch = to_device(batch, devices[0])
-    return LossPass(lambda: _batch_loss(model, batch, which, loss_fn), RandomStreams(devices))
-
-
-def _batch_loss(model: nn.Module, batch: Any, which: str, loss_fn: Callable[[nn.Module, Any], Tensor] | None) -> Tensor:
-    """ValueError if it is not a scalar to go backward from."""
+def batch_loss(model: nn.Module, batch: Any, which: str, loss_fn: Callable[[nn.Module, Any], Tensor] | None) -> Tensor:
+    """``loss_fn(model, batch)``, or ``model(**batch).loss``; ValueError if that is no scalar to go backward from."""
     loss: Any
     if loss_fn is not None:
         loss = loss_fn(model, batch)
@@ -106,9 +90,18 @@ def _batch_loss(model: nn.Module, batch: Any, which: str, loss_fn: Callable[[nn.
     return loss
 
 
-def devices_of(model: nn.Module) -> list[torch.device]:
-    """The devices of a model's parameters; the first is where batches go."""
-    return list(dict.fromkeys(p.device for p in model.parameters()))
+def parts_of(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[torch.device]]:
+    """The parameters that require a gradient, the buffers of running statistics, and the devices of all parameters.
+
+    Of this moment, in one walk through the modules. Batches go to the first device.
+    """
+    params: dict[Tensor, None] = {}
+    statistics: list[Tensor] = []
+    for module in model.modules():
+        params.update(dict.fromkeys(p for p in module._parameters.values() if p is not None))
+        if module.__dict__.get("track_running_stats"):  # as BatchNorm's, which passes in train mode update
+            statistics += module.buffers(recurse=False)
+    return [p for p in params if p.requires_grad], statistics, list(dict.fromkeys(p.device for p in params))
 
 
 def finite(which: str, loss: Tensor, *others: Tensor) -> list[float]:
@@ -135,15 +128,21 @@ def grads_of(params: Iterable[Tensor]) -> Values:
 
 def norm_of(values: Values) -> Tensor:
     """The norm of all values together."""
-    norms = [value.norm() for value in values.values()]
-    if not norms:
+    if not values:
         return torch.zeros((), dtype=torch.float32, device="cpu")
+    norms = torch._foreach_norm(list(values.values()))
     return torch.stack([norm.to(norms[0]) for norm in norms]).norm()
 
 
 @torch.no_grad()
+def copies(tensors: Iterable[Tensor]) -> Values:
+    """What they hold now, for `assign`."""
+    return {tensor: tensor.clone() for tensor in tensors}
+
+
+@torch.no_grad()
 def assign(values: Values) -> None:
-    """Writes the values into their parameters."""
+    """Writes the values into their parameters or buffers."""
     for p, value in values.items():
         p.copy_(value)
 
@@ -151,7 +150,7 @@ def assign(values: Values) -> None:
 @contextmanager
 def moved(values: Values) -> Iterator[None]:
     """Within the context the parameters have these values; afterwards the very bits they had."""
-    present = {p: p.detach().clone() for p in values}
+    present = copies(values)
     try:
         assign(values)
         yield
@@ -172,27 +171,21 @@ def frozen(params: Iterable[Tensor]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def running_statistics(model: nn.Module) -> Values:
-    """The buffers that forward passes in train mode update, as BatchNorm's, and their values."""
-    running = [module for module in model.modules() if getattr(module, "track_running_stats", False)]
-    return {buffer: buffer.clone() for module in running for buffer in module.buffers(recurse=False)}
-
-
 @contextmanager
 def isolated(model: nn.Module, seed: int = 0, watch: Any = None) -> Iterator[None]:
     """Puts gradients, random streams and running statistics back afterwards; within, the streams start at `seed`.
 
     Nor does `watch`, a `LoopWatch` if one is given, see what is done within.
     """
-    grads = [(p, p.grad) for p in model.parameters() if p.requires_grad]
-    statistics = running_statistics(model)
+    trained, statistics, devices = parts_of(model)
+    grads, before = [(p, p.grad) for p in trained], copies(statistics)
     try:
-        for p, _ in grads:
+        for p in trained:
             p.grad = None  # backward would add to it in place
-        with private_streams(seed, devices_of(model)), nullcontext() if watch is None else watch.away():
+        with private_streams(seed, devices), nullcontext() if watch is None else watch.away():
             yield
     finally:
-        assign(statistics)
+        assign(before)
         for p, grad in grads:
             p.grad = grad
 
@@ -208,76 +201,71 @@ def together(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
 
 @contextmanager
 def undone_on_error(
-    model: nn.Module, optimizers: Iterable[Optimizer], batches: Iterable[Any], watch: Any = None
+    model: nn.Module, optimizers: Sequence[Optimizer], batches: Iterable[Any], watch: Any = None
 ) -> Iterator[None]:
     """If the context ends in an exception, everything is as it was before, and the exception goes on.
 
     That is the parameters that the optimizers hold, their `state` and groups and what their wrappers keep, the
     gradients and running statistics of the model, the random streams, the positions in `batches` (`Batches` or None),
-    and what `watch` has seen. What a base optimizer keeps elsewhere cannot be known and stays as it has become. All
-    that is copied beforehand: four times the trained parameters under Adam, and about 1 % of a step's time.
+    and what `watch` has seen. What a base optimizer keeps elsewhere cannot be known and stays as it has become.
     """
-    optimizers, positions = list(optimizers), [(one, one.position) for one in batches if one is not None]
-    values = {p: p.detach().clone() for optimizer in optimizers for p in parameters_of(optimizer)}
-    grads = [(p, None if p.grad is None else p.grad.clone()) for p in model.parameters() if p.requires_grad]
-    statistics, streams = running_statistics(model), RandomStreams(devices_of(model))
-    restores = [_noted(optimizer) for optimizer in optimizers]
+    trained, statistics, devices = parts_of(model)
+    values = copies([*statistics, *(p for optimizer in optimizers for p in parameters_of(optimizer))])
+    streams, positions = RandomStreams(devices), [(one, one.position) for one in batches if one is not None]
+    with torch.no_grad():
+        grads = [(p, _copied(p.grad)) for p in trained]
+        kept = [_kept(optimizer) for optimizer in optimizers]
     seen = None if watch is None else watch.seen()
     try:
         yield
     except BaseException:
         assign(values)
-        assign(statistics)
         for p, grad in grads:
             p.grad = grad
-        for restore in restores:
-            restore()
-        for one, position in positions:
-            one.go_back(position)
+        for optimizer, one in zip(optimizers, kept, strict=True):
+            _bring_back(optimizer, *one)
+        for loader, position in positions:
+            loader.go_back(position)
         if watch is not None:
             watch.go_back(seen)
         streams.restore()
         raise
 
 
-def _noted(optimizer: Optimizer) -> Callable[[], None]:
-    """What puts back the state, groups and methods that an optimizer has now."""
-    # Not state_dict() and load_state_dict(), which round moments to the parameters' type.
-    state = _copied(dict(optimizer.state))
-    groups = [
-        _copied({key: value for key, value in group.items() if key != "params"}) for group in optimizer.param_groups
-    ]
-    methods = [(wrapper, _copied(wrapper.method_state())) for wrapper in chain(optimizer)]
+def _kept(optimizer: Optimizer) -> tuple[Any, Any, Any]:
+    """Copies of an optimizer's state and groups and of what its wrappers keep."""
+    # Not its state_dict(), whose loading rounds moments to the parameters' type.
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return _copied((dict(optimizer.state), groups, [wrapper.method_state() for wrapper in chain(optimizer)]))
 
-    def restore() -> None:
-        _put_back(optimizer.state, state)
-        for group, kept in zip(optimizer.param_groups, groups, strict=True):
-            _put_back(group, {**kept, "params": group["params"]})
-        for wrapper, kept in methods:
-            if kept:
-                wrapper.load_method_state(kept)
 
-    return restore
+def _bring_back(optimizer: Optimizer, state: Any, groups: Any, methods: Any) -> None:
+    _make_equal(optimizer.state, state)
+    for group, kept in zip(optimizer.param_groups, groups, strict=True):
+        _make_equal(group, {**kept, "params": group["params"]})
+    for wrapper, own in zip(chain(optimizer), methods, strict=True):
+        if own:
+            wrapper.load_method_state(own)
 
 
 def _copied(value: Any) -> Any:
     """A copy down to the tensors; other objects than these, dicts, lists and tuples are taken to be immutable."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return value.clone()
     if isinstance(value, dict):
         return {key: _copied(one) for key, one in value.items()}
     return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
 @torch.no_grad()
-def _put_back(present: dict[Any, Any], kept: dict[Any, Any]) -> None:
-    """Makes `present` equal to `kept`; in place where it can be, as tensors may be shared or captured in a graph."""
-    for key in [key for key in present if key not in kept]:
+def _make_equal(present: dict[Any, Any], kept: dict[Any, Any]) -> None:
+    """Makes `present` what `kept` is; tensors in place where that can be, as a CUDA graph may hold them."""
+    for key in present.keys() - kept.keys():
         del present[key]
     for key, value in kept.items():
         now = present.get(key)
         if isinstance(now, dict) and isinstance(value, dict):
-            _put_back(now, value)
+            _make_equal(now, value)
         elif isinstance(now, Tensor) and isinstance(value, Tensor) and _alike(now, value):
             now.copy_(value)
         else:
@@ -320,7 +308,7 @@ def average_gradients(model: nn.Module, loss: Tensor) -> Tensor:
     """
     if (ranks := _ranks()) == 1:
         return loss
-    params = [p for p in model.parameters() if p.requires_grad]
+    params, *_ = parts_of(model)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     there = torch.tensor([p.grad is not None for p in params])
     flat = torch.cat([part.flatten().to(loss.device) for part in (loss, there, *parts)])

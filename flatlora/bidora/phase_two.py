@@ -16,13 +16,13 @@ from .data import Batches, check_position
 from .levels import TwoLevels, check_optimizer_state, shapes_of
 from .loop import LoopWatch
 from .parameters import direction_parameters, reset_directions
-from .passes import Values, assign, finite, parameters_of, together, undone_on_error
+from .passes import assign, copies, finite, parameters_of, together, undone_on_error
 
 __all__ = ["TwoPhases"]
 
 
 class TwoPhases(TwoLevels):
-    """Two levels of which the first phase trains both, as the method's `step` does, and `retrain` the lower alone.
+    """Two levels that the first phase trains by the method's `step`; `retrain` then trains the lower alone.
 
     The method sets what is declared here and overrides `retrain_gradients`. After a load the second phase waits for
     `retrain`, which gets an optimizer and a dataloader to go on with.
@@ -96,28 +96,13 @@ class TwoPhases(TwoLevels):
         others = (wrapper for wrapper in chain(self.lower) if id(wrapper) not in own)
         return [wrapper for wrapper in others if trained.isdisjoint(wrapper.perturbation_parameters())]
 
-    def _take_up(self, dataloader: Any, optimizer: Optimizer) -> Batches:
-        """Goes on with these where it stopped; the first time, from the first batch."""
-        batches = self._batches
-        if batches is None or batches.loader is not dataloader:
-            batches = Batches(dataloader, "dataloader", self._seed)
-            if self._loaded is not None:
-                batches.load_state_dict(self._loaded["position"])
-            elif self._batches is not None:
-                batches.load_state_dict(self._batches.state_dict())
-        if self._loaded is not None:
-            check_optimizer_state(self._loaded["optimizer"], self._loaded["shapes"], optimizer)
-            load_base(optimizer, self._loaded["optimizer"])
-        self._batches, self._optimizer, self._loaded = batches, optimizer, None
-        return batches
-
     @contextmanager
     def _begun(self, losses: list[float]) -> Iterator[None]:
         """Begins the phase, unless it has; if its very first step fails, it has not begun."""
         if self.phase == 2:
             yield
             return
-        directions: Values = {p: p.detach().clone() for p in direction_parameters(self.model, self.adapter)}
+        directions = copies(direction_parameters(self.model, self.adapter))
         grads = [(p, p.grad) for p in parameters_of(self.upper)]
         reset_directions(self.model, self.adapter, derived_seed(self._seed, "retrain"))
         self._enter(2)
@@ -138,6 +123,19 @@ class TwoPhases(TwoLevels):
             p.grad = None
         if self._watch is not None:
             self._watch.on = phase == 1
+
+    def _take_up(self, dataloader: Any, optimizer: Optimizer) -> Batches:
+        """Goes on with these where it stopped; the first time, from the first batch."""
+        batches = self._batches
+        if batches is None or batches.loader is not dataloader:
+            batches = Batches(dataloader, "dataloader", self._seed)
+            if (state := self.phase_state()) is not None:
+                batches.load_state_dict(state["position"])
+        if self._loaded is not None:
+            check_optimizer_state(self._loaded["optimizer"], self._loaded["shapes"], optimizer)
+            load_base(optimizer, self._loaded["optimizer"])
+        self._batches, self._optimizer, self._loaded = batches, optimizer, None
+        return batches
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 

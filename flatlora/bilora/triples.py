@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.base import full_tensor, sum_dtype
+from ..layers.base import full_tensor
 from ..layers.stack import chunks
+from ..layers.tangent import product_sq
 from ..layers.view import plain_name
 
 __all__ = ["named_triples", "shapes_of", "total_norm"]
@@ -38,7 +39,7 @@ def named_triples(model: nn.Module, triples: Sequence[Triple]) -> dict[str, Trip
 
 
 def total_norm(triples: dict[str, Triple]) -> Tensor:
-    """``sqrt(Σ ‖s·B·A‖_F²)``, through ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``: nothing larger than r×r is formed per layer.
+    """``sqrt(Σ ‖s·B·A‖_F²)``; nothing larger than r×r is formed per layer.
 
     Layers of one form are launched together, as many as have a bounded size: their products are too small to be worth
     a launch each.
@@ -51,8 +52,8 @@ def total_norm(triples: dict[str, Triple]) -> Tensor:
     for (scaling, *_), group in alike.items():
         first = group[0]
         for part in chunks(group, first[0].numel() + first[1].numel(), first[0].device):
-            a, b = (torch.stack(same).to(sum_dtype(same[0].device)) for same in zip(*part, strict=True))
-            squares.append(scaling**2 * ((b.mT @ b) * (a @ a.mT)).sum())
+            a, b = (torch.stack(same) for same in zip(*part, strict=True))
+            squares.append(scaling**2 * product_sq(b, a))
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().clamp_(min=0.0).sqrt_()
 
 

@@ -20,22 +20,7 @@ from ..perturbation.passes import would_perturb
 from ..perturbation.source import Source
 from ..streams import derived_seed
 
-__all__ = ["RowNoise", "row_squares"]
-
-
-def row_squares(weight_sq: Tensor, grad_sq: Tensor, beta: float, relative: bool) -> tuple[Tensor, Tensor]:
-    """``‖W'_i‖² + β·‖G_i‖²`` from the squared norms of the rows (L, m), LoRA-GGPO's Eq. 6-8, and its second term.
-
-    `relative`: ``(‖W'_i‖² + β·c·‖G_i‖²)/(1 + β)``, with c of each layer such that both terms have the same mean at
-    β = 1. A layer without a gradient has the first term alone, whole.
-    """
-    if not relative:
-        term = beta * grad_sq
-        return weight_sq + term, term
-    weight_mean, grad_mean = weight_sq.mean(1, keepdim=True), grad_sq.mean(1, keepdim=True)
-    share = beta / (1 + beta) * (grad_mean > 0)
-    term = share * (weight_mean / grad_mean).nan_to_num(0.0, posinf=0.0) * grad_sq
-    return (1 - share) * weight_sq + term, term
+__all__ = ["RowNoise"]
 
 
 class RowNoise(Source):
@@ -54,11 +39,10 @@ class RowNoise(Source):
         rank: int,
         seed: int,
         always: bool = False,
-        relative: bool = False,
     ):
         super().__init__(layers)
         self.sigma, self.beta, self.kind, self.rank, self.seed = sigma, beta, kind, rank, seed
-        self.always, self.relative = always, relative
+        self.always = always
         self.step = 0
         self.grad_sq: dict[str, Tensor] = {}
         # What a layer's standard deviations were computed from, they (m,), the same as they are drawn with, and the
@@ -118,8 +102,8 @@ class RowNoise(Source):
         for stack in stacks(stale, adapters):
             names = [layer.name for layer in stack.layers]
             row_sq, _ = weight_sq(stack, self._norms)
-            squares, terms = row_squares(row_sq, self._grad_sq(names, row_sq), self.beta, self.relative)
-            variance = squares.mul(self.sigma**2 / stack.layers[0].shape[1])
+            terms = self.beta * self._grad_sq(names, row_sq)
+            variance = (row_sq + terms).mul_(self.sigma**2 / stack.layers[0].shape[1])  # LoRA-GGPO's Eq. 6-8
             stds = variance.nan_to_num(0.0, posinf=0.0).clamp_(min=0.0).sqrt_()
             rows = zip(names, stds, self._as_drawn(stds, stack), terms, strict=True)
             self._stds.update((name, (keys[name], *row)) for name, *row in rows)
@@ -167,7 +151,7 @@ class RowNoise(Source):
         if not noises:
             return None
         noise, total, grad = (torch.stack(values).sum() for values in (noises, both, grads))
-        return noise, total if self.relative else total - grad, grad / total
+        return noise, total - grad, grad / total
 
     def read_gradients(self) -> bool:
         """Notes the norms of the gradients at hand for the next step's noise; whether there are any."""

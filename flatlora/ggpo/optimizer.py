@@ -54,9 +54,6 @@ class GGPOOptimizer(PerturbingOptimizer):
             paper's 0.03 does next to nothing to an encoder of 22M parameters, where 0.2 acts and 0.6 destroys.
         beta: β, weight of the squared gradient norm. At 0.01 the gradient term has 1e-7 of the variance in a small
             encoder, so the noise is Flat-LoRA's in all but name; see ``metrics()["gradient_share"]``.
-        relative_beta: β on the layer's own scale, ``ε_i ~ N(0, σ²/n · (‖W'_i‖² + β·c·‖G_i‖²)/(1 + β) · I)`` with
-            ``c = Σ_i ‖W'_i‖² / Σ_i ‖G_i‖²``: β = 1 makes both terms equal, and no β changes the noise's power. On an
-            encoder with 40 % wrong labels β → ∞ brought nothing over β = 0: 0.3 ± 0.6 points, 16 paired seeds.
         noise: ``"gaussian"``, independent in every element; or ``"low_rank"``, ``diag(d)·U·V/√noise_rank``: the same
             covariance at the cost of an adapter of that rank, but heavier tails and a larger spread of the loss between
             draws, on a pure quadratic 2.6 times as large at the default rank of 8. On that encoder its accuracy was 1.8
@@ -87,7 +84,6 @@ class GGPOOptimizer(PerturbingOptimizer):
         *,
         sigma: float = 0.03,
         beta: float = 0.01,
-        relative_beta: bool = False,
         noise: Literal["gaussian", "low_rank"] = "gaussian",
         noise_rank: int = 8,
         adapter: str | Iterable[str] | None = None,
@@ -101,7 +97,7 @@ class GGPOOptimizer(PerturbingOptimizer):
         seed = shared_seed() if seed is None else checks.integer("seed", seed, -(2**63))
         self._model, self._adapter = model, adapter
         layers = trained_by(model, adapter, optimizer)
-        self._source = RowNoise(layers, sigma, beta, noise, noise_rank, seed, relative=relative_beta)
+        self._source = RowNoise(layers, sigma, beta, noise, noise_rank, seed)
         self._source.no_grad = perturb_no_grad
         self.reattach()
 
@@ -172,7 +168,7 @@ class GGPOOptimizer(PerturbingOptimizer):
         for name, layer in layers.items():
             grad_sq = noise.grad_sq.get(name)
             layer["grad_sq"] = None if grad_sq is None else grad_sq.clone()  # of a tensor of many layers
-        form = [noise.kind, noise.rank, noise.relative]
+        form = [noise.kind, noise.rank]
         numbers = {"seed": noise.seed, "step": noise.step, "sigma": noise.sigma, "beta": noise.beta}
         return {**numbers, "form": form, "layers": layers, "rise": noise.rise.state()}
 
@@ -183,8 +179,14 @@ class GGPOOptimizer(PerturbingOptimizer):
         checks.integer("the state_dict's step", state["step"], 0)
         check_rise(state)
         checks.integer("the state_dict's seed", state["seed"], -(2**63))
-        if not (isinstance(state["form"], list | tuple) and len(state["form"]) == 3):
-            raise ValueError(f"the state_dict's form must be [noise, noise_rank, relative_beta], got {state['form']!r}")
+        form = state["form"]
+        if not (isinstance(form, list | tuple) and len(form) in (2, 3)):
+            raise ValueError(f"the state_dict's form must be [noise, noise_rank], got {form!r}")
+        if len(form) == 3 and form[2]:  # of version 0.1.0
+            raise ValueError(
+                "the state_dict was written with relative_beta=True, an option that is gone; go on with flatlora 0.1.0 "
+                "or load the adapter alone and start with a new optimizer"
+            )
         self.check_layer_states("GGPO", state["layers"], "grad_sq")
         for name, layer in state["layers"].items():
             found, m = layer["grad_sq"], layer["shape"][0]
@@ -200,9 +202,9 @@ class GGPOOptimizer(PerturbingOptimizer):
             logger.warning("the checkpoint has no GGPO part: the noise starts afresh, without a gradient term")
             noise.step = 0
             return
-        form = [noise.kind, noise.rank, noise.relative]  # which stays this optimizer's
-        if list(state["form"]) != form:
-            logger.warning("resumed with [noise, noise_rank, relative_beta] = %s, not %s", form, state["form"])
+        form, theirs = [noise.kind, noise.rank], list(state["form"][:2])
+        if theirs != form:  # which stays this optimizer's
+            logger.warning("resumed with [noise, noise_rank] = %s, not %s", form, theirs)
         noise.seed, noise.step = state["seed"], state["step"]
         self.take_over(state, "sigma", "beta")
         for name, layer in state["layers"].items():

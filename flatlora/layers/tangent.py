@@ -11,7 +11,7 @@ from torch import Tensor
 from .base import sum_dtype
 from .stack import BaseNorms, Stack, by_block, row_dot, stacked_blocks, weight_sq
 
-__all__ = ["Factors", "Projection", "project", "update_sq"]
+__all__ = ["Factors", "Projection", "product_sq", "project", "update_sq"]
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -108,8 +108,7 @@ def update_sq(stack: Stack) -> Tensor:
     pairs = [stacked_blocks(same, grid) for same in seen]
     a = _joined(tuple(a_k for a_k, _ in pairs), 3)
     b = _joined(tuple(b_k * same[0].scaling for (_, b_k), same in zip(pairs, seen, strict=True)), 4)
-    a, b = (factor.to(sum_dtype(factor.device)) for factor in (a, b))
-    return ((b.mT @ b) * (a @ a.mT)).sum()
+    return product_sq(b, a)
 
 
 def _joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:
@@ -137,3 +136,13 @@ def _roots(gram: Tensor, eps: float) -> Tensor:
     two = one @ one
     series = (eye + one) @ (eye + two) @ (eye + two @ two)
     return scale * inverse.mT @ torch.linalg.cholesky_ex(series)[0]
+
+
+def product_sq(B: Tensor, A: Tensor) -> Tensor:
+    """``Σ ‖B·A‖_F²`` of all products in a stack, B (..., m, r) and A (..., r, n), in float64 where the device has it.
+
+    By ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``: nothing larger than r×r is formed.
+    """
+    dtype = sum_dtype(B.device)
+    B, A = B.to(dtype), A.to(dtype)
+    return ((B.mT @ B) * (A @ A.mT)).sum()

@@ -285,26 +285,6 @@ def test_first_step_has_no_gradient_term():
     assert (only(optimizer.row_std()) > 2 * expected).all()
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.0, 3.0])
-def test_relative_beta_moves_the_noise_between_rows_and_adds_none(beta):
-    model = one_layer()
-    optimizer = ggpo(model, sigma=0.2, beta=beta, relative_beta=True)
-    weight = dense(fc(model))[0].square().sum(1)
-    assert_rows(only(optimizer.row_std()), (0.04 / 7 * weight).sqrt())  # no gradient yet
-    name = next(iter(lora_modules(model)))
-    x = torch.randn(6, 7, dtype=torch.float64)
-    grad = dense_gradients(model, optimizer, lambda model: (model(x) - 1).square().mean())[name]
-    step(model, optimizer, x, 1.0)
-    guide = projection(fc(model), grad).square().sum(1)
-    expected = (weight + beta * weight.sum() / guide.sum() * guide) / (1 + beta)
-    stds = only(optimizer.row_std())
-    assert_rows(stds, (0.04 / 7 * expected).sqrt())
-    assert (7 * stds.square().sum()).item() == pytest.approx(0.04 * weight.sum().item())
-    model(x)
-    metrics = {name: value.item() for name, value in optimizer.metrics().items()}
-    assert metrics == pytest.approx({"gradient_share": beta / (1 + beta), "noise_to_weight": 0.2})
-
-
 def test_two_adapters_of_two_optimizers_do_not_draw_the_same():
     model = one_layer(adapters=TWO)
     stds, draws = [], []

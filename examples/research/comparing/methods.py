@@ -318,12 +318,6 @@ METHODS = {
     "flat-lora": Method("Flat-LoRA", ggpo(beta=0.0), (0.2, 0.1), "σ"),
     "ggpo": Method("GGPO gaussian", ggpo(), (0.2, 0.1), "σ"),
     "ggpo-low-rank": Method("GGPO low-rank, β = 0", ggpo(beta=0.0, noise="low_rank"), (0.2, 0.1), "σ"),
-    "ggpo-guided": Method(
-        "GGPO low-rank, rows by gradients alone",
-        ggpo(beta=1e9, relative_beta=True, noise="low_rank"),
-        (0.2, 0.1),
-        "σ",
-    ),
     "lorasam": Method("LoRASAM", lorasam, (0.05, 0.15), "ρ"),
     "lorasam-relative": Method("LoRASAM, relative ρ", relative, (0.02,), "ρ"),
     "bilora": Method("Bi-LoRA", bilora, (0.05, 0.1), "ρ"),
