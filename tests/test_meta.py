@@ -69,8 +69,8 @@ def test_what_it_looks_for_is_seen():
 MOST = {
     "GGPO gaussian": 3204,
     "GGPO low_rank": 3346,
-    "LoRASAM": 1212,
-    "Bi-LoRA": 662,
+    "LoRASAM": 1738,
+    "Bi-LoRA": 964,
     "BiDoRA": 8671,
     "GraLoRA": 0,
     "GraLoRA under GGPO": 6402,

@@ -89,6 +89,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
                 auxiliary.attachment.remove()
                 auxiliary.attachment = None
         source = AuxiliarySource(ours, scale_grads=True)
+        source.rise = source.rise if self._source is None else self._source.rise  # of the optimizer that was copied
         source.no_grad = self._no_grad
         held = held_ids(True, self.base_optimizer)
         for layer in source.layers.values():

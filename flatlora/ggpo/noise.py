@@ -68,7 +68,7 @@ class RowNoise(Source):
     def measures(self, layer: LoRALayer) -> bool:
         # Of Gaussian noise ⟨G, ε⟩ is a large product of its own: one layer's in a step, each in turn.
         names = list(self.layers) if self.kind == "gaussian" else [layer.name]
-        return not self.always and names[self.step % len(names)] == layer.name
+        return super().measures(layer) and names[self.step % len(names)] == layer.name
 
     def read_rise(self) -> None:
         # E⟨G(W'+ε), ε⟩ = E[εᵀHε], twice what noise adds to the loss: its first order has no mean.

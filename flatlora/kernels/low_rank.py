@@ -95,11 +95,11 @@ class AddedTerms:
 
     def tell(self, h: Tensor, g: Tensor, learned: Sequence[int]) -> None:
         """Tells of each term that is asked for the traces that add up to ``⟨G, s·B·A⟩``: of ``hᵀ·g``, its columns."""
-        if self.tells:
-            parts = (one.split_with_sizes(self.ranks(learned), 1) for one in (h, g))
-            for query, h_k, g_k in zip(self.queries, *parts, strict=True):
-                if query is not None:
-                    query.tell(h_k.t() @ g_k)
+        start = 0
+        for query, rank in zip(self.queries, self.ranks(learned), strict=False):
+            if query is not None:
+                query.tell(h.narrow(1, start, rank).t() @ g.narrow(1, start, rank))
+            start += rank
 
     def tell_of_noise(self, x: Tensor, g: Tensor) -> None:
         """The same of Gaussian draws, each by a product of its own."""

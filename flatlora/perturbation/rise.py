@@ -34,13 +34,13 @@ class LossRise:
     """
 
     def __init__(self) -> None:
-        self.value = torch.zeros(())
+        self.value = torch.zeros((), dtype=torch.float32, device="cpu")
         self.samples = 0
         self._parts: dict[Any, Tensor] = {}
         self._group: Any = None
         # Sums over steps, newer ones of more weight: of the weights, of their squares, of the rise, of its square.
-        self._sums = torch.zeros(4)
-        self._told = False
+        self._sums = torch.zeros(4, dtype=torch.float32, device="cpu")
+        self._new = False  # whether `value` is not in the mean yet
 
     def note(self, layer: str, part: Tensor) -> None:
         """Takes what a backward pass tells of a layer: square matrices, of whose traces ``⟨G, ε⟩`` is the sum."""
@@ -67,31 +67,35 @@ class LossRise:
     def read(self, factor: float = 1.0) -> None:
         """Adds up what the backward passes told since the last step, times `factor`."""
         parts, self._parts = list(self._parts.values()), {}
-        found: dict[torch.device, list[Tensor]] = {}
+        alike: dict[Any, list[Tensor]] = {}
         for part in parts:
-            found.setdefault(part.device, []).append(part.diagonal(dim1=-2, dim2=-1).flatten())
-        # One concatenation and one sum for each device, whatever the number of layers.
-        sums = [torch.cat(diagonals).to(sum_dtype(device)).sum() for device, diagonals in found.items()]
+            alike.setdefault((part.device, part.dtype, part.shape), []).append(part)
+        # Three launches, whatever the number of layers.
+        sums = [
+            torch.stack(same).diagonal(dim1=-2, dim2=-1).sum(dtype=sum_dtype(device))
+            for (device, *_), same in alike.items()
+        ]
         total = sum((one.to(sums[0].device) for one in sums[1:]), sums[0]) if sums else torch.zeros_like(self.value)
         if (scale := _loss_scale()) is not None:
             total = total / scale.to(total.device)
         if self._group is not None:
             dist.all_reduce(total, group=self._group)
             total = total / dist.get_world_size(self._group)
-        self.value, self._told = total * factor, bool(sums)
+        self.value, self._new = total * factor, bool(sums)
 
     @torch.no_grad()
     def advance(self) -> None:
         """Takes the last value into the running mean, unless it is not finite, as when a scaled loss overflowed."""
-        if not self._told:
+        if not self._new:
             return
-        self.samples, self._told = self.samples + 1, False
         v = self.value
-        former = self._sums.to(v.device, v.dtype)
+        # Nothing is brought to the device where there is nothing yet.
+        former = self._sums.to(v.device, v.dtype) if self.samples else torch.zeros(4, dtype=v.dtype, device=v.device)
         one = torch.ones_like(v)
         new = torch.stack([one, one, v, v.square()]) + former * MEMORY
         new[1] -= former[1] * (MEMORY - MEMORY**2)
         self._sums = torch.where(v.isfinite(), new, former)
+        self.samples, self._new = self.samples + 1, False
 
     def mean(self) -> tuple[Tensor, Tensor]:
         """The running mean over about fifty steps, and its standard error; on the device, 0 where there is none yet."""
@@ -106,14 +110,21 @@ class LossRise:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_group": None, "_parts": {}}  # a process group can be neither copied nor saved
 
+    def mark(self) -> dict[str, Any]:
+        """What `go_back` needs to undo all that comes from now on."""
+        return {**self.__dict__, "_parts": dict(self._parts)}
+
+    def go_back(self, mark: dict[str, Any]) -> None:
+        self.__dict__.update(mark, _parts=dict(mark["_parts"]))
+
     def state(self) -> dict[str, Any]:
         return {"samples": self.samples, "sums": self._sums.clone()}
 
     def load(self, method_state: dict[str, Any] | None) -> None:
         """Takes over what a method's state has of `state`, or starts afresh."""
-        self.__init__()  # type: ignore[misc]
-        if (found := (method_state or {}).get("rise")) is not None:
-            self.samples, self._sums = found["samples"], found["sums"].clone()
+        found = (method_state or {}).get("rise") or LossRise().state()
+        self.samples, self._sums, self._new = found["samples"], found["sums"].clone(), False
+        self.forget()
 
 
 def check_rise(method_state: dict[str, Any]) -> None:
@@ -130,6 +141,6 @@ def _loss_scale() -> Tensor | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _SCALER_STEP:
-            return frame.f_locals["self"]._scale
+            return getattr(frame.f_locals["self"], "_scale", None)  # which one that is switched off has not
         frame = frame.f_back
     return None

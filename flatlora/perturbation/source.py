@@ -83,7 +83,7 @@ class Source:
 
     def measures(self, layer: LoRALayer) -> bool:
         """Whether backward is to tell what the layer's ε of this step does to the loss."""
-        return not self.always
+        return not (self.always or self.replaying)
 
     # --- passes and steps -------------------------------------------------------------------------------------------
 
