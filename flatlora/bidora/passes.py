@@ -216,8 +216,8 @@ def undone_on_error(
         grads = [(p, _copied(p.grad)) for p in trained]
         kept = [_kept(optimizer) for optimizer in optimizers]
     wrappers = [wrapper for optimizer in optimizers for wrapper in chain(optimizer)]
-    rises = [source.rise for one in wrappers if (source := getattr(one, "_source", None)) is not None]
-    marks = [rise.mark() for rise in rises]
+    sources = [source for one in wrappers if (source := getattr(one, "_source", None)) is not None]
+    marks = [source.mark() for source in sources]
     seen = None if watch is None else watch.seen()
     try:
         yield
@@ -229,8 +229,8 @@ def undone_on_error(
             _bring_back(optimizer, *one)
         for loader, position in positions:
             loader.go_back(position)
-        for rise, mark in zip(rises, marks, strict=True):
-            rise.go_back(mark)
+        for source, mark in zip(sources, marks, strict=True):
+            source.go_back(*mark)
         if watch is not None:
             watch.go_back(seen)
         streams.restore()

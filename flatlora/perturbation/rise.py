@@ -111,7 +111,7 @@ class LossRise:
         return {**self.__dict__, "_group": None, "_parts": {}}  # a process group can be neither copied nor saved
 
     def mark(self) -> dict[str, Any]:
-        """What `go_back` needs to undo all that comes from now on."""
+        """See `Source.mark`."""
         return {**self.__dict__, "_parts": dict(self._parts)}
 
     def go_back(self, mark: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from ..kernels.draw import Draw
 from ..layers.adapter import Adapter
@@ -119,6 +119,15 @@ class Source:
     def read_rise(self) -> None:
         """Takes from the backward passes of this step how far ε raised the loss."""
         self.rise.read()
+
+    def mark(self) -> tuple[Any, ...]:
+        """What `go_back` needs to undo what passes and a step leave here."""
+        passes = {layer: dict(kinds) for layer, kinds in self.passes.items()}
+        return passes, self.acted, set(self.skipped), self.rise.mark()
+
+    def go_back(self, passes: Any, acted: Any, skipped: Any, rise: Any) -> None:
+        self.passes, self.acted, self.skipped = passes, acted, skipped
+        self.rise.go_back(rise)
 
     def next_step(self) -> None:
         """Goes on to the ε of the next step."""
