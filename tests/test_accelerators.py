@@ -16,7 +16,7 @@ from torch import nn
 from flatlora import lora_layers
 from flatlora.kernels.draw import Draw, draw_gaussian, draw_low_rank, refuse_capture
 from flatlora.layers import base
-from flatlora.layers.base import row_squares
+from flatlora.layers.base import stacked_row_sq
 from flatlora.layers.bnb import Bnb4bitBase
 from flatlora.layers.kinds import base_weight
 from flatlora.layers.stack import base_products, bfloat16_parts, stacks
@@ -139,7 +139,7 @@ def test_norms_by_one_kernel_are_those_in_float64(kind, dtype, device):
     stored = base_weight(linear.to(device), (96, 128), kind == "Conv1D", (nn.Linear.forward, True))
     expected = stored.dense(torch.float64).square().sum(1)
     torch.testing.assert_close(stored.row_norms().double().square(), expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(row_squares([stored, stored])[1], expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(stacked_row_sq([stored, stored])[1], expected, rtol=1e-6, atol=0)
 
 
 # --- random streams ---------------------------------------------------------------------------------------------------
