@@ -16,8 +16,9 @@ from torch import nn
 
 from flatlora import lora_layers
 from flatlora.kernels.draw import Draw, draw_gaussian, draw_low_rank, refuse_capture
+from flatlora.kernels.low_rank import Added, AddedTerms
 from flatlora.layers import base
-from flatlora.layers.base import row_squares
+from flatlora.layers.base import stacked_row_sq
 from flatlora.layers.bases import base_weight
 from flatlora.layers.bnb import Bnb4bitBase
 from flatlora.layers.stack import base_products, bfloat16_parts, stacks
@@ -81,7 +82,7 @@ def test_three_bfloat16_tensors_are_a_float32_one_to_the_bit(device):
 
 
 def relative(found, expected):
-    return float((found.double() - expected).norm() / expected.norm())
+    return float(((found.double() - expected).norm() / expected.norm()).detach())
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -140,7 +141,24 @@ def test_norms_by_one_kernel_are_those_in_float64(kind, dtype, device):
     stored = base_weight(linear.to(device), (96, 128), kind == "Conv1D", (nn.Linear.forward, True))
     expected = stored.dense(torch.float64).square().sum(1)
     torch.testing.assert_close(stored.row_norms().double().square(), expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(row_squares([stored, stored])[1], expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(stacked_row_sq([stored, stored])[1], expected, rtol=1e-6, atol=0)
+
+
+def test_sums_over_a_half_precision_base_are_wide_and_rounded_once(device):
+    """Of output and input's gradient, which are added to as they are, without a copy in the adapters' float32."""
+    x, W, g = (torch.randn(*size, device=device).bfloat16() for size in ((7, 96), (80, 96), (7, 80)))
+    A, B = torch.randn(4, 96, device=device, requires_grad=True), torch.randn(80, 4, device=device, requires_grad=True)
+    x.requires_grad_()
+    plan = AddedTerms(torch.float32, (0.5,), grad_scale=(1.0,), weight=lambda stored: stored)
+    out = Added.apply(plan, None, x, W, None, A, B)
+    (grad,) = torch.autograd.grad(out, x, g)
+    expected = (
+        (x @ W.t()).float() + 0.5 * (x.float() @ A.t()) @ B.t(),
+        (g @ W).float() + 0.5 * (g.float() @ B) @ A,
+    )
+    for found, wide in zip((out, grad), expected, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found != wide.bfloat16()).float().mean() < 0.01  # where float32 is summed in another order
 
 
 # --- random streams ---------------------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ class Run:
 
     @contextmanager
     def guarded(self, part: str, key: str) -> Iterator[None]:
-        """What fails within the context is noted, and the run goes on. Triton draws where the key ends so."""
+        """What fails within the context is noted, and the run goes on. Triton draws noise where the key names it."""
         try:
             use_triton(*(["cuda"] if key.endswith("Triton") else []))
             yield

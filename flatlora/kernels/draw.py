@@ -1,4 +1,4 @@
-"""GraphNoise that a seed determines: drawn where it is used, and drawn again for backward.
+"""Noise that a seed determines: drawn where it is used, and drawn again for backward.
 
 Why ε is drawn and not ``x·εᵀ``, which for T tokens has fewer elements where T < n. Its columns are ``N(0,
 d_i²·X·Xᵀ)``, so T·m normals and a Cholesky factor of ``X·Xᵀ`` make it. Backward then needs ``g·ε`` given what forward

@@ -220,11 +220,12 @@ class Added(torch.autograd.Function):
                 gh = g @ b
                 plan.tell(h, gh, ctx.ranks)
                 plan.scale(gh, ctx.ranks)
-                if grad_x is not None:
-                    grad_x = grad_x if grad_x.dtype == ctx.x_dtype else cast(grad_x, a.dtype)
-                    grad_x = _plus_product(grad_x, gh, a.t(), writable=True)
-                elif of_x:
+                if of_x and grad_x is None:
                     grad_x = gh @ a
+                elif grad_x is not None and ctx.x_dtype == grad_x.dtype != a.dtype:
+                    grad_x.add_(gh @ a)  # in the wider dtype, and rounded once
+                elif grad_x is not None:
+                    grad_x = cast(grad_x, a.dtype).addmm_(gh, a)
                 if ctx.ranks and x is not None:
                     r = sum(ctx.ranks)
                     grad_a = gh[:, :r].t() @ cast(x.reshape(-1, x.shape[-1]), h.dtype)

@@ -21,7 +21,7 @@ __all__ = [
     "corner",
     "full_tensor",
     "hooked",
-    "row_squares",
+    "stacked_row_sq",
     "sum_dtype",
 ]
 
@@ -86,7 +86,7 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def row_squares(bases: Sequence[BaseWeight]) -> Tensor:
+def stacked_row_sq(bases: Sequence[BaseWeight]) -> Tensor:
     """``‖W0_i‖²`` (L, m) of bases of one shape on one device, in `sum_dtype`.
 
     A CPU widens its weights block by block, in cache. Elsewhere launches are what counts: one for each base, and two
@@ -207,7 +207,9 @@ class BaseWeight(ABC):
 
     def row_norms(self) -> Tensor:
         """``‖W0_i‖``, shape (m,), summed in float32; on a GPU by one kernel, which widens half precision itself."""
-        stored = self.stored_dtype or torch.float32
+        stored = self.stored_dtype
+        if stored is None:
+            return self.row_sq().sqrt()
         wide = stored if stored == torch.float64 else torch.float32
         return torch.linalg.vector_norm(self.dense(stored), dim=1, dtype=wide)
 
@@ -351,9 +353,6 @@ class OpaqueBase(BaseWeight):
         for columns in self._columns():
             total += columns.to(dtype).square().sum(1)
         return total
-
-    def row_norms(self) -> Tensor:
-        return self.row_sq().sqrt()
 
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
         x = self._padded(x, columns)

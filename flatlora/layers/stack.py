@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.draw import refuse_capture
 from .adapter import Adapter
-from .base import BaseWeight, full_tensor, row_squares
+from .base import BaseWeight, full_tensor, stacked_row_sq
 from .view import LoRALayer
 
 __all__ = ["BaseNorms", "Stack", "by_block", "chunks", "row_dot", "stacks", "weight_sq"]
@@ -85,7 +85,7 @@ class BaseNorms:
         bases = [layer.base for layer in layers]
         rows = [self._look_up(layer, base) for layer, base in zip(layers, bases, strict=True)]
         missing = [i for i, known in enumerate(rows) if known is None]
-        computed = row_squares([bases[i] for i in missing]) if missing else ()
+        computed = stacked_row_sq([bases[i] for i in missing]) if missing else ()
         for i, row in zip(missing, computed, strict=True):
             rows[i] = row
             if _is_frozen(layers[i], bases[i]):

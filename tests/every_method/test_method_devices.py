@@ -17,8 +17,8 @@ from flatlora.perturbation import products
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 
-# How far results may be from the CPU's, relatively, on tests/fakecuda, with the CPU's kernels. BiDoRA's second term
-# is a difference of gradients, and the correlation one of differences of norms.
+# How far results may be from the CPU's, relatively, on tests/fakecuda, which has its kernels. BiDoRA's second term is a
+# difference of gradients, and the correlation one of differences of norms.
 MOST = {"BiDoRA": 2e-5, "metrics: update_correlation": 1e-4}
 
 
