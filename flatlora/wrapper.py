@@ -54,8 +54,8 @@ class OptimizerWrapper(Method, Optimizer):
     is `base_optimizer`.
 
     A method derives from it and overrides `before_step`, `after_step` and what `Method` has. If it perturbs the model,
-    it overrides the four that tell of it too: `perturbation_parameters`, `current_perturbation`, `perturbed_as` and
-    `unperturbed`, by which others run a pass again as it was, or without.
+    `perturbation_parameters`, `current_perturbation`, `perturbed_as` and `unperturbed` tell of it, by which others run
+    a pass again as it was, or without; `PerturbingOptimizer` has the last three.
 
     Args:
         optimizer: any built `torch.optim.Optimizer`, also another wrapper.

@@ -89,6 +89,7 @@ class BilevelOptimizer(TwoPhases):
     ``e = epsilon/‖v‖``. Its passes see the same dropout as the lower pass and, if `lower` perturbs the model (any
     `OptimizerWrapper` that says so), the same perturbation: L_tr is the perturbed loss, and what makes up the
     perturbation is no part of V. L_val is that of the unperturbed model. R, which lacks μ, is in no difference.
+    `flatlora.reference.bidora_hypergradient` is that in a few lines.
 
     PEFT treats DoRA's norm ``‖W0 + s·B·A‖`` as a constant in backward. ∂_μ is exact all the same, and the difference
     moves the norm along with V, so the second term is the exact derivative of ∂_μ L_tr along v. But v, as the gradient

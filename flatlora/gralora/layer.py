@@ -26,7 +26,7 @@ class GraLoRALinear(nn.Module):
     GraLoRA (arXiv:2505.20355, Section 3) adds ``ΔW_ij = s·B_ij·A_ij`` to block row i, block column j, with ``A_ij``
     (r/k, n/k), ``B_ij`` (m/k, r/k) and ``s = alpha / (r + hybrid_r)``. It costs what a LoRA of rank r does, its update
     has a rank of up to k·r, and an outlier among the inputs affects the adapters of its own block column alone. A
-    hybrid has a plain LoRA of rank `hybrid_r` beside the blocks.
+    hybrid has a plain LoRA of rank `hybrid_r` beside the blocks. `flatlora.reference.gralora_delta` is ΔW in a line.
 
     Parameters are named, shaped and initialised as PEFT's: ``gralora_A`` (k, n/k, r), Kaiming-uniform, ``gralora_B``
     (k, r, m/k), zero; of a hybrid ``gralora_A_general.weight`` (hybrid_r, n) and ``gralora_B_general.weight``

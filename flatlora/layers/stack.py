@@ -1,4 +1,4 @@
-"""Row norms of effective weights, for many layers at once and without forming one.
+"""Many alike layers computed at once (`Stack`), and row norms of their effective weights, without forming one.
 
 A layer takes some forty operations on small matrices, which cost more to launch than to compute. So they are launched
 once for many layers, stacked along a first dimension L. The weight is taken as a grid of g×g blocks, on each of which

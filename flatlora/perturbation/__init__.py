@@ -1,1 +1,7 @@
-"""The one mechanism that perturbs adapted layers while they are trained. It knows no method by name."""
+"""The one mechanism that perturbs adapted layers while they are trained. It knows no method by name.
+
+A forward: `PerturbedForward` (`attachment.py`) asks whether the pass is perturbed (`passes.py`), asks the `Source` for
+ε (`source.py`; a method overrides `draw`), and adds ``x·εᵀ`` (`products.py`, by `Added` of `kernels/low_rank.py`).
+Backward tells `LossRise` ``⟨G, ε⟩`` (`rise.py`). A step: `PerturbingOptimizer` (`optimizer.py`) has the source read the
+gradients, then go on to the next ε; `Watch` (`bypass.py`) notices what goes past it.
+"""

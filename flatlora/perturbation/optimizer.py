@@ -316,7 +316,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def claim(source: Source, layers: list[LoRALayer], optimizer: Optimizer) -> None:
-    """Has other sources of the same kind let go of adapters that `source` is to perturb beside.
+    """Takes adapters that `source` is to perturb from other sources of its kind, whose optimizers can't step then.
 
     Raises:
         ValueError: one of them is in use: by an optimizer that `optimizer` wraps, or by one that has not stepped yet.

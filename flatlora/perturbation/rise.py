@@ -24,9 +24,9 @@ class LossRise:
     """To first order, what ε adds to the loss of a step, at the perturbed point and in the units of that loss.
 
     G is the gradient of a layer's weight. A layer's low-rank term computes ``h = s·x·Aᵀ`` in forward and
-    ``g = (∂L/∂out)·B`` in backward; then ``⟨G, s·B·A⟩ = Σ h∘g``, the trace of ``hᵀ·g``. Backward leaves one such small
-    matrix for each layer, summed over micro-batches, and a step adds up their diagonals: one launch more for a layer,
-    before clipping, and no wait for the device.
+    ``g = (∂L/∂out)·B`` in backward; then ``⟨G, s·B·A⟩ = Σ h∘g``, the trace of ``hᵀ·g``. `AddedTerms.tell` hands
+    `note` one such small matrix for each layer, summed over micro-batches, and a step adds up their diagonals: one
+    launch more for a layer, before clipping, and no wait for the device.
 
     Attributes:
         value: of the last step, on its device; averaged over the ranks of DDP and of FSDP2.

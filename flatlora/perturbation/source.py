@@ -25,10 +25,9 @@ class Source:
         no_grad: perturb passes in train mode that record no gradients too.
         replaying: perturb beside adapters that require no gradient at present: someone runs a pass again as it was.
         fixed: what layers get, by name, instead of what `draw` gives them; None for `draw`'s.
-        passes: of each layer perturbed in passes with gradients since the last step, the adapters that these passes
-            added, by those among them that the layer is seen through, and how they were scaled: some models change
-            that for the pass alone.
-        acted: the layers among them in the step before.
+        passes: by layer, then by the names in `LoRALayer.names` that a pass added: the scaling of every adapter which
+            it added, as some models change that for the pass alone. Of passes with gradients since the last step.
+        acted: the layers that the last step's passes went through.
         skipped: layers of which a pass in train mode has gone unperturbed since the last step, without gradients.
         told_of_two_passes: whether the user knows that such a pass was followed by one that is perturbed.
         rise: how far ε raises the loss.
@@ -55,7 +54,7 @@ class Source:
         return None
 
     def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Draw | Adapter | None:
-        """The ε for this forward of `layer`, drawn or as an adapter; None for none. The same for a whole step.
+        """The ε of this forward of `layer`, random (`Draw`) or not (`Adapter`); None for none. One ε for a whole step.
 
         An adapter whose factors require gradients gets them. One made of a grid of blocks must not require any.
         `adapters`: what ``layer.adapters()`` has just returned, where the caller has asked.
