@@ -78,6 +78,7 @@ class AddedTerms:
         in_place: whether the output that is given may be written to.
         queries: of each term, the `GraphQuery` that is told ``⟨G, s_k·B_k·A_k⟩`` in backward, or None; empty for none.
         noise: whom the same is told of a noise in `weight`, and what makes it of x (T, n) and ∂L/∂out (T, m).
+        for_telling: whether x requires a gradient for these alone, and gets none.
     """
 
     dtype: torch.dtype
@@ -88,6 +89,7 @@ class AddedTerms:
     in_place: bool = False
     queries: tuple[Any, ...] = ()
     noise: tuple[tuple[Any, Callable[[Tensor, Tensor], Tensor]], ...] = ()
+    for_telling: bool = False
 
     @property
     def tells(self) -> bool:
@@ -203,7 +205,7 @@ class Added(torch.autograd.Function):
         if torch.is_grad_enabled():  # `create_graph`
             return _differentiable(ctx, grad)
         weight, a, b, x, h, *learned = ctx.saved_tensors
-        plan, of_x = ctx.plan, ctx.needs_input_grad[2]
+        plan, of_x = ctx.plan, ctx.needs_input_grad[2] and not ctx.plan.for_telling
         g = grad.reshape(-1, grad.shape[-1])
         grad_x = None
         grads: list[Tensor | None] = [None] * (2 * len(ctx.ranks))

@@ -7,6 +7,7 @@ own `forward` in every other case.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -169,6 +170,11 @@ def _add(
     dtype = compute_dtype(x, like.dtype)
     if out is None or make_weight or terms.learned or terms.low_rank or terms.constant:
         plan, factors = terms.plan(base.shape[1], dtype, make_weight, in_place)
+        given = (out, x, bias, *factors)
+        tells = (plan.tells or plan.noise) and torch.is_grad_enabled() and not is_tracing()
+        if tells and not any(tensor is not None and tensor.requires_grad for tensor in given):
+            # A model's first layers, under dropout: backward has to come by, to be told of ε.
+            plan, x = replace(plan, for_telling=True), x.detach().requires_grad_()
         out = (added if is_tracing() else Added.apply)(plan, out, x, weight, bias, *factors)
     for block, query in terms.blocks:
         watch = None if query is None else query.watched

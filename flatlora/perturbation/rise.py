@@ -38,6 +38,7 @@ class LossRise:
         self.samples = 0
         self._parts: dict[Any, Tensor] = {}
         self._group: Any = None
+        self._device = torch.device("cpu")
         # Sums over steps, newer ones of more weight: of the weights, of their squares, of the rise, of its square.
         self._sums = torch.zeros(4, dtype=torch.float32, device="cpu")
         self._new = False  # whether `value` is not in the mean yet
@@ -54,6 +55,8 @@ class LossRise:
         """
         ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
         mesh = getattr(parameter, "device_mesh", None)
+        if parameter is not None:
+            self._device = parameter.device
         if ddp is not None:
             self._group = ddp.process_group
         elif mesh is not None and mesh.ndim == 1:
@@ -75,13 +78,16 @@ class LossRise:
             torch.stack(same).diagonal(dim1=-2, dim2=-1).sum(dtype=sum_dtype(device))
             for (device, *_), same in alike.items()
         ]
-        total = sum((one.to(sums[0].device) for one in sums[1:]), sums[0]) if sums else torch.zeros_like(self.value)
+        total = sum((one.to(sums[0].device) for one in sums[1:]), sums[0]) if sums else self._zero()
         if (scale := _loss_scale()) is not None:
             total = total / scale.to(total.device)
         if self._group is not None:
             dist.all_reduce(total, group=self._group)
             total = total / dist.get_world_size(self._group)
         self.value, self._new = total * factor, bool(sums)
+
+    def _zero(self) -> Tensor:
+        return torch.zeros((), dtype=sum_dtype(self._device), device=self._device)
 
     @torch.no_grad()
     def advance(self) -> None:

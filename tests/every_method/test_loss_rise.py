@@ -182,3 +182,18 @@ def test_it_goes_on_after_a_resume_and_starts_afresh_without(method: Method) -> 
     older = {key: value for key, value in part.items() if key != "rise"}
     other.load_state_dict({**state, "flatlora": {type(other).__name__: older}})
     assert other._source.rise.samples == 0
+
+
+@pytest.mark.parametrize("method", MEASURED[:3], ids=lambda method: method.name)
+def test_first_layers_under_dropout_tell_too(method: Method) -> None:
+    """Their input requires no gradient, and their adapters stand in another product."""
+    model, optimizer = started(method, dropout=1e-9)
+    layers = list(optimizer._source.layers)
+    for i in range(2):
+        expected = derivative(model, optimizer, [batch(i)], layers[i] if "gaussian" in method.name else None)
+        loss = model(**batch(i)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected *= 0.5 * len(layers) if "gaussian" in method.name else 0.5 if "GGPO" in method.name else 1.0
+        assert optimizer._source.rise.value.item() == pytest.approx(expected, rel=1e-5, abs=1e-12)
