@@ -195,7 +195,7 @@ class LoRASAMOptimizer(PerturbingOptimizer):
             steps.
         relative: ρ, then 0.02 by default, is the share of ``‖s·B·A‖_F`` over all layers, at the weights that the last
             step began with, that ε has for its norm: none at the start, more as more is learnt. On headlines with 40 %
-            wrong labels 3.1 ± 0.4 points above LoRA at the same rate, where 0.05 itself is 1.7 ± 0.3 above (8 paired
+            wrong labels 3.2 ± 0.4 points above LoRA at the same rate, where a norm of 0.05 is 1.7 ± 0.3 above (8 paired
             seeds, one rate); not tried enough elsewhere to be the default.
         adapter: name or names of the adapters; None for all whose parameters `optimizer` holds and that require a
             gradient now.
