@@ -193,10 +193,10 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         model: the model with adapters, before or after DDP or FSDP wrap it.
         rho: ρ, the Frobenius norm of ε over all layers, 0.05 by default. 0 switches the method off. May be set between
             steps.
-        relative: ρ, then 0.02 by default, is the share of ``‖s·B·A‖_F`` over all layers, at the weights that the last
-            step began with, that ε has for its norm: none at the start, more as more is learnt. On headlines with 40 %
-            wrong labels 3.2 ± 0.4 points above LoRA at the same rate, where a norm of 0.05 is 1.7 ± 0.3 above (8 paired
-            seeds, one rate); not tried enough elsewhere to be the default.
+        relative: ρ, then 0.02 by default, is the share of ``‖s·B·A‖_F`` that ε has for its norm, over all layers with a
+            gradient and at the weights that the last step began with: none at the start, more as more is learnt. On
+            headlines with 40 % wrong labels 3.2 ± 0.4 points above LoRA at the same rate, where a norm of 0.05 is 1.7 ±
+            0.3 above (8 paired seeds, one rate); not tried enough elsewhere to be the default.
         adapter: name or names of the adapters; None for all whose parameters `optimizer` holds and that require a
             gradient now.
         perturb_no_grad: perturb passes in train mode that record no gradients too, such as ``torch.no_grad()``'s.
@@ -226,6 +226,7 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         rho = checks.number("rho", (0.02 if relative else 0.05) if rho is None else rho)
         self._model, self._adapter = model, adapter
         self._source = LastGradient(trained_by(model, adapter, optimizer), rho, relative, perturb_no_grad)
+        self.grows = relative
         self.reattach()
 
     # --- the method: the gradients that a step is taken with make the next ε ----------------------------------------
@@ -259,8 +260,8 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         """Three numbers over all layers together.
 
         ``loss_rise``: how far ε raised the loss of the last step, to first order at the perturbed point,
-        ``Σ_layers ⟨G, ε⟩`` over its micro-batches, in the units of the loss that was backpropagated; averaged over the
-        ranks of DDP and FSDP2. ``ρ·projected_gradient_norm`` where successive gradients agree, as early, later less.
+        ``Σ_layers ⟨G, ε⟩`` over all its backward passes, in the units of the loss that was backpropagated, of this rank
+        alone. ``ρ·projected_gradient_norm`` where successive gradients agree, as early, later less.
         ``perturbation_to_rho``: ``sqrt(Σ_layers ‖ε‖_F²)`` over ρ, of the layers that the last step's passes went
         through; 0 before the first gradients and where the method is off, otherwise 1, or ``‖s·B·A‖_F`` if ρ is
         relative to that.
@@ -270,7 +271,7 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         norm = self._source.gradient_norm
         off = self.rho == 0 or not self._attached
         relative = torch.zeros_like(norm) if off else self._source.norm(acted=True)
-        rise = self._source.rise.value
+        rise = torch.zeros_like(norm) if off else self._source.rise.value
         return self._with_inner({"loss_rise": rise, "perturbation_to_rho": relative, "projected_gradient_norm": norm})
 
     # --- checkpoints ----------------------------------------------------------------------------------------------

@@ -259,8 +259,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         """A rise of the loss, and two numbers without a unit, from 0 to 1.
 
         ``loss_rise``: how far the auxiliary raised the loss of the last step, to first order at the perturbed point,
-        ``Σ_layers ⟨B2, ∂L/∂B2⟩`` over its micro-batches, in the units of the loss that was backpropagated; averaged
-        over the ranks of DDP and FSDP2. Not known of auxiliaries that your own layers apply.
+        ``Σ_layers ⟨B2, ∂L/∂B2⟩`` over its micro-batches, in the units of the loss that was backpropagated; of this
+        rank's share of the data. Not known of auxiliaries that your own layers apply.
         ``perturbation_to_rho``: ``sqrt(Σ_layers ‖s2·B2·A2‖_F²)`` over ρ, of the layers that the last step's passes went
         through. ``clipped_share``: the share of steps, since this optimizer was built, that clipped it.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -67,8 +68,14 @@ class RowNoise(Source):
 
     def measures(self, layer: LoRALayer) -> bool:
         # Of Gaussian noise ⟨G, ε⟩ is a large product of its own: one layer's in a step, each in turn.
-        names = list(self.layers) if self.kind == "gaussian" else [layer.name]
-        return super().measures(layer) and names[self.step % len(names)] == layer.name
+        # Neighbours in time lie far apart in depth, so that a mean over some of them is one over all.
+        return super().measures(layer) and (self.kind != "gaussian" or self.measured() == layer.name)
+
+    def measured(self) -> str:
+        """The layer whose Gaussian noise is measured in this step."""
+        names = list(self.layers)
+        stride = next(i for i in range(round(0.618 * len(names)), 2 * len(names)) if math.gcd(i, len(names)) == 1)
+        return names[self.step * stride % len(names)]
 
     def read_rise(self) -> None:
         # E⟨G(W'+ε), ε⟩ = E[εᵀHε], twice what noise adds to the loss: its first order has no mean.

@@ -130,7 +130,7 @@ class GGPOOptimizer(PerturbingOptimizer):
         """Over all layers together, once a pass was perturbed; the last two are ratios without a unit.
 
         ``loss_rise``: how far ε raises the loss, in its units: half the running mean over about fifty steps of
-        ``⟨G(W'+ε), ε⟩``, whose mean is ``εᵀHε``, as noise has no first order. Averaged over the ranks of DDP and FSDP2.
+        ``⟨G(W'+ε), ε⟩``, whose mean is ``εᵀHε``, as noise has no first order. Of this rank's share of the data.
         ``loss_rise_se``: its standard error. Under Gaussian noise a step measures one layer, each in turn, for all.
         ``noise_to_weight``: expected ‖ε‖_F over ‖W'‖_F; σ, where gradients are negligible.
         ``gradient_share``: the share of ε's variance that the gradient term has, from 0 to 1.

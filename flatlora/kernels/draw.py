@@ -187,5 +187,6 @@ def draw_low_rank(draw: Draw, n: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 def rise_of(draw: Draw, x: Tensor, g: Tensor) -> Tensor:
     """``⟨G, ε⟩`` of a Gaussian draw for inputs x (T, n) and gradients of outputs g (T, m), as (1, 1)."""
+    g = g.float() if g.dtype == torch.float16 else g  # in which a scaled loss's sum would overflow
     noise = draw_gaussian(draw, x.shape[1], None, g.dtype)
     return torch.dot((x.to(g.dtype) @ noise.t()).flatten(), g.flatten()).reshape(1, 1)

@@ -97,6 +97,8 @@ class AddedTerms:
 
     def tell(self, h: Tensor, g: Tensor, learned: Sequence[int]) -> None:
         """Tells of each term that is asked for the traces that add up to ``⟨G, s·B·A⟩``: of ``hᵀ·g``, its columns."""
+        if self.tells and h.dtype == torch.float16:  # in which a scaled loss's sum would overflow
+            h, g = h.float(), g.float()
         start = 0
         for query, rank in zip(self.queries, self.ranks(learned), strict=False):
             if query is not None:

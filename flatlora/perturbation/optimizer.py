@@ -41,6 +41,7 @@ class PerturbingOptimizer(OptimizerWrapper):
     """
 
     strength = "rho"  # the name of the number that says how large ε is
+    grows = False  # whether ε is meant to begin at nothing
     _model: nn.Module
     _adapter: str | Iterable[str] | None
     _source: Any
@@ -177,7 +178,6 @@ class PerturbingOptimizer(OptimizerWrapper):
         if self._attached:
             self._watch.look_at_parameters()
             self._watch.look_at_passes()
-            self._source.rise.find_ranks(next((p for group in self.param_groups for p in group["params"]), None))
             self._source.read_rise()
 
     def after_step(self) -> None:
@@ -186,7 +186,7 @@ class PerturbingOptimizer(OptimizerWrapper):
         if rise.samples == SAMPLES and self._attached:
             mean, error = map(float, rise.mean())  # the one time that the host waits for it
             much = abs(mean) - 2 * error > MUCH
-            if much or abs(mean) + 2 * error < NOTHING:
+            if much or (abs(mean) + 2 * error < NOTHING and not self.grows):
                 what = "much: training may suffer, and a smaller" if much else "next to nothing on this model: a larger"
                 self._watch.tell(
                     "rise",

@@ -7,9 +7,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from .. import checks
 from ..layers.base import sum_dtype
@@ -29,7 +27,8 @@ class LossRise:
     launch more for a layer, before clipping, and no wait for the device.
 
     Attributes:
-        value: of the last step, on its device; averaged over the ranks of DDP and of FSDP2.
+        value: of the last step, on its device, and of this rank alone: a step that asks the others would wait for ranks
+            that have no more data.
         samples: the steps that the running mean is of.
     """
 
@@ -37,8 +36,6 @@ class LossRise:
         self.value = torch.zeros((), dtype=torch.float32, device="cpu")
         self.samples = 0
         self._parts: dict[Any, Tensor] = {}
-        self._group: Any = None
-        self._device = torch.device("cpu")
         # Sums over steps, newer ones of more weight: of the weights, of their squares, of the rise, of its square.
         self._sums = torch.zeros(4, dtype=torch.float32, device="cpu")
         self._new = False  # whether `value` is not in the mean yet
@@ -46,21 +43,10 @@ class LossRise:
     def note(self, layer: str, part: Tensor) -> None:
         """Takes what a backward pass tells of a layer: square matrices, of whose traces ``⟨G, ε⟩`` is the sum."""
         key = layer, part.shape
-        self._parts[key] = self._parts[key] + part if key in self._parts else part
-
-    def find_ranks(self, parameter: Any = None) -> None:
-        """Finds the ranks that average their gradients: within DDP's forward, or by a parameter that FSDP2 shards.
-
-        Over a mesh of two dimensions (HSDP) each rank keeps its own figure.
-        """
-        ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
-        mesh = getattr(parameter, "device_mesh", None)
-        if parameter is not None:
-            self._device = parameter.device
-        if ddp is not None:
-            self._group = ddp.process_group
-        elif mesh is not None and mesh.ndim == 1:
-            self._group = mesh.get_group()
+        if (former := self._parts.get(key)) is not None:
+            # In float32 at least: sums of many micro-batches would stop growing in half precision.
+            part = former.to(torch.promote_types(part.dtype, torch.float32)) + part
+        self._parts[key] = part
 
     def forget(self) -> None:
         """Has what backward passes told since the last step count no more, as their gradients do not."""
@@ -78,16 +64,10 @@ class LossRise:
             torch.stack(same).diagonal(dim1=-2, dim2=-1).sum(dtype=sum_dtype(device))
             for (device, *_), same in alike.items()
         ]
-        total = sum((one.to(sums[0].device) for one in sums[1:]), sums[0]) if sums else self._zero()
+        total = sum((one.to(sums[0].device) for one in sums[1:]), sums[0]) if sums else torch.zeros_like(self.value)
         if (scale := _loss_scale()) is not None:
             total = total / scale.to(total.device)
-        if self._group is not None:
-            dist.all_reduce(total, group=self._group)
-            total = total / dist.get_world_size(self._group)
         self.value, self._new = total * factor, bool(sums)
-
-    def _zero(self) -> Tensor:
-        return torch.zeros((), dtype=sum_dtype(self._device), device=self._device)
 
     @torch.no_grad()
     def advance(self) -> None:
@@ -114,7 +94,7 @@ class LossRise:
     # --- copies and checkpoints ---------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_group": None, "_parts": {}}  # a process group can be neither copied nor saved
+        return {**self.__dict__, "_parts": {}}
 
     def mark(self) -> dict[str, Any]:
         """See `Source.mark`."""
@@ -147,6 +127,6 @@ def _loss_scale() -> Tensor | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _SCALER_STEP:
-            return getattr(frame.f_locals["self"], "_scale", None)  # which one that is switched off has not
+            return getattr(frame.f_locals.get("self"), "_scale", None)  # which one that is switched off has not
         frame = frame.f_back
     return None

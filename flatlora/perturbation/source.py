@@ -88,8 +88,6 @@ class Source:
 
     def note_pass(self, layer: LoRALayer, adapters: list[Adapter]) -> None:
         """Called in each pass that is perturbed and records gradients."""
-        if not self.passes:
-            self.rise.find_ranks()
         kinds = self.passes.setdefault(layer.name, {})
         kinds[held_names(layer, adapters)] = {adapter.name: adapter.scaling for adapter in adapters}
 
