@@ -59,8 +59,9 @@ class RowNoise(Source):
         # every rank and a resumed run get the same ε, and nothing but these numbers has to be kept.
         # Two optimizers, each of an adapter of its own, don't draw the same.
         seed = derived_seed(self.seed, self.step, layer.name, *sorted(layer.names))
-        self.std(layer, adapters)
-        return Draw(self.kind, self._stds[layer.name][2], seed, self.rank)
+        std, known = self.std(layer, adapters), self._stds.get(layer.name)
+        # The same in the dtype of a pass, where it is at hand.
+        return Draw(self.kind, std if known is None or known[1] is not std else known[2], seed, self.rank)
 
     def form(self, layer: LoRALayer) -> Any:
         m, n = layer.shape
