@@ -54,7 +54,8 @@ def test_orthogonality_term_and_gradient(n, hidden, m):
 @pytest.mark.parametrize("most", [1, 2, 5])
 def test_layers_of_one_shape_are_computed_together_as_far_as_they_fit(most, monkeypatch):
     """Each through two adapters, of which one is not trained in one layer."""
-    monkeypatch.setattr(orthogonality, "together", lambda elements, device: most)
+    parts = lambda group, elements, device: (group[i : i + most] for i in range(0, len(group), most))  # noqa: E731
+    monkeypatch.setattr(orthogonality, "chunks", parts)
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5))).double()
     config = LoraConfig(r=2, target_modules=[str(i) for i in range(5)], use_dora=True, init_lora_weights=False)

@@ -37,9 +37,11 @@ def far(found, expected, method):
 def drawn_on_the_cpu(monkeypatch):
     """The same noise wherever it is used: every kind of device has its own."""
 
+    drawn = draw.draw_gaussian
+
     def gaussian(noise, n, weight, dtype):
         weight = None if weight is None else weight.cpu()
-        return draw.draw_gaussian(replace(noise, std=noise.std.cpu()), n, weight, dtype).to(noise.std.device)
+        return drawn(replace(noise, std=noise.std.cpu()), n, weight, dtype).to(noise.std.device)
 
     def low_rank(noise, n, dtype):
         return tuple(
@@ -47,6 +49,7 @@ def drawn_on_the_cpu(monkeypatch):
         )
 
     monkeypatch.setattr(products, "draw_gaussian", gaussian)
+    monkeypatch.setattr(draw, "draw_gaussian", gaussian)
     monkeypatch.setattr(products, "draw_low_rank", low_rank)
 
 
