@@ -223,10 +223,10 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         perturb_no_grad: bool = False,
     ):
         super().__init__(optimizer)
+        checks.option("relative", relative, (False, True))
         rho = checks.number("rho", (0.02 if relative else 0.05) if rho is None else rho)
         self._model, self._adapter = model, adapter
         self._source = LastGradient(trained_by(model, adapter, optimizer), rho, relative, perturb_no_grad)
-        self.grows = relative
         self.reattach()
 
     # --- the method: the gradients that a step is taken with make the next ε ----------------------------------------

@@ -7,34 +7,16 @@ import math
 
 import pytest
 import torch
-from helpers import closure_of, difference, perturbation, primary, step
+from helpers import closure_of, difference, perturbation, primary
 from methods import over
 from models import mlp_with, trained
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
+from test_bypass import ALL, ONE_GROUP, X, loss, sgd, steps
 from torch import nn
 
 import flatlora
 from flatlora import GGPOOptimizer, LoRASAMOptimizer
-
-X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-ALL = pytest.mark.parametrize("method", ["gaussian", "LoRASAM", "Bi-LoRA"])
-ONE_GROUP = pytest.mark.parametrize("method", ["gaussian", "LoRASAM"])
-
-
-def sgd(params):
-    return torch.optim.SGD(params, lr=0.01)
-
-
-def loss(model, x=X):
-    return model(x).square().mean()
-
-
-def steps(model, optimizer, n=3):
-    optimizer.zero_grad()
-    for _ in range(n):
-        step(model, optimizer, X)
-
 
 # --- steps ----------------------------------------------------------------------------------------------------------
 

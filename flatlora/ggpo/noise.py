@@ -23,6 +23,10 @@ from ..streams import derived_seed
 
 __all__ = ["RowNoise"]
 
+# What a layer's standard deviations were computed from, they (m,), the same as they are drawn with, and the gradient
+# term (m,) within them.
+Deviations = tuple[Any, Tensor, Tensor, Tensor]
+
 
 class RowNoise(Source):
     """The noise of all layers: its σ, β and step, and the rows it is scaled by. `always` is for measuring.
@@ -46,9 +50,8 @@ class RowNoise(Source):
         self.always = always
         self.step = 0
         self.grad_sq: dict[str, Tensor] = {}
-        # What a layer's standard deviations were computed from, they (m,), the same as they are drawn with, and the
-        # gradient term (m,) within them.
-        self._stds: dict[str, tuple[Any, Tensor, Tensor, Tensor]] = {}
+        self._stds: dict[str, Deviations] = {}
+        self._measured: tuple[Any, str] = None, ""  # the step and the number of layers, and what `measured` says then
         self._norms = BaseNorms()
         self._observed: list[tuple[list[str], Tensor]] = []
 
@@ -59,9 +62,7 @@ class RowNoise(Source):
         # every rank and a resumed run get the same ε, and nothing but these numbers has to be kept.
         # Two optimizers, each of an adapter of its own, don't draw the same.
         seed = derived_seed(self.seed, self.step, layer.name, *sorted(layer.names))
-        std, known = self.std(layer, adapters), self._stds.get(layer.name)
-        # The same in the dtype of a pass, where it is at hand.
-        return Draw(self.kind, std if known is None or known[1] is not std else known[2], seed, self.rank)
+        return Draw(self.kind, self._deviations(layer, adapters)[2], seed, self.rank)
 
     def form(self, layer: LoRALayer) -> Any:
         m, n = layer.shape
@@ -74,21 +75,30 @@ class RowNoise(Source):
 
     def measured(self) -> str:
         """The layer whose Gaussian noise is measured in this step."""
-        names = list(self.layers)
-        stride = next(i for i in range(round(0.618 * len(names)), 2 * len(names)) if math.gcd(i, len(names)) == 1)
-        return names[self.step * stride % len(names)]
+        key = self.step, len(self.layers)
+        if self._measured[0] != key:
+            names = list(self.layers)
+            stride = next(i for i in range(round(0.618 * len(names)), 2 * len(names)) if math.gcd(i, len(names)) == 1)
+            self._measured = key, names[self.step * stride % len(names)]
+        return self._measured[1]
 
     def read_rise(self) -> None:
         # E⟨G(W'+ε), ε⟩ = E[εᵀHε], twice what noise adds to the loss: its first order has no mean.
         self.rise.read(0.5 * (len(self.passes) if self.kind == "gaussian" else 1))
 
     def std(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Tensor:
-        """Standard deviations (m,) of a layer's rows; the first layer asked in a step has others computed with it."""
+        """Standard deviations (m,) of a layer's rows."""
+        return self._deviations(layer, adapters)[1]
+
+    def _deviations(
+        self, layer: LoRALayer, adapters: list[Adapter] | None = None
+    ) -> tuple[Any, Tensor, Tensor, Tensor]:
+        """The layer's entry in `_stds`; the first layer asked in a step has others computed with it."""
         known = self._stds.get(layer.name)
         if known is None or known[0] != self._key(layer, layer.adapters() if adapters is None else adapters):
             with _exact(layer.base.device):
                 self._compute_stds(layer)
-        return self._stds[layer.name][1]
+        return self._stds[layer.name]
 
     def forget(self) -> None:
         """Has all standard deviations computed anew."""

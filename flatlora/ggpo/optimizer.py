@@ -75,7 +75,7 @@ class GGPOOptimizer(PerturbingOptimizer):
         >>> loss.backward(); optimizer.step(); optimizer.zero_grad()
     """
 
-    strength = "sigma"
+    _strength = "sigma"
 
     def __init__(
         self,

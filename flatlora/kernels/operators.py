@@ -190,7 +190,7 @@ def noisy_product(
     former product too, and tells the site's query ``⟨G, ε⟩``.
     """
     with torch.no_grad(), without_autocast(x.device):
-        if site is not None and input is not None and _sites[int(site)].measures():
+        if site is not None and input is not None and int(seed) != _NOTHING and _sites[int(site)].measures():
             draw = Draw("gaussian", std, int(seed))
             _sites[int(site)].tell(rise_of(draw, input.reshape(-1, n), x.reshape(-1, x.shape[-1])))
         W = _noisy_weight(weight, std, seed, n, x.dtype)
@@ -198,16 +198,7 @@ def noisy_product(
 
 
 @noisy_product.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor | None,
-    std: Tensor,
-    seed: Tensor,
-    n: int,
-    transposed: bool,
-    site: Tensor | None,
-    input: Tensor | None,
-) -> Tensor:
+def _(x: Tensor, weight: Tensor | None, std: Tensor, seed: Tensor, n: int, transposed: bool, *_: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], n if transposed else std.shape[0])
 
 

@@ -40,8 +40,7 @@ class PerturbingOptimizer(OptimizerWrapper):
     `look_at_groups`.
     """
 
-    strength = "rho"  # the name of the number that says how large ε is
-    grows = False  # whether ε is meant to begin at nothing
+    _strength = "rho"  # the name of the number that says how large ε is
     _model: nn.Module
     _adapter: str | Iterable[str] | None
     _source: Any
@@ -185,14 +184,16 @@ class PerturbingOptimizer(OptimizerWrapper):
         rise = self._source.rise
         if rise.samples == SAMPLES and self._attached:
             mean, error = map(float, rise.mean())  # the one time that the host waits for it
+            if mean == error == 0:  # no step's rise was finite
+                return
             much = abs(mean) - 2 * error > MUCH
-            if much or (abs(mean) + 2 * error < NOTHING and not self.grows):
+            if much or (abs(mean) + 2 * error < NOTHING and not self._source.relative):
                 what = "much: training may suffer, and a smaller" if much else "next to nothing on this model: a larger"
                 self._watch.tell(
                     "rise",
                     "over %d steps the perturbation raised the loss by %.1g ± %.1g; for a loss near 1 that is %s %s is "
                     'worth a try (watch metrics()["loss_rise"])',
-                    *(SAMPLES, mean, error, what, self.strength),
+                    *(SAMPLES, mean, error, what, self._strength),
                 )
 
     def zero_grad(self, set_to_none: bool = True, **kwargs: Any) -> None:

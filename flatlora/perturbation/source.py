@@ -23,6 +23,7 @@ class Source:
         layers: those that it perturbs, by name.
         always: perturb in eval mode, in passes without gradients and under merged adapters too: for measuring.
         no_grad: perturb passes in train mode that record no gradients too.
+        relative: whether ε grows with what the adapters have learnt, and begins at nothing.
         replaying: perturb beside adapters that require no gradient at present: someone runs a pass again as it was.
         fixed: what layers get, by name, instead of what `draw` gives them; None for `draw`'s.
         passes: by layer, then by the names in `LoRALayer.names` that a pass added: the scaling of every adapter which
@@ -35,6 +36,7 @@ class Source:
 
     always = False
     no_grad = False
+    relative = False
     replaying = False
 
     def __init__(self, layers: Iterable[LoRALayer]):
