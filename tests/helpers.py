@@ -25,9 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
+import flatlora
 from flatlora import GGPOOptimizer, GraLoRALinear, OptimizerWrapper, lora_layers
 from flatlora.kernels.draw import draw_gaussian, draw_low_rank
 from flatlora.reference import gralora_delta, projected
+
+PACKAGE = os.path.join(os.path.dirname(flatlora.__file__), "")  # a clone of the repository has that name too
 
 torch.set_num_threads(1)  # the models are tiny, and test runs share the machine
 
@@ -413,7 +416,7 @@ class HostReads(TorchDispatchMode):
         copied = name in ("_to_copy", "copy_") and any(tensor.device.type == "cpu" for tensor in tensors(out))
         if away and (name.startswith(self.SHAPED) or copied):
             files = [frame.filename for frame in reversed(traceback.extract_stack())]
-            ours = [file.rpartition("/flatlora/")[2] for file in files if "/flatlora/" in file]
+            ours = [file.removeprefix(PACKAGE) for file in files if file.startswith(PACKAGE)]
             self.count += 1
             self.places.add(ours[0] if ours else "elsewhere")
         return out
