@@ -100,8 +100,10 @@ class LoRALayer:
         return [a if a.scaling == scalings[a.name] else replace(a, scaling=scalings[a.name]) for a in found]
 
     def _named(self, names: Iterable[str]) -> list[Adapter]:
-        read, module, shape = self._reader.adapters, self.module, self.shape
-        return [adapter for name in names for adapter in read(module, name, shape)]
+        found: list[Adapter] = []
+        for name in names:  # no comprehension: torch 2.6 compiles it apart and then reads its iterator after the end
+            found += self._reader.adapters(self.module, name, self.shape)
+        return found
 
     def ranks(self) -> dict[str, int]:
         """The rank of every adapter asked for; of a hybrid GraLoRA layer that of both its parts together."""
