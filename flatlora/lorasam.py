@@ -57,7 +57,7 @@ class LastGradient(Source):
         B, A = (factor.to(device) for factor in factors)
         return Adapter("", A, B, self.rho)
 
-    def form(self, layer: LoRALayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def graph_kind(self, layer: LoRALayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
         trained = [adapter for adapter in layer.all_adapters() if adapter.trained] or layer.all_adapters()
         g = max(adapter.k for adapter in trained)
         rank = 2 * sum(adapter.A.shape[-2] for adapter in trained if adapter.k == g)

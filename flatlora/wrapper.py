@@ -36,9 +36,9 @@ class Method:
 
     def __copy__(self) -> Any:
         """The same optimizer as another object, which shares all that it has; `copy.deepcopy` makes another one."""
-        twin = object.__new__(type(self))
-        twin.__dict__ = self.__dict__
-        return twin
+        copied = object.__new__(type(self))
+        copied.__dict__ = self.__dict__
+        return copied
 
     def metrics(self) -> dict[str, Tensor]:
         """The method's few scalars at present, by name, still on their device: reading them is what costs a sync."""
@@ -153,15 +153,15 @@ class OptimizerWrapper(Method, Optimizer):
 
     def train(self) -> None:
         """Calls the base optimizer's `train()` if it has one; the method follows the mode of the model."""
-        self._tell("train")
+        self._set_mode("train")
 
     def eval(self) -> None:
         """Calls the base optimizer's `eval()` if it has one; the method follows the mode of the model."""
-        self._tell("eval")
+        self._set_mode("eval")
 
-    def _tell(self, mode: str) -> None:
-        if callable(tell := getattr(self.base_optimizer, mode, None)):
-            tell()
+    def _set_mode(self, mode: str) -> None:
+        if callable(switch := getattr(self.base_optimizer, mode, None)):
+            switch()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.base_optimizer.add_param_group(param_group)

@@ -89,7 +89,7 @@ class Batches:
             self._reopen_at(before)  # an iterator that raised may be at its end, or one batch further
             raise
 
-    def go_back(self, position: Position) -> None:
+    def restore(self, position: Position) -> None:
         """Makes the batch at `position`, which this object was at before, the next one."""
         if position is not self.position:
             self._reopen_at(position)

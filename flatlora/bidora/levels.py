@@ -82,16 +82,16 @@ class TwoLevels(Method, Optimizer):
 
     def train(self) -> None:
         """Calls `train()` of the levels that have one, as Accelerate expects of an optimizer."""
-        self._tell("train")
+        self._set_mode("train")
 
     def eval(self) -> None:
         """As `train`."""
-        self._tell("eval")
+        self._set_mode("eval")
 
-    def _tell(self, mode: str) -> None:
+    def _set_mode(self, mode: str) -> None:
         for level in self.inner_optimizers():
-            if callable(tell := getattr(level, mode, None)):
-                tell()
+            if callable(switch := getattr(level, mode, None)):
+                switch()
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 

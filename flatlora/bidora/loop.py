@@ -60,19 +60,19 @@ class LoopWatch:
             self._handles.pop().remove()
 
     def clear(self) -> None:
-        self.go_back(([], {}))
+        self.restore(([], {}))
 
-    def seen(self) -> tuple[list[tuple[LossPass, Tensor]], Values]:
-        """The forward passes with their losses, and ∂_μ so far; for `go_back`."""
+    def snapshot(self) -> tuple[list[tuple[LossPass, Tensor]], Values]:
+        """The forward passes with their losses, and ∂_μ so far; for `restore`."""
         return list(self._passes), dict(self._magnitude_grads)
 
-    def go_back(self, seen: tuple[list[tuple[LossPass, Tensor]], Values]) -> None:
+    def restore(self, seen: tuple[list[tuple[LossPass, Tensor]], Values]) -> None:
         """Forgets what came after."""
         self._passes, self._magnitude_grads = seen
         self._streams: RandomStreams | None = None
 
     @contextmanager
-    def away(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Within the context it sees nothing."""
         on, self.on = self.on, False
         try:

@@ -182,7 +182,7 @@ def isolated(model: nn.Module, seed: int = 0, watch: Any = None) -> Iterator[Non
     try:
         for p in trained:
             p.grad = None  # backward would add to it in place
-        with private_streams(seed, devices), nullcontext() if watch is None else watch.away():
+        with private_streams(seed, devices), nullcontext() if watch is None else watch.paused():
             yield
     finally:
         assign(before)
@@ -217,8 +217,8 @@ def undone_on_error(
         kept = [_kept(optimizer) for optimizer in optimizers]
     wrappers = [wrapper for optimizer in optimizers for wrapper in chain(optimizer)]
     sources = [source for one in wrappers if (source := getattr(one, "_source", None)) is not None]
-    marks = [source.mark() for source in sources]
-    seen = None if watch is None else watch.seen()
+    snapshots = [source.snapshot() for source in sources]
+    seen = None if watch is None else watch.snapshot()
     try:
         yield
     except BaseException:
@@ -228,11 +228,11 @@ def undone_on_error(
         for optimizer, one in zip(optimizers, kept, strict=True):
             _bring_back(optimizer, *one)
         for loader, position in positions:
-            loader.go_back(position)
-        for source, mark in zip(sources, marks, strict=True):
-            source.go_back(*mark)
+            loader.restore(position)
+        for source, snapshot in zip(sources, snapshots, strict=True):
+            source.restore(*snapshot)
         if watch is not None:
-            watch.go_back(seen)
+            watch.restore(seen)
         streams.restore()
         raise
 

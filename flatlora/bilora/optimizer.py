@@ -166,8 +166,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             return loss
 
         if self._triples is not None and not self._clips[1]:
-            self.look_at_first_step()
-        self._look_at_ascent()
+            self.check_first_step()
+        self._check_ascent()
         handles = self._turn_within_hooks() if closure is None else []
         try:
             return super().step(None if closure is None else evaluate, **kwargs)
@@ -176,7 +176,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
                 handle.remove()
             self._turn_back()
 
-    def _look_at_ascent(self) -> None:
+    def _check_ascent(self) -> None:
         """ValueError if the auxiliary is no longer in the ascent groups, so that it would descend, or stay."""
         held = {id(p) for group in self.param_groups if group.get("ascent") for p in group["params"]}
         ours = {id(p) for p in self.perturbation_parameters()}
@@ -210,7 +210,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def before_step(self) -> None:
         super().before_step()
         if self._attached and self._source.passes and all(p.grad is None for p in self.perturbation_parameters()):
-            self._watch.tell(
+            self._watch.warn_once(
                 "auxiliary",
                 "step() found no gradient of the auxiliary, which stays as it is: gradients were taken of others, "
                 "as by torch.autograd.grad or backward(inputs=...)",
@@ -304,16 +304,16 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             return {name: (one.A, one.B, one.scaling) for name, one in self._source.auxiliaries.items()}
         return attached_auxiliaries(self._model)
 
-    def look_at_groups(self) -> None:
+    def groups_changed(self) -> None:
         if self._triples is not None or self._attached:  # or it goes on as its base
             self._check_groups()
         if self._watch is not None:
-            self._watch.look_at_groups(all_trained=True)
+            self._watch.note_groups(all_trained=True)
 
-    def let_go(self, params: set[int]) -> None:
+    def drop_parameters(self, params: set[int]) -> None:
         """Nothing to undo: the layers with an auxiliary do not depend on the groups."""
 
-    def look_at_first_step(self) -> None:
+    def check_first_step(self) -> None:
         ours = {id(p) for p in self.perturbation_parameters()}
         foreign = self._watch is None or self._watch.holds_foreign_tensors()
         if foreign and not ours <= held_ids(True, self.base_optimizer):

@@ -64,7 +64,7 @@ class RowNoise(Source):
         seed = derived_seed(self.seed, self.step, layer.name, *sorted(layer.names))
         return Draw(self.kind, self._deviations(layer, adapters)[2], seed, self.rank)
 
-    def form(self, layer: LoRALayer) -> Any:
+    def graph_kind(self, layer: LoRALayer) -> Any:
         m, n = layer.shape
         return "gaussian" if self.kind == "gaussian" else ((m, self.rank), (self.rank, n))
 
@@ -140,7 +140,7 @@ class RowNoise(Source):
         return torch.stack([self.grad_sq[name].to(like.device) if name in self.grad_sq else zero for name in names])
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
+    def keeping_stds(self) -> Iterator[None]:
         """Within the context standard deviations may be asked for without a trace: layers that are asked for in another
         order are computed in other company, and differ in the last bits."""
         kept = dict(self._stds)

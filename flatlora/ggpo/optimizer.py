@@ -112,7 +112,7 @@ class GGPOOptimizer(PerturbingOptimizer):
     def _reads_gradients(self) -> bool:
         return self._attached and self._source.sigma > 0 and self._source.beta > 0
 
-    def look_at_first_step(self) -> None:
+    def check_first_step(self) -> None:
         if self._reads_gradients:  # by their size, which is another where a scale is still on them
             self.refuse_replaced("GGPOOptimizer(beta=0), which needs no gradients")
 
@@ -123,7 +123,7 @@ class GGPOOptimizer(PerturbingOptimizer):
 
     def row_std(self) -> dict[str, Tensor]:
         """The standard deviation of each row's noise at present, per element: ``{layer name: (m,) tensor}``."""
-        with self._source.looking():
+        with self._source.keeping_stds():
             return {name: self._source.std(layer).clone() for name, layer in self._source.layers.items()}
 
     def metrics(self) -> dict[str, Tensor]:

@@ -100,8 +100,8 @@ def install(model: nn.Module, targets: dict[str, nn.Module], saved: list[str], *
     declare(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    told = f"GraLoRA on {len(targets)} layers: {trained:,} trainable parameters of {total:,} ({trained / total:.2%})"
-    logger.info(told)
+    message = f"GraLoRA on {len(targets)} layers: {trained:,} trainable parameters of {total:,} ({trained / total:.2%})"
+    logger.info(message)
     return model
 
 

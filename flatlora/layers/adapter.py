@@ -55,10 +55,10 @@ class Adapter:
     @property
     def has_grads(self) -> bool:
         """Whether A or B has a gradient of this layer alone, and neither lacks one that it requires."""
-        return any(self.told) and all(param.grad is not None or not param.requires_grad for param in self.params)
+        return any(self.has_own_grads) and all(p.grad is not None or not p.requires_grad for p in self.params)
 
     @property
-    def told(self) -> tuple[bool, bool]:
+    def has_own_grads(self) -> tuple[bool, bool]:
         """Whether A, and B, has a gradient that is this layer's alone."""
         A, B = self.A_param, self.B_param
         if A is None or B is None:

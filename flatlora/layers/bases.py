@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .base import BaseWeight, FloatBase, OpaqueBase
 from .bnb import Bnb4bitBase, Bnb8bitBase
-from .probe import at_hand, orientation
+from .probe import orientation, readable
 
 __all__ = ["BASES", "Known", "base_weight", "linear_base"]
 
@@ -55,7 +55,7 @@ def _trusted(module: Any, weight: Any) -> bool:
         return True
     if not FloatBase(module, (0, 0), False).plain:
         return False
-    return not ("forward" in module.__dict__ or module._forward_pre_hooks) or not at_hand(weight)
+    return not ("forward" in module.__dict__ or module._forward_pre_hooks) or not readable(weight)
 
 
 def linear_base(module: Any) -> BaseWeight | None:

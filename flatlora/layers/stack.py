@@ -52,14 +52,15 @@ def stacks(layers: Iterable[LoRALayer], known: Mapping[str, list[Adapter]] | Non
     alike: dict[tuple, list[tuple[LoRALayer, list[Adapter]]]] = {}
     read = [(layer, layer.adapters() if known is None else known[layer.name]) for layer in layers]
     for layer, adapters in _with_shared(read):
-        forms = tuple(
-            (a.name, a.k, a.rank, a.scaling, a.A.dtype, a.magnitude is None, a.has_grads, a.told) for a in adapters
+        kinds = tuple(
+            (a.name, a.k, a.rank, a.scaling, a.A.dtype, a.magnitude is None, a.has_grads, a.has_own_grads)
+            for a in adapters
         )
         device = adapters[0].A.device if adapters else layer.base.device
-        alike.setdefault((layer.shape, device, layer.names, forms), []).append((layer, adapters))
-    for (shape, device, _, forms), group in alike.items():
+        alike.setdefault((layer.shape, device, layer.names, kinds), []).append((layer, adapters))
+    for (shape, device, _, kinds), group in alike.items():
         refuse_capture(device)
-        for part in chunks(group, sum(shape) * sum(rank for _, _, rank, *_ in forms), device):
+        for part in chunks(group, sum(shape) * sum(rank for _, _, rank, *_ in kinds), device):
             yield Stack([layer for layer, _ in part], [adapters for _, adapters in part])
 
 

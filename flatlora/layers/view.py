@@ -19,7 +19,7 @@ from .adapter import Adapter, NotLinear, Reader
 from .base import OFFLOADED, BaseWeight, hooked
 from .bases import base_weight
 from .kinds import reader_of
-from .probe import at_hand
+from .probe import readable
 
 __all__ = ["LoRALayer", "fusable", "lora_layers", "plain_name", "refuse_fsdp1"]
 
@@ -57,7 +57,7 @@ class LoRALayer:
         self.is_peft = reader.is_peft
         self._reader = reader.of(module)
         # An opaque base whose values are elsewhere could not be tried yet.
-        untried = base.kind == "opaque" and not at_hand(*base.module.parameters())
+        untried = base.kind == "opaque" and not readable(*base.module.parameters())
         self._known = None if untried else (type(base.module).forward, base.kind == "float")
         self._base = base.module, base.shape, base.transposed
 
@@ -164,7 +164,7 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
             "peft.get_peft_model(model, LoraConfig(target_modules='all-linear'))"
         )
     if skipped:
-        _tell_once(f"left alone, as their adapters are not linear layers: {checks.some(skipped)}")
+        _warn_once(f"left alone, as their adapters are not linear layers: {checks.some(skipped)}")
     return found
 
 
@@ -249,7 +249,7 @@ def _refuse_shared(layers: list[LoRALayer]) -> None:
 
 
 @functools.cache
-def _tell_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     logger.warning(message)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..kernels import operators
 from ..kernels.draw import Draw, refuse_capture
-from ..kernels.operators import GraphNoise, GraphQuery, in_functorch, is_tracing
+from ..kernels.operators import GraphNoise, LayerHandle, in_functorch, is_tracing
 from ..layers.adapter import Adapter
 from ..layers.base import sum_dtype
 from ..layers.bnb import hold_training_layout
@@ -63,9 +63,7 @@ class Attachment:
 
     def add(self, layer: LoRALayer) -> None:
         forward = _perturbed_forward(layer.module) or PerturbedForward(layer.module)
-        ref = weakref.ref(self, forward.leave_out)
-        ask, tell = functools.partial(_asked, ref, layer), functools.partial(_told, ref, layer)
-        forward.entries.append((ref, layer, GraphQuery(ask, tell, functools.partial(_measures, ref, layer))))
+        forward.entries.append(_AttachedLayer(weakref.ref(self, forward.leave_out), layer))
         self._forwards.append(forward)
         self.layers.append(layer)
 
@@ -87,12 +85,35 @@ class Attachment:
         return type(None), ()
 
 
+class _AttachedLayer(LayerHandle):
+    """A layer with the attachment that it is of."""
+
+    def __init__(self, attachment: weakref.ref[Attachment], layer: LoRALayer):
+        super().__init__()
+        self.attachment, self.layer = attachment, layer
+
+    def perturbation(self, unrecorded: bool) -> Draw | tuple[Tensor, Tensor] | None:
+        if (attachment := self.attachment()) is None or (unrecorded and not runs_again_with_gradients()):
+            return None
+        source, adapters = attachment.source, self.layer.adapters()
+        source.note_pass(self.layer, adapters)
+        extra = source.given(self.layer, adapters)
+        return (extra.B * extra.scaling, extra.A) if isinstance(extra, Adapter) else extra
+
+    def measures(self) -> bool:
+        return (attachment := self.attachment()) is not None and attachment.source.measures(self.layer)
+
+    def record(self, part: Tensor) -> None:
+        if (attachment := self.attachment()) is not None:
+            attachment.source.rise.record(self.layer.name, part)
+
+
 class PerturbedForward:
     """Stands in for a module's `forward` while anything is attached to it."""
 
     def __init__(self, module: nn.Module):
         self.module: Any = module
-        self.entries: list[tuple[weakref.ref[Attachment], LoRALayer, GraphQuery]] = []
+        self.entries: list[_AttachedLayer] = []
         forward = module.__dict__.get("forward")
         # Another library's patch; or, in a copy of a perturbed model, the class's own, which is none.
         self.patch = None if forward == MethodType(type(module).forward, module) else forward
@@ -108,22 +129,23 @@ class PerturbedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         extras: list[Term] = []
         adapters: list[Adapter] | None = None
-        for ref, layer, site in self.entries:
-            if (attachment := ref()) is None or not (layer.module.training or attachment.source.always):
+        for entry in self.entries:
+            layer = entry.layer
+            if (attachment := entry.attachment()) is None or not (layer.module.training or attachment.source.always):
                 continue
             adapters = layer.adapters() if adapters is None else adapters
             source = attachment.source
             if would_perturb(source, layer, adapters):
                 tracing = is_tracing()
-                extra = _in_graph(source, layer, site) if tracing else _in_pass(source, layer, adapters)
-                watched = torch.is_grad_enabled() and (not in_functorch() if tracing else source.measures(layer))
-                extras += [] if extra is None else [(extra, site if watched else None)]
+                extra = _in_graph(source, entry) if tracing else _in_pass(source, layer, adapters)
+                recorded = torch.is_grad_enabled() and (not in_functorch() if tracing else source.measures(layer))
+                extras += [] if extra is None else [(extra, entry if recorded else None)]
         if not extras or adapters is None:
             return self.original(*args, **kwargs)
         x = args[0] if args else kwargs.get(self._input, next(iter(kwargs.values())))
         refuse_capture(x.device)
         if len(args) + len(kwargs) > 1 and not layer.is_peft and not is_tracing():
-            _tell_of_arguments(layer.name)
+            _warn_of_arguments(layer.name)
         base = layer.base
         if self.patch is None and len(args) + len(kwargs) == 1 and fusable(layer, base, adapters, x):
             return fused_output(layer, base, x, adapters, extras)
@@ -131,7 +153,7 @@ class PerturbedForward:
 
     def leave_out(self, gone: Attachment | weakref.ref[Attachment]) -> None:
         """Does without an attachment from now on, and leaves the module alone where it was the last."""
-        self.entries = [entry for entry in self.entries if entry[0] is not gone and entry[0]() is not gone]
+        self.entries = [one for one in self.entries if one.attachment is not gone and one.attachment() is not gone]
         self.go_if_idle()
 
     def go_if_idle(self) -> None:
@@ -192,7 +214,7 @@ def attachments(module: nn.Module) -> list[tuple[Attachment, LoRALayer]]:
     """What is attached to a module at present, with the layer as each sees it."""
     forward = _perturbed_forward(module)
     entries = [] if forward is None else forward.entries
-    return [(attachment, layer) for ref, layer, _ in entries if (attachment := ref()) is not None]
+    return [(attachment, one.layer) for one in entries if (attachment := one.attachment()) is not None]
 
 
 def remove_perturbation(model: nn.Module) -> None:
@@ -210,7 +232,7 @@ def remove_perturbation(model: nn.Module) -> None:
                 delattr(module, name)
 
 
-# --- what a pass is given, and what a graph is told -----------------------------------------------------------------
+# --- what a pass, or a graph, is given ----------------------------------------------------------------------------
 
 
 def _in_pass(source: Source, layer: LoRALayer, adapters: list[Adapter]) -> Draw | Adapter | None:
@@ -223,12 +245,12 @@ def _in_pass(source: Source, layer: LoRALayer, adapters: list[Adapter]) -> Draw 
     extra = source.given(layer, adapters)
     if layer.name in source.skipped and extra is not None and not source.always:
         source.skipped.clear()
-        _tell_of_two_passes(source)
+        _warn_of_two_passes(source)
     return extra
 
 
 @functools.cache
-def _tell_of_arguments(layer: str) -> None:
+def _warn_of_arguments(layer: str) -> None:
     logger.warning(
         "layer %r is called with more than its input. It is perturbed as it computes without: if the rest scales, "
         "masks or switches its update, keep that in a module around it, or in its attributes `scaling` and `enabled`",
@@ -236,9 +258,9 @@ def _tell_of_arguments(layer: str) -> None:
     )
 
 
-def _tell_of_two_passes(source: Source) -> None:
-    if not source.told_of_two_passes:
-        source.told_of_two_passes = True
+def _warn_of_two_passes(source: Source) -> None:
+    if not source.warned_of_two_passes:
+        source.warned_of_two_passes = True
         logger.warning(
             "passes in train mode came first without gradients, which are not perturbed, and now with them, which are. "
             "That is right for old log-probabilities and the like. Where both make up one loss (GradCache, Cached... "
@@ -246,37 +268,17 @@ def _tell_of_two_passes(source: Source) -> None:
         )
 
 
-def _in_graph(source: Source, layer: LoRALayer, site: GraphQuery) -> Draw | GraphNoise | Adapter | None:
+def _in_graph(source: Source, entry: _AttachedLayer) -> Draw | GraphNoise | Adapter | None:
     """`source.given` for a graph that runs at many steps."""
+    layer, number = entry.layer, entry.number
     unrecorded = not (torch.is_grad_enabled() or source.no_grad or source.always)
-    form, like = source.form(layer), layer.all_adapters()[0].A
-    if form is None:
+    kind, like = source.graph_kind(layer), layer.all_adapters()[0].A
+    if kind is None:
         extra = source.given(layer)
         if not (unrecorded and isinstance(extra, Adapter)):
             return extra
-        form, like = (extra.B.shape, extra.A.shape), extra.A
-    if form == "gaussian":
-        return GraphNoise(
-            *operators.row_noise(site.number, unrecorded, layer.shape[0], like.device, sum_dtype(like.device))
-        )
-    B, A = operators.low_rank_factors(site.number, unrecorded, *form, like.device, like.dtype)
+        kind, like = (extra.B.shape, extra.A.shape), extra.A
+    if kind == "gaussian":
+        return GraphNoise(*operators.row_noise(number, unrecorded, layer.shape[0], like.device, sum_dtype(like.device)))
+    B, A = operators.low_rank_factors(number, unrecorded, *kind, like.device, like.dtype)
     return Adapter("", A, B, 1.0)
-
-
-def _asked(ref: weakref.ref[Attachment], layer: LoRALayer, unrecorded: bool) -> Draw | tuple[Tensor, Tensor] | None:
-    """What a graph that runs now is told by its `GraphQuery`."""
-    if (attachment := ref()) is None or (unrecorded and not runs_again_with_gradients()):
-        return None
-    source, adapters = attachment.source, layer.adapters()
-    source.note_pass(layer, adapters)
-    extra = source.given(layer, adapters)
-    return (extra.B * extra.scaling, extra.A) if isinstance(extra, Adapter) else extra
-
-
-def _told(ref: weakref.ref[Attachment], layer: LoRALayer, part: Tensor) -> None:
-    if (attachment := ref()) is not None:
-        attachment.source.rise.note(layer.name, part)
-
-
-def _measures(ref: weakref.ref[Attachment], layer: LoRALayer) -> bool:
-    return (attachment := ref()) is not None and attachment.source.measures(layer)

@@ -32,34 +32,34 @@ class Watch:
 
     Attributes:
         stepping: whether the wrapper's own step is running.
-        looked: whether the step that runs has had a look at its gradients.
+        checked: whether the step that runs has had a look at its gradients.
         seen: identities of the parameters that the groups held when they were looked at last.
         known: of those that the user gave to the optimizer.
     """
 
     def __init__(self, kind: str, model: nn.Module, optimizer: Optimizer, attachment: Attachment, all_trained: bool):
         self.kind, self.model, self.optimizer, self.attachment = kind, model, optimizer, attachment
-        self.stepping = self.looked = False
+        self.stepping = self.checked = False
         self._steps = 0
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._acted: set[str] = set()  # layers that any pass has gone through
         self._left: dict[str, Any] = {}  # gradients of layers that no pass of the last step went through, weakly
-        self.look_at_groups(all_trained)
+        self.note_groups(all_trained)
         self.known = self.seen
         for base in _bases(optimizer):
             if getattr(type(base).step, "hooked", False):  # else it knows no step hooks
                 refuse = functools.partial(_refuse_step, weakref.ref(self), weakref.ref(base))
                 base.register_step_pre_hook(refuse)
 
-    def tell(self, what: str, message: str, *values: object) -> None:
+    def warn_once(self, what: str, message: str, *values: object) -> None:
         """A warning, once for each `what`."""
-        if what not in self._told:
-            self._told.add(what)
+        if what not in self._warned:
+            self._warned.add(what)
             logger.warning(message, *values)
 
     # --- parameters ---------------------------------------------------------------------------------------------------
 
-    def look_at_groups(self, all_trained: bool) -> None:
+    def note_groups(self, all_trained: bool) -> None:
         """Notes the parameters in the groups, and, where `all_trained` of them are to be perturbed, the adapters that
         are frozen at present and therefore are not."""
         self.seen = held_ids(True, self.optimizer)
@@ -87,10 +87,10 @@ class Watch:
         ours = {id(p) for p in self.model.parameters()}
         return not held_ids(True, self.optimizer) <= self.known | ours
 
-    def look_at_parameters(self) -> None:
+    def check_parameters(self) -> None:
         """Tells of adapters that are trained unperturbed, or perturbed and trained by nobody."""
         if trained := {name for name, p in self._frozen if p.grad is not None}:
-            self.tell(
+            self.warn_once(
                 "frozen",
                 "adapters %s are trained but not perturbed: they were frozen, or not there, when the %s was built. "
                 "Build it again, or name them as adapter=...",
@@ -103,7 +103,7 @@ class Watch:
         held = held_ids(True, self.optimizer)
         new = [layer.name for layer in self.attachment.layers if not held.issuperset(map(id, _trained(layer)))]
         if new:
-            self.tell(
+            self.warn_once(
                 "replaced",
                 "adapters of %d layers (first: %r) hold parameters that the %s does not, so nobody trains them: they "
                 "were replaced after it was built, as by initialize_lora_eva_weights or by deleting and adding an "
@@ -115,13 +115,13 @@ class Watch:
 
     # --- passes -------------------------------------------------------------------------------------------------------
 
-    def look_at_passes(self) -> None:
+    def check_passes(self) -> None:
         """Called once a step's gradients are there: did they come through the layers?
 
         Raises:
             RuntimeError: in the first step, if none did. Later, and where some did, it is said once.
         """
-        self.looked = True
+        self.checked = True
         if self._excused:
             self._excused = False
             return
@@ -136,7 +136,7 @@ class Watch:
         if not silent:
             return
         if gone := [layer.name for layer in silent if not layer.all_adapters()]:
-            self.tell(
+            self.warn_once(
                 "gone",
                 "the adapters that the %s perturbs are no longer in %d layers (first: %r); build it again over those "
                 "that took their place",
@@ -147,12 +147,12 @@ class Watch:
         if not any(layer.module.training for layer in silent):
             how = f"all {len(silent)} adapted" if none_acted else f"{len(silent)} adapted"
             if none_acted or any(_gradients(layer) for layer in silent):
-                self._tell_of_mode(how)
+                self._warn_of_mode(how)
             return
         if past := [layer for layer in silent if _gradients(layer)]:
             for layer in past:
                 forget_replaced(layer.module)
-            self._refuse_or_tell_of([layer.name for layer in past], refuse=none_acted and self._steps == 1)
+            self._refuse_or_warn_of([layer.name for layer in past], refuse=none_acted and self._steps == 1)
 
     def _new_gradients(self, silent: list[LoRALayer]) -> set[str]:
         """Of layers without a pass in this step and the last, those whose gradient is another one than it was: those of
@@ -161,8 +161,8 @@ class Watch:
         former, self._left = self._left, {name: weakref.ref(grad) for name, grad in grads.items() if grad is not None}
         return {name for name in former.keys() & self._left.keys() if former[name]() is not grads[name]}
 
-    def _tell_of_mode(self, layers: str) -> None:
-        self.tell(
+    def _warn_of_mode(self, layers: str) -> None:
+        self.warn_once(
             "mode",
             "%s.step() found %s layers in eval mode, in which none is perturbed; call model.train() before the passes "
             "that train",
@@ -170,7 +170,7 @@ class Watch:
             layers,
         )
 
-    def _refuse_or_tell_of(self, past: list[str], refuse: bool) -> None:
+    def _refuse_or_warn_of(self, past: list[str], refuse: bool) -> None:
         message = (
             f"{self.kind}.step(): the adapters of {len(past)} layers (first: {past[0]!r}) have gradients, and no pass "
             "that trains has gone through these layers' forward: something computes with their weights and never "
@@ -183,7 +183,7 @@ class Watch:
         )
         if refuse:
             raise RuntimeError(message)
-        self.tell("passes", "%s", message)
+        self.warn_once("passes", "%s", message)
 
 
 def held_ids(adapter: Any, optimizer: Optimizer) -> set[int]:

@@ -37,7 +37,7 @@ class PerturbingOptimizer(OptimizerWrapper):
 
     A method whose source perturbs all layers that the base optimizer trains sets `_model`, `_adapter` and `_source`,
     which is over `trained_by`, in its constructor, and calls `reattach`. Another one overrides `reattach` and
-    `look_at_groups`.
+    `groups_changed`.
     """
 
     _strength = "rho"  # the name of the number that says how large ε is
@@ -103,18 +103,18 @@ class PerturbingOptimizer(OptimizerWrapper):
         """
         super().add_param_group(param_group)
         try:
-            self.look_at_groups()
+            self.groups_changed()
         except ValueError:
             refused = self.param_groups.pop()["params"]
             for inner in chain(self.base_optimizer):
                 if isinstance(inner, PerturbingOptimizer):
-                    inner.let_go({id(p) for p in refused})
+                    inner.drop_parameters({id(p) for p in refused})
             raise
         if self._watch is not None:
             self._watch.known = self._watch.known | held_ids(True, self.base_optimizer)
 
-    def let_go(self, params: set[int]) -> None:
-        """Undoes `look_at_groups` for parameters, by identity, that are no longer in the groups."""
+    def drop_parameters(self, params: set[int]) -> None:
+        """Undoes `groups_changed` for parameters, by identity, that are no longer in the groups."""
         if not self._attached:
             return
         known = self._source.layers
@@ -124,9 +124,9 @@ class PerturbingOptimizer(OptimizerWrapper):
             if not layer.names:
                 self._attachment.drop(known.pop(layer.name))
         self._watch.known = self._watch.known - params
-        self._watch.look_at_groups(all_trained=self._adapter is None)
+        self._watch.note_groups(all_trained=self._adapter is None)
 
-    def look_at_groups(self) -> None:
+    def groups_changed(self) -> None:
         """Called when parameters have come into the groups, by whatever way; ValueError refuses them."""
         if not self._attached:
             return
@@ -141,7 +141,7 @@ class PerturbingOptimizer(OptimizerWrapper):
             else:
                 known[layer.name] = layer
                 self._attachment.add(layer)
-        self._watch.look_at_groups(all_trained=self._adapter is None)
+        self._watch.note_groups(all_trained=self._adapter is None)
 
     # --- a step, and what it looks at before anything moves -----------------------------------------------------------
 
@@ -156,27 +156,27 @@ class PerturbingOptimizer(OptimizerWrapper):
         if not attachment.used:
             # Both may have come after this optimizer.
             refuse_fsdp1(self._model)
-            self.look_at_first_step()
+            self.check_first_step()
         if watch.found_new_parameters():
-            self.look_at_groups()
+            self.groups_changed()
         attachment.used = watch.stepping = True
-        watch.looked = False
+        watch.checked = False
         try:
             loss = super().step(closure, **kwargs)
         finally:
             watch.stepping = False
-        if closure is not None and not watch.looked:
+        if closure is not None and not watch.checked:
             name = type(self.base_optimizer).__name__
-            watch.tell("closure", "%s did not call its closure, so the %s saw no gradients", name, self._kind)
+            watch.warn_once("closure", "%s did not call its closure, so the %s saw no gradients", name, self._kind)
         return loss
 
-    def look_at_first_step(self) -> None:
+    def check_first_step(self) -> None:
         """Called when the first step begins; an error refuses it."""
 
     def before_step(self) -> None:
         if self._attached:
-            self._watch.look_at_parameters()
-            self._watch.look_at_passes()
+            self._watch.check_parameters()
+            self._watch.check_passes()
             self._source.read_rise()
 
     def after_step(self) -> None:
@@ -189,7 +189,7 @@ class PerturbingOptimizer(OptimizerWrapper):
             much = abs(mean) - 2 * error > MUCH
             if much or (abs(mean) + 2 * error < NOTHING and not self._source.relative):
                 what = "much: training may suffer, and a smaller" if much else "next to nothing on this model: a larger"
-                self._watch.tell(
+                self._watch.warn_once(
                     "rise",
                     "over %d steps the perturbation raised the loss by %.1g ± %.1g; for a loss near 1 that is %s %s is "
                     'worth a try (watch metrics()["loss_rise"])',
@@ -208,7 +208,7 @@ class PerturbingOptimizer(OptimizerWrapper):
             RuntimeError: others' tensors have taken the adapters' place in the groups.
         """
         self.refuse_replaced()
-        self._watch.tell("gradients", "step() found no adapter gradients: %s", effect)
+        self._watch.warn_once("gradients", "step() found no adapter gradients: %s", effect)
 
     def refuse_replaced(self, *ways_out: str) -> None:
         """RuntimeError if the groups hold others' tensors and no perturbed adapter."""

@@ -30,7 +30,7 @@ class Source:
             it added, as some models change that for the pass alone. Of passes with gradients since the last step.
         acted: the layers that the last step's passes went through.
         skipped: layers of which a pass in train mode has gone unperturbed since the last step, without gradients.
-        told_of_two_passes: whether the user knows that such a pass was followed by one that is perturbed.
+        warned_of_two_passes: whether the user knows that such a pass was followed by one that is perturbed.
         rise: how far ε raises the loss.
     """
 
@@ -45,10 +45,10 @@ class Source:
         self.passes: dict[str, dict[Names, dict[str, float]]] = {}
         self.acted: frozenset[str] = frozenset()
         self.skipped: set[str] = set()
-        self.told_of_two_passes = self._keeping = False
+        self.warned_of_two_passes = self._keeping = False
         self.rise = LossRise()
 
-    def form(self, layer: LoRALayer) -> Literal["gaussian"] | tuple[tuple[int, ...], tuple[int, ...]] | None:
+    def graph_kind(self, layer: LoRALayer) -> Literal["gaussian"] | tuple[tuple[int, ...], tuple[int, ...]] | None:
         """What a graph that runs at many steps may count on: Gaussian noise, or the shapes of an ε's factors B and A.
 
         None where `draw` can be traced instead: it gives the same parameters at every step.
@@ -83,7 +83,7 @@ class Source:
             self.fixed, self._keeping = before
 
     def measures(self, layer: LoRALayer) -> bool:
-        """Whether backward is to tell what the layer's ε of this step does to the loss."""
+        """Whether backward is to record what the layer's ε of this step does to the loss."""
         return not (self.always or self.replaying)
 
     # --- passes and steps -------------------------------------------------------------------------------------------
@@ -119,14 +119,14 @@ class Source:
         """Takes from the backward passes of this step how far ε raised the loss."""
         self.rise.read()
 
-    def mark(self) -> tuple[Any, ...]:
-        """What `go_back` needs to undo what passes and a step leave here."""
+    def snapshot(self) -> tuple[Any, ...]:
+        """What `restore` needs to undo what passes and a step leave here."""
         passes = {layer: dict(kinds) for layer, kinds in self.passes.items()}
-        return passes, self.acted, set(self.skipped), self.rise.mark()
+        return passes, self.acted, set(self.skipped), self.rise.snapshot()
 
-    def go_back(self, passes: Any, acted: Any, skipped: Any, rise: Any) -> None:
+    def restore(self, passes: Any, acted: Any, skipped: Any, rise: Any) -> None:
         self.passes, self.acted, self.skipped = passes, acted, skipped
-        self.rise.go_back(rise)
+        self.rise.restore(rise)
 
     def next_step(self) -> None:
         """Goes on to the ε of the next step."""
