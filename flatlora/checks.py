@@ -10,19 +10,6 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = [
-    "UNFREEZE",
-    "built_optimizer",
-    "integer",
-    "module",
-    "number",
-    "optimizer_cls",
-    "option",
-    "same_layers",
-    "some",
-    "state_fields",
-]
-
 _T = TypeVar("_T")
 UNFREEZE = "unfreeze the adapter, for instance PEFT's with set_adapter(name) or from_pretrained(is_trainable=True)"
 _MOST = 1e18  # the square of a σ or ρ must stay finite in float32

@@ -21,8 +21,6 @@ from .perturbation.optimizer import PerturbingOptimizer, trained_by
 from .perturbation.rise import check_rise
 from .perturbation.source import Names, Source, held_names
 
-__all__ = ["LoRASAMOptimizer"]
-
 logger = logging.getLogger("flatlora")
 
 

@@ -1,4 +1,4 @@
-"""An optimizer that is its base optimizer to everyone who looks, and a place for a method to stand around `step()`."""
+"""An optimizer that others use like its base optimizer, and a place for a method around `step()`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checks
-
-__all__ = ["Method", "OptimizerWrapper", "chain", "only_initialises"]
 
 STATE_KEY = "flatlora"
 
@@ -54,8 +52,8 @@ class OptimizerWrapper(Method, Optimizer):
     is `base_optimizer`.
 
     A method derives from it and overrides `before_step`, `after_step` and what `Method` has. If it perturbs the model,
-    `perturbation_parameters`, `current_perturbation`, `perturbed_as` and `unperturbed` tell of it, by which others run
-    a pass again as it was, or without; `PerturbingOptimizer` has the last three.
+    it overrides `perturbation_parameters`, `current_perturbation`, `perturbed_as` and `unperturbed` too, by which
+    others run a pass again as it was, or without; `PerturbingOptimizer` has the last three.
 
     Args:
         optimizer: any built `torch.optim.Optimizer`, also another wrapper.
@@ -104,7 +102,7 @@ class OptimizerWrapper(Method, Optimizer):
         found = OptimizerWrapper.metrics(self)
         return found | {f"{self._kind}.{name}" if name in found else name: value for name, value in own.items()}
 
-    # --- what a method that perturbs the model tells of it ----------------------------------------------------------
+    # --- what a method that perturbs the model adds -----------------------------------------------------------------
 
     def perturbation_parameters(self) -> list[Tensor]:
         """Parameters in `param_groups` that make up the perturbation and are no part of what is trained."""
@@ -127,7 +125,7 @@ class OptimizerWrapper(Method, Optimizer):
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """One step of the base optimizer, with the method around it; further arguments are the base's.
 
-        With a `closure`, the method looks at the gradients after each evaluation of it.
+        With a `closure`, `before_step` is called after each evaluation of it.
         """
         if closure is None and only_initialises(self):
             return self.base_optimizer.step(**kwargs)
@@ -152,11 +150,11 @@ class OptimizerWrapper(Method, Optimizer):
         self.base_optimizer.zero_grad(**kwargs)
 
     def train(self) -> None:
-        """Calls the base optimizer's `train()` if it has one; the method follows the mode of the model."""
+        """Calls the base's `train()` if it has one; the method follows the mode of the model."""
         self._set_mode("train")
 
     def eval(self) -> None:
-        """Calls the base optimizer's `eval()` if it has one; the method follows the mode of the model."""
+        """Calls the base's `eval()` if it has one; the method follows the mode of the model."""
         self._set_mode("eval")
 
     def _set_mode(self, mode: str) -> None:
@@ -266,20 +264,13 @@ def only_initialises(optimizer: Optimizer) -> bool:
 
     `torch.distributed.checkpoint` takes such a step when it is asked for the state of a new optimizer.
     """
-    if optimizer.state or not all(_is_zero(group.get("lr")) for group in optimizer.param_groups):
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    if optimizer.state or any((isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0 for lr in rates):
         return False
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grads: list[Any] = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     # Read on the host, but only in a first step, and only where it is taken at lr 0.
-    return bool(grads) and not any(grad.is_sparse or _full(grad).any() for grad in grads)
-
-
-def _full(grad: Any) -> Tensor:
-    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-
-
-def _is_zero(lr: Any) -> bool:
-    """Whether it is 0 for all that the host knows."""
-    return not (isinstance(lr, Tensor) and lr.device.type != "cpu") and lr == 0
+    full = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads if not grad.is_sparse)
+    return bool(grads) and not any(grad.is_sparse for grad in grads) and not any(grad.any() for grad in full)
 
 
 def check_base_state(base: Optimizer, state: Any) -> None:

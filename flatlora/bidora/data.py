@@ -16,8 +16,6 @@ from torch.utils.data import IterableDataset
 from .. import checks
 from ..streams import derived_seed, private_streams
 
-__all__ = ["Batches", "Position", "check_position", "split_dataset", "to_device", "two_splits"]
-
 logger = logging.getLogger("flatlora")
 
 _FIELDS = ("seed", "epoch", "index", "length", "generators", "stream")
@@ -86,15 +84,11 @@ class Batches:
         try:
             return self._next()
         except BaseException:
-            self._reopen_at(before)  # an iterator that raised may be at its end, or one batch further
+            self.restore(before)  # an iterator that raised may be at its end, or one batch further
             raise
 
     def restore(self, position: Position) -> None:
         """Makes the batch at `position`, which this object was at before, the next one."""
-        if position is not self.position:
-            self._reopen_at(position)
-
-    def _reopen_at(self, position: Position) -> None:
         self.position = position if position.stream is not None else replace(position, stream=self._first)
         self._iterator = None
 
@@ -189,11 +183,7 @@ class Batches:
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes where `state` says.
-
-        Raises:
-            ValueError: as `check_state_dict`. Nothing has changed then.
-        """
+        """Goes where `state` says. A ValueError of `check_state_dict` changes nothing."""
         self.check_state_dict(state)
         index, seeds = state["index"], state["generators"]
         theirs, ours = (state["length"], len(seeds)), (_length(self.loader), len(self._generators))
@@ -262,7 +252,7 @@ def _is_stream(loader: Any) -> bool:
 
 
 def _resumable_stream(loader: Any) -> Any:
-    """The loader of a stream, or its dataset, whichever can tell where it stands; None if neither can."""
+    """The loader of a stream, or its dataset, whichever knows its position; None if neither does."""
     # Accelerate's loaders read one batch ahead of what they yield, and have the methods whether or not they work.
     if not _is_stream(loader) or not getattr(loader, "use_stateful_dataloader", True):
         return None

@@ -14,8 +14,6 @@ from .. import checks
 from ..wrapper import STATE_KEY, Method, chain, check_base_state, load_base, saved_groups
 from .passes import parameters_of
 
-__all__ = ["TwoLevels", "check_optimizer_state", "directions_of", "shapes_of", "step_sizes"]
-
 
 class TwoLevels(Method, Optimizer):
     """The plumbing of an optimizer over two others; a method derives from it and overrides `step` and `Method`'s.

@@ -15,8 +15,6 @@ from torch.optim import Optimizer
 from ..streams import RandomStreams
 from .passes import LossPass, Values, model_loss, parameters_of, parts_of
 
-__all__ = ["LoopWatch"]
-
 
 class _Hook:
     """Calls a method of the watch while there is one; in a copy of the model it does nothing."""

@@ -42,8 +42,6 @@ from .passes import (
 )
 from .phase_two import TwoPhases
 
-__all__ = ["BilevelOptimizer", "BilevelStep"]
-
 
 @dataclass(frozen=True)
 class BilevelStep:
@@ -322,7 +320,7 @@ class BilevelOptimizer(TwoPhases):
         return loss
 
     def _pass(self, batch: Any, which: str) -> LossPass:
-        """The loss of a batch from where the random streams stand now; `which` batch it is, errors tell."""
+        """The loss of a batch from where the random streams stand now; errors say `which` batch it is."""
         *_, devices = parts_of(self.model)
         batch = to_device(batch, devices[0])
         return LossPass(lambda: batch_loss(self.model, batch, which, self.loss_fn), RandomStreams(devices))

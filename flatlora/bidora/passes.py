@@ -18,28 +18,6 @@ from ..wrapper import chain
 
 Values = dict[Tensor, Tensor]  # of parameters, or their gradients
 
-__all__ = [
-    "LossPass",
-    "Values",
-    "assign",
-    "average_gradients",
-    "batch_loss",
-    "begin_alike",
-    "copies",
-    "finite",
-    "frozen",
-    "grads_of",
-    "isolated",
-    "model_loss",
-    "moved",
-    "norm_of",
-    "parameters_of",
-    "parts_of",
-    "together",
-    "undone_on_error",
-    "whole_model",
-]
-
 
 @dataclass
 class LossPass:

@@ -18,8 +18,6 @@ from .loop import LoopWatch
 from .parameters import direction_parameters, reset_directions
 from .passes import assign, copies, finite, parameters_of, together, undone_on_error
 
-__all__ = ["TwoPhases"]
-
 
 class TwoPhases(TwoLevels):
     """Two levels that the first phase trains by the method's `step`; `retrain` then trains the lower alone.

@@ -21,8 +21,6 @@ from ..perturbation.passes import would_perturb
 from ..perturbation.source import Source
 from ..streams import derived_seed
 
-__all__ = ["RowNoise"]
-
 # What a layer's standard deviations were computed from, they (m,), the same as they are drawn with, and the gradient
 # term (m,) within them.
 Deviations = tuple[Any, Tensor, Tensor, Tensor]

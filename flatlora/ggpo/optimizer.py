@@ -16,8 +16,6 @@ from ..perturbation.rise import check_rise
 from ..streams import shared_seed
 from .noise import RowNoise
 
-__all__ = ["GGPOOptimizer"]
-
 logger = logging.getLogger("flatlora")
 
 

@@ -34,8 +34,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["read_adapter", "write_adapter", "write_weights"]
-
 logger = logging.getLogger("flatlora")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from .. import checks
 from ..layers.bases import linear_base
 from ..layers.view import plain_name
-from .contents import PREFIX, adapter, gralora_layers, saved_modules, settings_of, shapes
+from .contents import PREFIX, adapter_of, gralora_layers, saved_modules, settings_of, shapes
 from .disk import read_adapter, write_adapter
 from .layer import GraLoRALinear
 from .targets import check_blocks, check_numbers, find_saved, inside
 from .transform import check_fresh, install
-
-__all__ = ["load_gralora", "save_gralora"]
 
 logger = logging.getLogger("flatlora")
 
@@ -42,7 +40,7 @@ def save_gralora(model: nn.Module, dir: str | Path) -> None:
         TypeError: `model` is not a module.
         ImportError: safetensors is missing.
     """
-    write_adapter(Path(dir), *adapter(model))
+    write_adapter(Path(dir), *adapter_of(model))
 
 
 @torch.no_grad()

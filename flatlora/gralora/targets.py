@@ -13,8 +13,6 @@ from torch import nn
 from .. import checks
 from ..layers.bases import linear_base
 
-__all__ = ["check_blocks", "check_numbers", "find_saved", "find_targets", "inside"]
-
 
 def check_numbers(r: int, k: int, alpha: float, hybrid_r: int, dropout: float) -> dict[str, Any]:
     """The numbers of `GraLoRALinear` as Python's own, by name; ValueError for one that is out of its range."""

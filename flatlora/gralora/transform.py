@@ -14,12 +14,9 @@ from torch import nn
 
 from .. import checks
 from ..perturbation.attachment import remove_perturbation
-from .contents import Before, gralora_layers, records, saved_modules
+from .contents import Before, add_save_pretrained, applied, gralora_layers, remove_save_pretrained, saved_modules
 from .layer import GraLoRALinear
-from .pretrained import declare, withdraw
 from .targets import check_blocks, check_numbers, find_saved, find_targets
-
-__all__ = ["apply_gralora", "merge_gralora", "unload_gralora"]
 
 logger = logging.getLogger("flatlora")
 
@@ -97,7 +94,7 @@ def install(model: nn.Module, targets: dict[str, nn.Module], saved: list[str], *
     for name, module in [*layers.items(), *copies.items()]:
         model.set_submodule(name, module)
     model._before_gralora = before  # type: ignore[assignment]
-    declare(model)
+    add_save_pretrained(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     message = f"GraLoRA on {len(targets)} layers: {trained:,} trainable parameters of {total:,} ({trained / total:.2%})"
@@ -192,10 +189,10 @@ def _take_off(model: nn.Module, name: str, layer: GraLoRALinear) -> None:
 
 def _forget(model: nn.Module) -> nn.Module:
     """Restores what was trainable before, once the layers are off."""
-    for module, before in records(model).values():
+    for module, before in applied(model).values():
         _set_trainable(module, before.trainable)
         del module._before_gralora
-        withdraw(module)
+        remove_save_pretrained(module)
     return model
 
 

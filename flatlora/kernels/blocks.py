@@ -17,8 +17,6 @@ from torch import Tensor
 
 from .low_rank import compute_dtype, product_of, without_autocast
 
-__all__ = ["AddBlocks", "BlockOptions", "add_blocks"]
-
 
 @dataclass(frozen=True)
 class BlockOptions:

@@ -12,19 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Added",
-    "AddedTerms",
-    "add_low_rank",
-    "added",
-    "autocasts",
-    "base_product",
-    "cast",
-    "compute_dtype",
-    "product_of",
-    "without_autocast",
-]
-
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """`dtype`, or autocast's where it is on, which leaves float64 alone."""

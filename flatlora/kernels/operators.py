@@ -20,18 +20,6 @@ from torch import Tensor
 from .draw import Draw, draw_gaussian, draw_low_rank, rise_of
 from .low_rank import without_autocast
 
-__all__ = [
-    "GraphNoise",
-    "LayerHandle",
-    "in_functorch",
-    "is_tracing",
-    "low_rank_factors",
-    "noisy_product",
-    "noisy_weight",
-    "record_in_backward",
-    "row_noise",
-]
-
 _NOTHING = -1  # the seed of no ε at all
 _numbers = itertools.count()
 _handles: weakref.WeakValueDictionary[int, LayerHandle] = weakref.WeakValueDictionary()
@@ -42,12 +30,12 @@ _options: dict[str, Any] = {"mutates_args": (), **({} if _tag is None else {"tag
 
 
 def is_tracing() -> bool:
-    """Whether a compiler or one of torch.func's transforms looks on, to which autograd functions are opaque."""
+    """Whether a compiler or one of torch.func's transforms traces, to which autograd functions are opaque."""
     return torch.compiler.is_compiling() or in_functorch()
 
 
 def in_functorch() -> bool:
-    """Whether one of torch.func's transforms looks on, which would drop the tangents of an operator's inputs."""
+    """Whether one of torch.func's transforms traces, which would drop the tangents of an operator's inputs."""
     return torch._C._are_functorch_transforms_active()
 
 
@@ -264,8 +252,7 @@ def _record(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
     return of_anchor, None, of_h
 
 
-def _nothing_kept(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
+def _nothing_kept(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None: ...
 
 
 record_in_backward.register_autograd(_record, setup_context=_keep)

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from .base import BaseWeight, full_tensor
 
-__all__ = ["Adapter", "NotLinear", "Reader", "block_factors", "stored_blocks"]
-
 
 @dataclass(frozen=True)
 class Adapter:

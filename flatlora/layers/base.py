@@ -13,18 +13,6 @@ from torch import Tensor, nn
 
 from ..kernels.low_rank import autocasts
 
-__all__ = [
-    "OFFLOADED",
-    "BaseWeight",
-    "FloatBase",
-    "OpaqueBase",
-    "corner",
-    "full_tensor",
-    "hooked",
-    "stacked_row_sq",
-    "sum_dtype",
-]
-
 _BLOCK = 1 << 22  # elements of a base weight that are upcast at a time
 _CPU_BLOCK = 1 << 18  # on a CPU, in whose cache they stay
 OFFLOADED = (
@@ -231,7 +219,7 @@ class BaseWeight(ABC):
 
     def _row_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Consecutive blocks of rows in `dtype`, none larger than a fixed number of elements."""
-        weight = self.dense(torch.float32)
+        weight = self.dense(self.stored_dtype or torch.float32)
         for rows in self._row_slices():
             yield weight[rows].to(dtype)
 
@@ -280,12 +268,10 @@ class FloatBase(BaseWeight):
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
-        dtype: torch.dtype = self.module.weight.dtype
-        return dtype
+        return self.module.weight.dtype
 
     def float_weight(self) -> Tensor:
-        weight: Tensor = self.module.weight
-        return weight.t() if self.transposed else weight
+        return self.module.weight.t() if self.transposed else self.module.weight
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return full_tensor(self.float_weight().detach()).to(dtype)
@@ -306,11 +292,6 @@ class FloatBase(BaseWeight):
             return super().apply_rows(x, columns)
         factors = self.dense(x.dtype)[:, columns], x.t()
         return torch.mm(*factors, out_dtype=torch.float32) if self.mixes else torch.mm(*factors)
-
-    def _row_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        weight = full_tensor(self.float_weight().detach())
-        for rows in self._row_slices():
-            yield weight[rows].to(dtype)
 
 
 class OpaqueBase(BaseWeight):
@@ -368,7 +349,7 @@ class OpaqueBase(BaseWeight):
             yield self.apply_rows(units)
 
     def _dtype(self) -> torch.dtype | None:
-        """The dtype that the layer computes in, if its tensors or its `compute_dtype` (HQQ) tell."""
+        """The dtype that the layer computes in, if its tensors or its `compute_dtype` (HQQ) say so."""
         for tensor in self._tensors():
             if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
                 return tensor.dtype

@@ -14,8 +14,6 @@ from .base import BaseWeight, FloatBase, OpaqueBase
 from .bnb import Bnb4bitBase, Bnb8bitBase
 from .probe import orientation, readable
 
-__all__ = ["BASES", "Known", "base_weight", "linear_base"]
-
 # The first class that recognises a weight reads it.
 BASES: tuple[type[BaseWeight], ...] = (Bnb4bitBase, Bnb8bitBase, FloatBase, OpaqueBase)
 
@@ -47,7 +45,7 @@ def base_weight(
 
 
 def _trusted(module: Any, weight: Any) -> bool:
-    """Whether the layer multiplies by its weight, as far as its class tells.
+    """Whether the layer multiplies by its weight, as far as its class says.
 
     bitsandbytes' layers can't be tried before they are quantised, nor any layer whose values are elsewhere (FSDP).
     """

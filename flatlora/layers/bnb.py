@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from .base import BaseWeight
 
-__all__ = ["Bnb4bitBase", "Bnb8bitBase", "TrainingLayout", "hold_training_layout"]
-
 
 def _loaded() -> Any:
     """`bitsandbytes.nn` if it has been imported, else None: then no layer is of its kind."""
@@ -46,8 +44,7 @@ class Bnb4bitBase(BaseWeight):
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
-        dtype: torch.dtype = _quant_state(self.module, self.module.weight).dtype
-        return dtype
+        return self._state.dtype
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit

@@ -18,8 +18,6 @@ from .bnb import Bnb4bitBase
 from .probe import readable
 from .specs import SWITCHES, LayerSpec, child_of, factor_of, is_switch, matching_spec, own_base, place_of, scale_of
 
-__all__ = ["PlainLoRA"]
-
 _PAIRS = (("lora_A", "lora_B"), ("lora_a", "lora_b"), ("lora_down", "lora_up"))
 _BRANCH_PAIRS = (*_PAIRS, ("A", "B"))  # of a child with "lora" in its name
 _SCALES = {"scaling": (0.0,), "scale": (0.0,), "lora_alpha": (1.0, 0.5, 0.0), "alpha": (1.0, 0.5, 0.0)}

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from ..kernels.low_rank import without_autocast
 from .bnb import hold_training_layout
 
-__all__ = ["inputs", "linear_part", "misses", "numbers", "orientation", "probing", "readable"]
-
 _ROWS = 3  # of random numbers in `inputs`
 
 
@@ -53,7 +51,7 @@ def misses(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def probing(module: nn.Module) -> Iterator[None]:
-    """Within the context a layer computes as in evaluation; its attributes and random streams are restored after it."""
+    """Within the context a layer computes as in evaluation; attributes and random streams are restored after it."""
     device = next((t.device for t in chain(module.parameters(), module.buffers())), torch.device("cpu"))
     on_cpu = device.type in ("cpu", "meta")
     streams = torch.random.fork_rng(

@@ -16,18 +16,6 @@ from .base import BaseWeight, OpaqueBase
 from .bases import base_weight
 from .probe import inputs, linear_part, misses, numbers, probing
 
-__all__ = [
-    "SWITCHES",
-    "LayerSpec",
-    "child_of",
-    "factor_of",
-    "is_switch",
-    "matching_spec",
-    "own_base",
-    "place_of",
-    "scale_of",
-]
-
 # Attributes by which a layer says that its adapter is off, and the value that says so.
 SWITCHES = {"enabled": False, "disable_adapters": True, "disabled": True}
 _EXACT, _ROUNDED = 1e-2, 3e-2  # the largest relative error that is rounding and no other formula

@@ -21,8 +21,6 @@ from .adapter import Adapter
 from .base import BaseWeight, full_tensor, stacked_row_sq
 from .view import LoRALayer
 
-__all__ = ["BaseNorms", "Stack", "by_block", "chunks", "row_dot", "stacks", "weight_sq"]
-
 _T = TypeVar("_T")
 
 _MOST = 1 << 24  # elements of the adapters that are computed together
@@ -94,7 +92,7 @@ class BaseNorms:
         return torch.stack([row for row in rows if row is not None])
 
     def _look_up(self, layer: LoRALayer, base: BaseWeight) -> Tensor | None:
-        """What is known and still so."""
+        """What is known and has not changed."""
         former, known = self._known.pop(layer.name, (None, None))
         version = base.version or former  # a sharded weight has one within its own forward alone
         written = former is not None and version != former

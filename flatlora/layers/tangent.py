@@ -11,8 +11,6 @@ from torch import Tensor
 from .base import sum_dtype
 from .stack import BaseNorms, Stack, by_block, row_dot, stacked_blocks, weight_sq
 
-__all__ = ["Factors", "Projection", "product_sq", "project", "update_sq"]
-
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 

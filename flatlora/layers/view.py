@@ -21,8 +21,6 @@ from .bases import base_weight
 from .kinds import reader_of
 from .probe import readable
 
-__all__ = ["LoRALayer", "fusable", "lora_layers", "plain_name", "refuse_fsdp1"]
-
 logger = logging.getLogger("flatlora")
 
 _WRAPPER_PARTS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -46,8 +44,7 @@ class LoRALayer:
     """
 
     def __init__(self, name: str, module: nn.Module, base: BaseWeight, names: frozenset[str]):
-        # A module's kind does not change, and finding it takes longer than the rest of `adapters()`.
-        reader = reader_of(module)
+        reader = reader_of(module)  # once: it takes longer than the rest of `adapters()`
         if reader is None:
             raise ValueError(f"module {name!r}, a {type(module).__name__}, holds no adapters that can be read")
         self.name = name
@@ -105,6 +102,10 @@ class LoRALayer:
             found += self._reader.adapters(self.module, name, self.shape)
         return found
 
+    def seen_through(self, names: Iterable[str]) -> LoRALayer:
+        """The same layer, with these names for the adapters asked for."""
+        return LoRALayer(self.name, self.module, self.base, frozenset(names))
+
     def ranks(self) -> dict[str, int]:
         """The rank of every adapter asked for; of a hybrid GraLoRA layer that of both its parts together."""
         ranks: dict[str, int] = {}
@@ -135,7 +136,7 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
     - says so while its adapter is off, by `enabled` = False, `disable_adapters` = True or `disabled` = True, and while
       it is folded into the base weight, by `merged` = True. It is left alone for as long.
 
-    Each such layer is called once with random numbers for A and B, which tells the order of the factors and what is
+    Each such layer is called once with random numbers for A and B, which shows the order of the factors and what is
     stored transposed. It is then as before.
 
     The gradient of a factor that several layers share is a sum over them; GGPO and LoRASAM use the other factor's.

@@ -1,12 +1,12 @@
 """What perturbs a model, how it is put on layers, and how it is taken off.
 
-`PerturbedForward` stands in for a layer's `forward` on the instance: it asks which of the attached sources act on this
-pass (`passes.py`), and adds the ε that they give to the layer's product (`products.py`). No weight is ever written to.
+`PerturbedForward` stands in for a layer's `forward` on the instance. It finds which of the attached sources perturb
+this pass (`passes.py`), and adds their ε to the layer's product (`products.py`). No weight is ever written to.
 
-Compiled. `torch.compile` traces it like any forward, into plain operations in place of this library's autograd
-functions; whether a layer is perturbed is a matter of its mode and its adapters, on which the graph has guards. What
-changes from step to step is asked for by operators when the graph runs, and so is, in a graph that records no
-gradients, whether a checkpoint runs it. torch.func's transforms take the same path.
+`torch.compile` traces it like any forward, into plain operations in place of this library's autograd functions. Whether
+a layer is perturbed depends on its mode and its adapters, which the graph guards. What changes from step to step comes
+from operators when the graph runs; in a graph that records no gradients, so does whether a checkpoint runs it.
+torch.func's transforms take the same path.
 """
 
 from __future__ import annotations
@@ -34,16 +34,14 @@ from .passes import records_gradients, runs_again_with_gradients, would_perturb
 from .products import Term, Terms, beside_output, fused_output
 from .source import Source
 
-__all__ = ["AttachedModules", "Attachment", "attachments", "forget_replaced", "remove_perturbation"]
-
 logger = logging.getLogger("flatlora")
 
 
 class Attachment:
     """The layers that a source perturbs, from now until `remove` or until nobody holds the attachment any more.
 
-    Whoever perturbs a model owns its attachment, and layers have no more than a weak reference to it: a perturbation
-    lives as long as its optimizer. A copy of an attachment is None, so that no copy of a model is perturbed.
+    The optimizer owns it, and layers refer to it weakly, so that a perturbation lives as long as its optimizer. A copy
+    of an attachment is None, so that no copy of a model is perturbed.
 
     Attributes:
         source: what decides the ε.
@@ -68,7 +66,6 @@ class Attachment:
         self.layers.append(layer)
 
     def drop(self, layer: LoRALayer) -> None:
-        """Undoes `add`."""
         if (forward := _perturbed_forward(layer.module)) in self._forwards:
             forward.leave_out(self)
             self._forwards.remove(forward)
@@ -152,7 +149,7 @@ class PerturbedForward:
         return beside_output(base, self.original(*args, **kwargs), x, Terms(extras))
 
     def leave_out(self, gone: Attachment | weakref.ref[Attachment]) -> None:
-        """Does without an attachment from now on, and leaves the module alone where it was the last."""
+        """Drops an attachment, and restores the module's forward if it was the last."""
         self.entries = [one for one in self.entries if one.attachment is not gone and one.attachment() is not gone]
         self.go_if_idle()
 
@@ -197,6 +194,12 @@ class AttachedModules(nn.ModuleList):
         return x
 
 
+def remove_attached_modules(module: nn.Module) -> None:
+    for name, child in list(module.named_children()):
+        if isinstance(child, AttachedModules):
+            delattr(module, name)
+
+
 def _perturbed_forward(module: nn.Module) -> PerturbedForward | None:
     """What stands in for the module's forward, also beneath patches that came later."""
     found = module.__dict__.get("_replicate_for_data_parallel")
@@ -204,7 +207,7 @@ def _perturbed_forward(module: nn.Module) -> PerturbedForward | None:
 
 
 def forget_replaced(module: nn.Module) -> None:
-    """Has the next attachment stand in for the forward that others put in the place of ours."""
+    """Has the next attachment replace the forward that others put in the place of ours."""
     forward = _perturbed_forward(module)
     if forward is not None and module.__dict__.get("forward") is not forward:
         del module.__dict__["_replicate_for_data_parallel"]
@@ -227,16 +230,13 @@ def remove_perturbation(model: nn.Module) -> None:
             attachment.remove()
         if (forward := _perturbed_forward(module)) is not None:
             forward.go_if_idle()
-        for name, child in list(module.named_children()):
-            if isinstance(child, AttachedModules):
-                delattr(module, name)
+        remove_attached_modules(module)
 
 
 # --- what a pass, or a graph, is given ----------------------------------------------------------------------------
 
 
 def _in_pass(source: Source, layer: LoRALayer, adapters: list[Adapter]) -> Draw | Adapter | None:
-    """The ε of this pass of a layer."""
     if not records_gradients(source):
         source.skipped.add(layer.name)
         return None

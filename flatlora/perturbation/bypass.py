@@ -20,20 +20,18 @@ from ..layers.view import LoRALayer, lora_layers
 from ..wrapper import chain, only_initialises
 from .attachment import Attachment, forget_replaced
 
-__all__ = ["Watch", "held_ids"]
-
 logger = logging.getLogger("flatlora")
 
 _EVERY = 32  # steps after which the adapters are compared again with what the optimizer holds
 
 
 class Watch:
-    """Looks after one attachment of an optimizer's source, from when it is attached.
+    """Checks what one attachment of an optimizer's source is used for.
 
     Attributes:
         stepping: whether the wrapper's own step is running.
-        checked: whether the step that runs has had a look at its gradients.
-        seen: identities of the parameters that the groups held when they were looked at last.
+        checked: whether `check_passes` has been called in the step that runs.
+        seen: identities of the parameters that the groups held when `note_groups` was called last.
         known: of those that the user gave to the optimizer.
     """
 
@@ -52,7 +50,6 @@ class Watch:
                 base.register_step_pre_hook(refuse)
 
     def warn_once(self, what: str, message: str, *values: object) -> None:
-        """A warning, once for each `what`."""
         if what not in self._warned:
             self._warned.add(what)
             logger.warning(message, *values)
@@ -60,10 +57,9 @@ class Watch:
     # --- parameters ---------------------------------------------------------------------------------------------------
 
     def note_groups(self, all_trained: bool) -> None:
-        """Notes the parameters in the groups, and, where `all_trained` of them are to be perturbed, the adapters that
-        are frozen at present and therefore are not."""
+        """Notes the parameters in the groups and, if `all_trained` adapters are to be perturbed, those that are not."""
         self.seen = held_ids(True, self.optimizer)
-        # Gradients that are there already tell nothing of passes under this perturbation.
+        # Gradients that are there already are of earlier passes.
         self._excused = any(_gradients(layer) for layer in self.attachment.layers)
         self._frozen: list[tuple[str, nn.Parameter]] = list(self._left_out()) if all_trained else []
 
@@ -76,19 +72,18 @@ class Watch:
                     yield adapter.name, factor
 
     def found_new_parameters(self) -> bool:
-        """Whether parameters of the model have come into the groups since they were looked at last, by whatever way."""
+        """Whether parameters of the model have come into the groups, in whatever way, since this was asked last."""
         held = held_ids(True, self.optimizer)
         new, self.seen = held - self.seen, held
         return bool(new) and not new.isdisjoint(map(id, self.model.parameters()))
 
     def holds_foreign_tensors(self) -> bool:
-        """Whether the groups hold tensors that the user did not give, and that are no parameters of the model: copies,
-        which others train in their place."""
+        """Whether the groups hold copies that others train, neither given by the user nor parameters of the model."""
         ours = {id(p) for p in self.model.parameters()}
         return not held_ids(True, self.optimizer) <= self.known | ours
 
     def check_parameters(self) -> None:
-        """Tells of adapters that are trained unperturbed, or perturbed and trained by nobody."""
+        """Warns of adapters that are trained unperturbed, or perturbed and trained by nobody."""
         if trained := {name for name, p in self._frozen if p.grad is not None}:
             self.warn_once(
                 "frozen",
@@ -101,7 +96,8 @@ class Watch:
         if self._steps % _EVERY != 1 or self.holds_foreign_tensors():
             return
         held = held_ids(True, self.optimizer)
-        new = [layer.name for layer in self.attachment.layers if not held.issuperset(map(id, _trained(layer)))]
+        layers = self.attachment.layers
+        new = [one.name for one in layers if not held.issuperset(id(p) for p in _factors(one) if p.requires_grad)]
         if new:
             self.warn_once(
                 "replaced",
@@ -116,11 +112,7 @@ class Watch:
     # --- passes -------------------------------------------------------------------------------------------------------
 
     def check_passes(self) -> None:
-        """Called once a step's gradients are there: did they come through the layers?
-
-        Raises:
-            RuntimeError: in the first step, if none did. Later, and where some did, it is said once.
-        """
+        """Warns of gradients that did not come through the layers; RuntimeError in the first step, if none did."""
         self.checked = True
         if self._excused:
             self._excused = False
@@ -147,7 +139,12 @@ class Watch:
         if not any(layer.module.training for layer in silent):
             how = f"all {len(silent)} adapted" if none_acted else f"{len(silent)} adapted"
             if none_acted or any(_gradients(layer) for layer in silent):
-                self._warn_of_mode(how)
+                self.warn_once(
+                    "mode",
+                    "%s.step() found %s layers in eval mode, in which none is perturbed; call model.train() before the "
+                    "passes that train",
+                    *(self.kind, how),
+                )
             return
         if past := [layer for layer in silent if _gradients(layer)]:
             for layer in past:
@@ -155,20 +152,11 @@ class Watch:
             self._refuse_or_warn_of([layer.name for layer in past], refuse=none_acted and self._steps == 1)
 
     def _new_gradients(self, silent: list[LoRALayer]) -> set[str]:
-        """Of layers without a pass in this step and the last, those whose gradient is another one than it was: those of
-        an expert out of use may be left from before."""
+        """Of layers without a pass in this step and the last, those with a new gradient; an unused expert may have its
+        old one."""
         grads = {layer.name: next(iter(_grads(layer)), None) for layer in silent}
         former, self._left = self._left, {name: weakref.ref(grad) for name, grad in grads.items() if grad is not None}
         return {name for name in former.keys() & self._left.keys() if former[name]() is not grads[name]}
-
-    def _warn_of_mode(self, layers: str) -> None:
-        self.warn_once(
-            "mode",
-            "%s.step() found %s layers in eval mode, in which none is perturbed; call model.train() before the passes "
-            "that train",
-            self.kind,
-            layers,
-        )
 
     def _refuse_or_warn_of(self, past: list[str], refuse: bool) -> None:
         message = (
@@ -187,18 +175,13 @@ class Watch:
 
 
 def held_ids(adapter: Any, optimizer: Optimizer) -> set[int]:
-    """Identities of the parameters in the groups: all, or, with a falsy `adapter`, those that require a gradient."""
+    """Identities of the parameters in the groups: all, or, without an `adapter`, those that require a gradient."""
     return {id(p) for group in optimizer.param_groups for p in group["params"] if adapter or p.requires_grad}
 
 
 def _factors(layer: LoRALayer) -> list[nn.Parameter]:
     """The factors of the layer's adapters that have gradients, though they may be frozen by now."""
-    factors = [p for adapter in layer.all_adapters() for p in (adapter.A_param, adapter.B_param)]
-    return [p for p in factors if p is not None and p.grad is not None]
-
-
-def _trained(layer: LoRALayer) -> list[nn.Parameter]:
-    return [p for p in _factors(layer) if p.requires_grad]
+    return [p for adapter in layer.all_adapters() for p in adapter.params if p.grad is not None]
 
 
 def _grads(layer: LoRALayer) -> list[Any]:
@@ -206,15 +189,16 @@ def _grads(layer: LoRALayer) -> list[Any]:
 
 
 def _gradients(layer: LoRALayer) -> bool:
-    """Whether a factor of the layer's adapters has a gradient that is not zero. The host waits for the device, but only
-    where something is wrong already."""
+    """Whether a factor has a gradient that is not zero. Waits for the device, but only where something is wrong."""
     local = [getattr(grad, "_local_tensor", grad) for grad in _grads(layer)]
     return any(bool(grad.any()) for grad in local if not grad.is_meta)
 
 
 def _used_elsewhere(layer: LoRALayer, source: Any) -> bool:
-    """Whether another process may have used a layer that this one did not, as an expert's: if layers called the same
-    are used here. Fused kernels leave out all that are called the same."""
+    """Whether another process may have used the layer, such as an expert's: if layers of its name are used here.
+
+    Fused kernels leave out all layers of one name.
+    """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_world_size() == 1:
         return False

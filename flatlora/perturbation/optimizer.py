@@ -19,11 +19,9 @@ from .bypass import Watch, held_ids
 from .passes import would_perturb
 from .source import Source
 
-__all__ = ["PerturbingOptimizer", "claim", "held_layers", "trainable", "trained_by"]
-
 logger = logging.getLogger("flatlora")
 
-SAMPLES = 50  # steps after which the user is told of a perturbation that does nothing to the loss, or much
+SAMPLES = 50  # steps after which a warning says that the perturbation does nothing to the loss, or much
 NOTHING, MUCH = 2e-3, 0.5  # in the units of the loss
 
 _P = TypeVar("_P", bound="PerturbingOptimizer")
@@ -82,10 +80,9 @@ class PerturbingOptimizer(OptimizerWrapper):
         return method(optimizer_cls(trainable(model) if params is None else params, **kwargs), model, **own)
 
     def attach(self, source: Source, all_trained: bool = True) -> None:
-        """Attaches `source` to its layers; `all_trained`: they stand for every adapter that the optimizer is to train.
+        """Attaches `source` to its layers; `all_trained`: they are all that the optimizer is to train.
 
-        Raises:
-            ValueError: as `claim`; nothing is attached then.
+        A ValueError of `claim` leaves nothing attached.
         """
         claim(source, list(source.layers.values()), self.base_optimizer)
         self._source, self._attachment = source, Attachment(self._model, source)
@@ -119,7 +116,7 @@ class PerturbingOptimizer(OptimizerWrapper):
             return
         known = self._source.layers
         for layer in list(known.values()):
-            gone = {a.name for a in layer.all_adapters() if {id(a.A_param), id(a.B_param)} & params}
+            gone = {a.name for a in layer.all_adapters() if any(id(p) in params for p in a.params)}
             layer.names -= gone
             if not layer.names:
                 self._attachment.drop(known.pop(layer.name))
@@ -133,7 +130,7 @@ class PerturbingOptimizer(OptimizerWrapper):
         known, new = self._source.layers, []
         for layer in held_layers(lora_layers(self._model, self._adapter), self._adapter, self.base_optimizer):
             if names := layer.names - (known[layer.name].names if layer.name in known else set()):
-                new.append(LoRALayer(layer.name, layer.module, layer.base, names))
+                new.append(layer.seen_through(names))
         claim(self._source, new, self.base_optimizer)
         for layer in new:
             if layer.name in known:
@@ -143,7 +140,7 @@ class PerturbingOptimizer(OptimizerWrapper):
                 self._attachment.add(layer)
         self._watch.note_groups(all_trained=self._adapter is None)
 
-    # --- a step, and what it looks at before anything moves -----------------------------------------------------------
+    # --- a step -------------------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         attachment, watch = self._attachment, self._watch
@@ -202,18 +199,14 @@ class PerturbingOptimizer(OptimizerWrapper):
             self._source.rise.forget()  # as the gradients of a step that was skipped
 
     def miss_gradients(self, effect: str) -> None:
-        """A step came without adapter gradients: said once, with its `effect`, or refused where none will ever come.
-
-        Raises:
-            RuntimeError: others' tensors have taken the adapters' place in the groups.
-        """
+        """Warns of a step without adapter gradients and its `effect`; RuntimeError where none will ever come."""
         self.refuse_replaced()
         self._watch.warn_once("gradients", "step() found no adapter gradients: %s", effect)
 
     def refuse_replaced(self, *ways_out: str) -> None:
         """RuntimeError if the groups hold others' tensors and no perturbed adapter."""
-        layers, base = list(self._source.layers.values()), self.base_optimizer
-        if self._watch.holds_foreign_tensors() and not held_layers(layers, True, base):
+        layers = list(self._source.layers.values())
+        if self._watch.holds_foreign_tensors() and not held_layers(layers, True, self.base_optimizer):
             self.refuse_foreign_tensors(*ways_out)
 
     def refuse_foreign_tensors(self, *ways_out: str) -> None:
@@ -237,17 +230,15 @@ class PerturbingOptimizer(OptimizerWrapper):
             )
         return super().__getattr__(name)
 
-    # --- what others are told of the perturbation ---------------------------------------------------------------------
+    # --- the perturbation, as others see it ---------------------------------------------------------------------------
 
     def current_perturbation(self) -> Any:
         """The ε that each layer sees in this step, by layer name; None where it sees none."""
         if self._attachment is None:
             return {}
-        source, found = self._source, {}
-        for layer in self._attachment.layers:
-            adapters = layer.adapters()
-            found[layer.name] = source.given(layer, adapters) if would_perturb(source, layer, adapters) else None
-        return found
+        source = self._source
+        seen = [(layer, layer.adapters()) for layer in self._attachment.layers]
+        return {one.name: source.given(one, a) if would_perturb(source, one, a) else None for one, a in seen}
 
     @contextmanager
     def perturbed_as(self, perturbation: Any) -> Iterator[None]:
@@ -285,7 +276,7 @@ class PerturbingOptimizer(OptimizerWrapper):
             checks.state_fields(method, layer, *fields)
 
     def take_over(self, state: dict[str, Any], *settings: str) -> None:
-        """Sets settings to the checkpoint's, as a learning rate is, and tells of those that were others here."""
+        """Sets settings to the checkpoint's, as a learning rate is, with a warning for those that change."""
         for name in settings:
             if (ours := getattr(self, name)) != state[name]:
                 logger.warning("resumed with the checkpoint's %s = %g, not %g", name, state[name], ours)
@@ -360,7 +351,7 @@ def trained_by(model: nn.Module, adapter: str | Iterable[str] | None, optimizer:
     found, held = held_layers(layers, adapter, optimizer), held_ids(adapter, optimizer)
     if not found:
         adapters = [a for layer in layers for a in layer.all_adapters()]
-        if not any(p.requires_grad for a in adapters for p in (a.A_param, a.B_param) if p is not None):
+        if not any(adapter.trained for adapter in adapters):
             raise ValueError(f"the adapters of all {len(layers)} adapted layers are frozen; {checks.UNFREEZE}")
         raise ValueError(
             f"{type(optimizer).__name__} holds {len(held)} parameters and none of them is an adapter's lora_A or "
@@ -371,10 +362,7 @@ def trained_by(model: nn.Module, adapter: str | Iterable[str] | None, optimizer:
 
 
 def held_layers(layers: list[LoRALayer], adapter: Any, optimizer: Optimizer) -> list[LoRALayer]:
-    """The layers with adapters that the optimizer trains at present, seen through these; maybe none."""
-    held, found = held_ids(adapter, optimizer), []
-    for layer in layers:
-        names = {a.name for a in layer.all_adapters() if id(a.A_param) in held or id(a.B_param) in held}
-        if names:
-            found.append(LoRALayer(layer.name, layer.module, layer.base, frozenset(names)))
-    return found
+    """The layers with adapters that the optimizer trains at present, seen through these."""
+    held = held_ids(adapter, optimizer)
+    trained = [{a.name for a in layer.all_adapters() if any(id(p) in held for p in a.params)} for layer in layers]
+    return [layer.seen_through(names) for layer, names in zip(layers, trained, strict=True) if names]

@@ -23,8 +23,6 @@ from ..layers.adapter import Adapter, stored_blocks
 from ..layers.base import BaseWeight
 from ..layers.view import LoRALayer
 
-__all__ = ["Term", "Terms", "beside_output", "fused_output"]
-
 Term = tuple[Draw | GraphNoise | Adapter, LayerHandle | None]
 
 
@@ -81,7 +79,7 @@ class Terms:
 
 
 def fused_output(layer: LoRALayer, base: BaseWeight, x: Tensor, adapters: list[Adapter], extras: list[Term]) -> Tensor:
-    """The output of a layer that `fusable` admits, its base's product and all low-rank terms in one function."""
+    """The output of a `fusable` layer: its base's product and all low-rank terms in one function."""
     # `add_update` adds adapters to whatever base output; dropout acts on an adapter's own input.
     add_update = layer.module.add_update if hasattr(type(layer.module), "add_update") else None
     undropped = [] if add_update else [adapter for adapter in adapters if isinstance(adapter.dropout, nn.Identity)]
@@ -99,7 +97,7 @@ def fused_output(layer: LoRALayer, base: BaseWeight, x: Tensor, adapters: list[A
 
 
 def beside_output(base: BaseWeight, out: Tensor, x: Tensor, terms: Terms) -> Tensor:
-    """`out`, which the layer's own forward made of x, and `terms` beside it."""
+    """`terms` added to `out`, which the layer's own forward made of x."""
     dtype = compute_dtype(x, out.dtype)
     return _add(base, _plus_noise(out, base, x, terms, dtype), x, terms, _noisy(base, terms, dtype, alone=True))
 

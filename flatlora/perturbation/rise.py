@@ -12,8 +12,6 @@ from torch import Tensor
 from .. import checks
 from ..layers.base import sum_dtype
 
-__all__ = ["LossRise", "check_rise"]
-
 MEMORY = 0.98  # what a step keeps of the running mean's weight: fifty steps
 _SCALER_STEP: Any = torch.amp.GradScaler.step.__code__
 
@@ -97,7 +95,6 @@ class LossRise:
         return {**self.__dict__, "_parts": {}}
 
     def snapshot(self) -> dict[str, Any]:
-        """See `Source.snapshot`."""
         return {**self.__dict__, "_parts": dict(self._parts)}
 
     def restore(self, snapshot: dict[str, Any]) -> None:

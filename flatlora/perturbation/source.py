@@ -11,8 +11,6 @@ from ..layers.adapter import Adapter
 from ..layers.view import LoRALayer
 from .rise import LossRise
 
-__all__ = ["Source", "held_names"]
-
 Names = tuple[str, ...]
 
 
@@ -24,13 +22,13 @@ class Source:
         always: perturb in eval mode, in passes without gradients and under merged adapters too: for measuring.
         no_grad: perturb passes in train mode that record no gradients too.
         relative: whether ε grows with what the adapters have learnt, and begins at nothing.
-        replaying: perturb beside adapters that require no gradient at present: someone runs a pass again as it was.
-        fixed: what layers get, by name, instead of what `draw` gives them; None for `draw`'s.
-        passes: by layer, then by the names in `LoRALayer.names` that a pass added: the scaling of every adapter which
-            it added, as some models change that for the pass alone. Of passes with gradients since the last step.
+        replaying: perturb beside adapters that require no gradient now, as a pass is run again as it was.
+        fixed: by layer, the ε that it gets instead of `draw`'s; None for `draw`'s.
+        passes: of the passes with gradients since the last step, by layer, then by the names in `LoRALayer.names` that
+            a pass added: the scaling of every adapter that it added, as some models change that for a pass alone.
         acted: the layers that the last step's passes went through.
-        skipped: layers of which a pass in train mode has gone unperturbed since the last step, without gradients.
-        warned_of_two_passes: whether the user knows that such a pass was followed by one that is perturbed.
+        skipped: layers with a pass in train mode since the last step that had no gradients and no perturbation.
+        warned_of_two_passes: whether the user was warned that a perturbed pass came after such a one.
         rise: how far ε raises the loss.
     """
 
@@ -49,9 +47,9 @@ class Source:
         self.rise = LossRise()
 
     def graph_kind(self, layer: LoRALayer) -> Literal["gaussian"] | tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """What a graph that runs at many steps may count on: Gaussian noise, or the shapes of an ε's factors B and A.
+        """What ε is at every step of a compiled graph: Gaussian, or factors B and A of these shapes.
 
-        None where `draw` can be traced instead: it gives the same parameters at every step.
+        None where `draw` can be traced instead, as it gives the same parameters at every step.
         """
         return None
 
@@ -59,7 +57,7 @@ class Source:
         """The ε of this forward of `layer`, random (`Draw`) or not (`Adapter`); None for none. One ε for a whole step.
 
         An adapter whose factors require gradients gets them. One made of a grid of blocks must not require any.
-        `adapters`: what ``layer.adapters()`` has just returned, where the caller has asked.
+        `adapters`: what ``layer.adapters()`` has just returned, if the caller has it.
         """
         raise NotImplementedError
 
@@ -90,8 +88,8 @@ class Source:
 
     def note_pass(self, layer: LoRALayer, adapters: list[Adapter]) -> None:
         """Called in each pass that is perturbed and records gradients."""
-        kinds = self.passes.setdefault(layer.name, {})
-        kinds[held_names(layer, adapters)] = {adapter.name: adapter.scaling for adapter in adapters}
+        scalings = {adapter.name: adapter.scaling for adapter in adapters}
+        self.passes.setdefault(layer.name, {})[held_names(layer, adapters)] = scalings
 
     def acts_on(self, layer: LoRALayer) -> bool:
         """Whether a pass that trains has gone through the layer since the last step."""
@@ -105,10 +103,10 @@ class Source:
         """
         found: dict[Names, dict[str, list[Adapter]]] = {}
         for layer in self.layers.values():
-            for kind, scalings in self.passes.get(layer.name, {(): {}}).items():
-                adapters = layer.adapters_named(scalings) if kind else [a for a in layer.all_adapters() if a.has_grads]
+            for names, scalings in self.passes.get(layer.name, {(): {}}).items():
+                adapters = layer.adapters_named(scalings) if names else [a for a in layer.all_adapters() if a.has_grads]
                 if any(a.has_grads and a.name in layer.names for a in adapters):
-                    found.setdefault(kind or held_names(layer, adapters), {})[layer.name] = adapters
+                    found.setdefault(names or held_names(layer, adapters), {})[layer.name] = adapters
         return found
 
     def read_gradients(self) -> bool:
@@ -121,7 +119,7 @@ class Source:
 
     def snapshot(self) -> tuple[Any, ...]:
         """What `restore` needs to undo what passes and a step leave here."""
-        passes = {layer: dict(kinds) for layer, kinds in self.passes.items()}
+        passes = {layer: dict(scalings) for layer, scalings in self.passes.items()}
         return passes, self.acted, set(self.skipped), self.rise.snapshot()
 
     def restore(self, passes: Any, acted: Any, skipped: Any, rise: Any) -> None:
@@ -129,7 +127,6 @@ class Source:
         self.rise.restore(rise)
 
     def next_step(self) -> None:
-        """Goes on to the ε of the next step."""
         self.rise.advance()
         self.acted = frozenset(name for name, layer in self.layers.items() if self.acts_on(layer))
         self.passes = {}

@@ -14,8 +14,6 @@ from .. import checks
 from ..layers.view import lora_layers
 from .measuring import Losses, LossFn, measuring
 
-__all__ = ["TopEigenvalue", "hessian_top_eigenvalue"]
-
 
 @dataclass(frozen=True)
 class TopEigenvalue:

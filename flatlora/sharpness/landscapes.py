@@ -16,8 +16,6 @@ from .. import checks
 from ..layers.view import lora_layers
 from .measuring import LossFn, RandomDirection, WorstDirection, attached, measuring
 
-__all__ = ["Landscape", "landscape", "plot_landscape"]
-
 
 @dataclass(frozen=True)
 class Landscape:

@@ -19,8 +19,6 @@ from ..layers.view import LoRALayer
 from ..perturbation.attachment import Attachment
 from ..perturbation.source import Source
 
-__all__ = ["LossFn", "Losses", "RandomDirection", "WorstDirection", "attached", "measuring"]
-
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
