@@ -276,9 +276,6 @@ def _base(model: nn.Module, given: Any, kwargs: dict[str, Any]) -> tuple[Any, di
     return bound, own
 
 
-# --- numbers to watch ---------------------------------------------------------------------------------------------
-
-
 class FlatLoRACallback(transformers.TrainerCallback):
     """Adds ``optimizer.metrics()`` to what the Trainer logs in training, as ``flatlora/...``.
 

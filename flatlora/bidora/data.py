@@ -76,8 +76,6 @@ class Batches:
         self._iterator: Iterator[Any] | None = None
         self.position = Position()
 
-    # --- batches --------------------------------------------------------------------------------------------------
-
     def next(self) -> Any:
         """The next batch; goes on to the next epoch when there is none left."""
         before = self.position
@@ -109,8 +107,8 @@ class Batches:
     def _open(self) -> None:
         """Begins the epoch and skips the batches before the position."""
         epoch, index = self.position.epoch, self.position.index
-        batch_sampler, dataset = (getattr(self.loader, name, None) for name in ("batch_sampler", "dataset"))
-        for owner in (self.loader, getattr(self.loader, "sampler", None), batch_sampler, dataset):
+        parts = (getattr(self.loader, name, None) for name in ("sampler", "batch_sampler", "dataset"))
+        for owner in (self.loader, *parts):
             if callable(set_epoch := getattr(owner, "set_epoch", None)):
                 set_epoch(epoch)
         for generator, seed in self._generators:
@@ -150,8 +148,6 @@ class Batches:
             f"{self._name} is to go on after batch {index} of its epoch and has {length}; give it the dataset and the "
             "batch size that it had when the checkpoint was saved"
         )
-
-    # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         at, stream = self.position, None
@@ -196,10 +192,8 @@ class Batches:
         if len(seeds) == len(self._generators):
             self._generators = [(generator, seed) for (generator, _), seed in zip(self._generators, seeds, strict=True)]
         self._seed, self._iterator = state["seed"], None
-        self.position = Position(state["epoch"], index)
-        if self._streams:
-            stream = self._first if state["stream"] is None else state["stream"]
-            self.position = replace(self.position, stream_index=index, stream=stream)
+        stream = self._first if state["stream"] is None else state["stream"]
+        self.position = Position(state["epoch"], index, *((index, stream) if self._streams else ()))
 
 
 def two_splits(train: Any, val: Any, seed: int) -> tuple[Batches | None, Batches]:
@@ -245,7 +239,7 @@ def _has_state(thing: Any) -> bool:
 
 
 def _is_stream(loader: Any) -> bool:
-    """Whether batches come from where nothing can be indexed."""
+    """Whether the batches can't be indexed."""
     if (dataset := getattr(loader, "dataset", None)) is None:
         return isinstance(loader, IterableDataset) or _has_state(loader)
     return isinstance(dataset, IterableDataset)

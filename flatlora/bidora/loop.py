@@ -65,7 +65,6 @@ class LoopWatch:
         return list(self._passes), dict(self._magnitude_grads)
 
     def restore(self, seen: tuple[list[tuple[LossPass, Tensor]], Values]) -> None:
-        """Forgets what came after."""
         self._passes, self._magnitude_grads = seen
         self._streams: RandomStreams | None = None
 
@@ -79,11 +78,7 @@ class LoopWatch:
             self.on = on
 
     def train_loss(self) -> tuple[list[LossPass], Tensor]:
-        """The passes that backward went through, and L_tr, weighted as the loop weighted them; ∂_μ goes to `.grad`.
-
-        Raises:
-            RuntimeError: there are none.
-        """
+        """The passes that backward went through, and L_tr, weighted as the loop weighted them; ∂_μ goes to `.grad`."""
         used = [(one, loss) for one, loss in self._passes if one.weight is not None]
         if not used:
             raise RuntimeError(
@@ -94,8 +89,6 @@ class LoopWatch:
         for p, grad in self._magnitude_grads.items():
             p.grad = grad
         return [one for one, _ in used], value
-
-    # --- hooks ----------------------------------------------------------------------------------------------------
 
     def before(self, model: nn.Module, args: Any) -> None:
         if self.on and model.training and torch.is_grad_enabled():

@@ -179,8 +179,6 @@ class BilevelOptimizer(TwoPhases):
         self._layout = hold_training_layout(self.model)
         self._watch = LoopWatch(self.model, upper) if self._train is None else None
 
-    # --- the method -----------------------------------------------------------------------------------------------
-
     def step(self, closure: Callable[[], Any] | None = None) -> BilevelStep:  # type: ignore[override]
         """One iteration; with ``train_dataloader=None`` one lower step, and every `unroll_steps`-th time an upper one.
 
@@ -333,8 +331,6 @@ class BilevelOptimizer(TwoPhases):
     def _magnitudes(self) -> list[Tensor]:
         return parameters_of(self.upper)
 
-    # --- what others see ------------------------------------------------------------------------------------------
-
     def metrics(self) -> dict[str, Tensor]:
         """Norms over all parameters of a level, in units of the loss per unit of these, and a correlation.
 
@@ -366,8 +362,6 @@ class BilevelOptimizer(TwoPhases):
         super().zero_grad(set_to_none)
         if self._watch is not None:
             self._watch.clear()
-
-    # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def method_state(self) -> dict[str, Any]:
         return {

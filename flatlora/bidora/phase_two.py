@@ -135,8 +135,6 @@ class TwoPhases(TwoLevels):
         self._batches, self._optimizer, self._loaded = batches, optimizer, None
         return batches
 
-    # --- checkpoints ----------------------------------------------------------------------------------------------
-
     def phase_state(self) -> dict[str, Any] | None:
         """What the second phase goes on with; None in phase one."""
         if self._batches is None or self._optimizer is None:

@@ -61,6 +61,7 @@ class Auxiliary(nn.Module):
 
 
 def auxiliaries_of(model: nn.Module) -> list[Auxiliary]:
+    """The auxiliaries on a model."""
     return [module for module in model.modules() if isinstance(module, Auxiliary)]
 
 
@@ -198,11 +199,7 @@ def attached_auxiliaries(model: nn.Module) -> dict[str, Triple]:
 
 
 def named_triples(model: nn.Module, triples: Sequence[Triple]) -> dict[str, Triple]:
-    """Triples that a user made, by the names of their A in the model.
-
-    Raises:
-        ValueError: parameters of another model, or of shapes that do not multiply.
-    """
+    """A user's triples by the names of their A in the model; ValueError for another model's, or unfit shapes."""
     names = {id(p): name for name, p in model.named_parameters()}
     found = {}
     for i, triple in enumerate(triples):

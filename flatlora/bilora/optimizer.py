@@ -18,7 +18,6 @@ from ..perturbation.rise import check_rise
 from ..wrapper import chain, saved_groups
 from .auxiliary import (
     AuxiliarySource,
-    Triple,
     attach_auxiliary,
     attached_auxiliaries,
     auxiliaries_of,
@@ -160,8 +159,6 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             detach_auxiliary(model)
             raise
 
-    # --- the method: negate the ascending gradients, step, undo that, clip all auxiliaries together ---------------
-
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """As the base optimizer's; gradients are as they were for everyone but its update, whatever it raises."""
 
@@ -174,7 +171,9 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
         if self._triples is not None and not self._clips[1]:
             self.check_first_step()
-        self._check_ascent()
+        ascending, ours = map(id, self._ascending()), map(id, self.perturbation_parameters())
+        if self._attached and set(ascending) != set(ours) and not self._watch.holds_foreign_tensors():
+            self._check_groups()  # or the auxiliary would not ascend
         handles = self._negate_within_hooks() if closure is None else []
         try:
             return super().step(None if closure is None else evaluate, **kwargs)
@@ -183,12 +182,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
                 handle.remove()
             self._undo_negation()
 
-    def _check_ascent(self) -> None:
-        """ValueError if the auxiliary is no longer in the ascent groups, so that it would not ascend."""
-        held = {id(p) for group in self.param_groups if group.get("ascent") for p in group["params"]}
-        ours = {id(p) for p in self.perturbation_parameters()}
-        if self._attached and held != ours and not self._watch.holds_foreign_tensors():
-            self._check_groups()
+    def _ascending(self) -> list[Tensor]:
+        return [p for group in self.param_groups if group.get("ascent") for p in group["params"]]
 
     def _negate_within_hooks(self) -> list[Any]:
         """Negates the ascent gradients for the base's update alone, not for step hooks that others put around it."""
@@ -242,12 +237,11 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
     @torch.no_grad()
     def _negate(self) -> None:
-        grads = [p.grad for group in self.param_groups if group.get("ascent") for p in group["params"]]
-        found = [grad for grad in grads if grad is not None]
+        grads = [p.grad for p in self._ascending() if p.grad is not None]
         scale = 1.0 if self._source is None else self._source.grad_scale
-        self._negated = found, -scale
-        if found:
-            torch._foreach_mul_(found, -1 / scale)
+        self._negated = grads, -scale
+        if grads:
+            torch._foreach_mul_(grads, -1 / scale)
 
     @torch.no_grad()
     def _undo_negation(self) -> None:
@@ -304,7 +298,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def unperturbed(self) -> AbstractContextManager[None]:
         return self.perturbed_as([torch.zeros_like(p) for p in self.perturbation_parameters()])
 
-    def _auxiliaries(self) -> dict[str, Triple]:
+    def _auxiliaries(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         if self._triples is not None:
             return self._triples
         if self._attached:  # its source holds the modules, and finding them in the model takes a while
@@ -317,8 +311,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         if self._watch is not None:
             self._watch.note_groups(all_trained=True)
 
-    def drop_parameters(self, params: set[int]) -> None:
-        """The layers with an auxiliary do not depend on the groups."""
+    def drop_parameters(self, params: set[int]) -> None: ...  # its layers do not depend on the groups
 
     def check_first_step(self) -> None:
         ours = {id(p) for p in self.perturbation_parameters()}
@@ -340,7 +333,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
                 f"none of the {len(self.param_groups)} parameter groups ascends; put the auxiliary's parameters in one "
                 'with "ascent": True: optimizer_cls([{"params": primary}, {"params": aux, "ascent": True}])'
             )
-        held = {id(p): tuple(p.shape) for group in ascent for p in group["params"]}
+        held = {id(p): tuple(p.shape) for p in self._ascending()}
         if foreign := [shape for key, shape in held.items() if key not in ours]:
             raise ValueError(
                 f"the ascent groups hold {len(foreign)} parameters of no auxiliary (first shape: {foreign[0]}); only "
@@ -360,9 +353,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
                 "same, as the auxiliary's gradients are turned in any case"
             )
 
-    # --- checkpoints: a saved adapter leaves the auxiliary out, so the optimizer's state carries it ---------------
-
     def method_state(self) -> dict[str, Any]:
+        # With the auxiliary, as a saved adapter leaves it out.
         ours = auxiliaries_of(self._model) if self._triples is None else []
         ranks = {one.layer.name: one.layer.ranks() for one in ours}
         layers = {

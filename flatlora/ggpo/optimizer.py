@@ -99,8 +99,6 @@ class GGPOOptimizer(PerturbingOptimizer):
         self._source.no_grad = perturb_no_grad
         self.reattach()
 
-    # --- the method: a step looks at the gradients, moves the parameters, and goes on to the next ε ---------------
-
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """As the base optimizer's. All evaluations of a `closure` see one ε, wherever they move the parameters."""
         with nullcontext() if closure is None else self._source.keeping():
@@ -157,8 +155,6 @@ class GGPOOptimizer(PerturbingOptimizer):
     @beta.setter
     def beta(self, value: float) -> None:
         self._source.beta = checks.number("beta", value)
-
-    # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def method_state(self) -> dict[str, Any]:
         noise = self._source

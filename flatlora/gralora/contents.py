@@ -69,12 +69,8 @@ def settings_of(layer: GraLoRALinear) -> dict[str, Any]:
 def adapter_of(model: nn.Module, state_dict: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the weights of a model's adapters, as PEFT's two files hold them.
 
-    The weights are full tensors on the CPU that share no memory, as safetensors asks. They are taken from `state_dict`,
-    the model's, if it is given. Otherwise a sharded model is gathered, on every rank.
-
-    Raises:
-        ValueError: the model has no GraLoRA layers, or layers of different settings, which the format can't hold;
-            `state_dict` lacks some.
+    The weights are full tensors on the CPU that share no memory, as safetensors asks. They are taken from the model's
+    `state_dict` if it is given; otherwise a sharded model is gathered, on every rank.
     """
     found = gralora_layers(checks.module(model))
     if not found:
@@ -159,14 +155,10 @@ def _save_pretrained(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Writes the adapters alone, as `save_gralora` does; `push_to_hub` uploads them.
+    """Writes the adapters alone, as `save_gralora` does; options for a whole model's files are ignored.
 
     The Trainer resumes, and loads its best model, from a ``model.safetensors``. So a folder that is one of its
     checkpoints gets one too, with all that training changes.
-
-    Args:
-        save_directory, is_main_process, state_dict, push_to_hub: as in transformers.
-        kwargs: `repo_id` and others of the model's `push_to_hub`; options for a whole model's files are ignored.
     """
     if not is_main_process and state_dict is not None:
         return  # where nothing is saved it may be empty

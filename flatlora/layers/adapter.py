@@ -124,9 +124,7 @@ class Reader(ABC):
     def of(self, module: Any) -> Reader:
         """The reader of this one layer, where layers of the kind differ; the methods below are called on it.
 
-        Raises:
-            NotLinear: its adapters are of another kind.
-            ValueError: it looks like a layer of this kind but computes something else.
+        `NotLinear` if its adapters are of another kind; ValueError if it computes something else than it should.
         """
         return self
 

@@ -65,20 +65,14 @@ def corner(tensor: Tensor) -> bytes | None:
 
 def hooked(module: nn.Module) -> bool:
     """Whether a module has forward or backward hooks, or a `forward` of its own on the instance."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def stacked_row_sq(bases: Sequence[BaseWeight]) -> Tensor:
     """``‖W0_i‖²`` (L, m) of bases of one shape on one device, in `sum_dtype`.
 
-    A CPU widens its weights block by block, in cache. Elsewhere launches are what counts: one for each base, and two
-    for all of them.
+    A CPU widens its weights block by block, in cache. Elsewhere launches count: one for each base, two for all.
     """
     device = bases[0].device
     if device.type == "cpu":
@@ -174,10 +168,7 @@ class BaseWeight(ABC):
     def write(self, weight: Tensor) -> None:
         """Makes `weight` (m, n) the layer's weight, stored as the old one: transposed, rounded or quantised.
 
-        The layer gets a new parameter; other holders keep the old one.
-
-        Raises:
-            ValueError: `weight` has another shape, or this kind of weight can't be written; nothing has changed.
+        The layer gets a new parameter; other holders keep the old one. A ValueError changes nothing.
         """
         if tuple(weight.shape) != tuple(self.shape):
             raise ValueError(
@@ -329,10 +320,9 @@ class OpaqueBase(BaseWeight):
         )
 
     def row_sq(self) -> Tensor:
-        dtype = sum_dtype(self.device)
-        total = torch.zeros(self.shape[0], dtype=dtype, device=self.device)
+        total = torch.zeros(self.shape[0], dtype=sum_dtype(self.device), device=self.device)
         for columns in self._columns():
-            total += columns.to(dtype).square().sum(1)
+            total += columns.to(total.dtype).square().sum(1)
         return total
 
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:

@@ -115,8 +115,6 @@ class Bnb8bitBase(BaseWeight):
         return scale.float() / 127
 
 
-# --- the layout of 4-bit weights ----------------------------------------------------------------------------------
-
 _REPACKS = "support_avx512bf16_for_cpu"  # the attribute by which bitsandbytes decides
 
 

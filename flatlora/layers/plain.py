@@ -100,9 +100,6 @@ class PlainLoRA(Reader):
         return self._number[2]
 
 
-# --- the parts of a layer --------------------------------------------------------------------------------------------
-
-
 def _pair(module: Any, pairs: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
     """Names of the factors that a module holds, as tensors or linear layers."""
     for pair in pairs:
@@ -170,9 +167,6 @@ def _stored(holder: Any, name: str) -> Tensor:
             "make it a parameter of the layer, as by torch.nn.utils.parametrize.remove_parametrizations"
         )
     return store[key]
-
-
-# --- the ways to read a layer ----------------------------------------------------------------------------------------
 
 
 def _shapes(module: Any, name: str) -> list[tuple[tuple[int, int], bool]]:

@@ -72,8 +72,6 @@ def probing(module: nn.Module) -> Iterator[None]:
         layout.release()
 
 
-# --- a base's weight -------------------------------------------------------------------------------------------------
-
 _ORIENTATIONS: WeakKeyDictionary[nn.Module, tuple[Any, bool | None]] = WeakKeyDictionary()
 
 

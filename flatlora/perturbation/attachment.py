@@ -195,6 +195,7 @@ class AttachedModules(nn.ModuleList):
 
 
 def remove_attached_modules(module: nn.Module) -> None:
+    """Takes the `AttachedModules` out of a module."""
     for name, child in list(module.named_children()):
         if isinstance(child, AttachedModules):
             delattr(module, name)
@@ -208,15 +209,13 @@ def _perturbed_forward(module: nn.Module) -> PerturbedForward | None:
 
 def forget_replaced(module: nn.Module) -> None:
     """Has the next attachment replace the forward that others put in the place of ours."""
-    forward = _perturbed_forward(module)
-    if forward is not None and module.__dict__.get("forward") is not forward:
+    if (forward := _perturbed_forward(module)) is not None and module.__dict__.get("forward") is not forward:
         del module.__dict__["_replicate_for_data_parallel"]
 
 
 def attachments(module: nn.Module) -> list[tuple[Attachment, LoRALayer]]:
     """What is attached to a module at present, with the layer as each sees it."""
-    forward = _perturbed_forward(module)
-    entries = [] if forward is None else forward.entries
+    entries = [] if (forward := _perturbed_forward(module)) is None else forward.entries
     return [(attachment, one.layer) for one in entries if (attachment := one.attachment()) is not None]
 
 
@@ -231,9 +230,6 @@ def remove_perturbation(model: nn.Module) -> None:
         if (forward := _perturbed_forward(module)) is not None:
             forward.go_if_idle()
         remove_attached_modules(module)
-
-
-# --- what a pass, or a graph, is given ----------------------------------------------------------------------------
 
 
 def _in_pass(source: Source, layer: LoRALayer, adapters: list[Adapter]) -> Draw | Adapter | None:

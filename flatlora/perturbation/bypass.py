@@ -26,24 +26,18 @@ _EVERY = 32  # steps after which the adapters are compared again with what the o
 
 
 class Watch:
-    """Checks what one attachment of an optimizer's source is used for.
-
-    Attributes:
-        stepping: whether the wrapper's own step is running.
-        checked: whether `check_passes` has been called in the step that runs.
-        seen: identities of the parameters that the groups held when `note_groups` was called last.
-        known: of those that the user gave to the optimizer.
-    """
+    """Checks that steps and passes go through one attachment of an optimizer's source."""
 
     def __init__(self, kind: str, model: nn.Module, optimizer: Optimizer, attachment: Attachment, all_trained: bool):
         self.kind, self.model, self.optimizer, self.attachment = kind, model, optimizer, attachment
-        self.stepping = self.checked = False
+        self.stepping = False  # whether the wrapper's own step is running
+        self.checked = False  # whether `check_passes` has been called in it
         self._steps = 0
         self._warned: set[str] = set()
         self._acted: set[str] = set()  # layers that any pass has gone through
         self._left: dict[str, Any] = {}  # gradients of layers that no pass of the last step went through, weakly
         self.note_groups(all_trained)
-        self.known = self.seen
+        self.known = self.seen  # identities of the parameters that the user gave to the optimizer
         for base in _bases(optimizer):
             if getattr(type(base).step, "hooked", False):  # else it knows no step hooks
                 refuse = functools.partial(_refuse_step, weakref.ref(self), weakref.ref(base))
@@ -53,8 +47,6 @@ class Watch:
         if what not in self._warned:
             self._warned.add(what)
             logger.warning(message, *values)
-
-    # --- parameters ---------------------------------------------------------------------------------------------------
 
     def note_groups(self, all_trained: bool) -> None:
         """Notes the parameters in the groups and, if `all_trained` adapters are to be perturbed, those that are not."""
@@ -108,8 +100,6 @@ class Watch:
                 new[0],
                 self.kind,
             )
-
-    # --- passes -------------------------------------------------------------------------------------------------------
 
     def check_passes(self) -> None:
         """Warns of gradients that did not come through the layers; RuntimeError in the first step, if none did."""

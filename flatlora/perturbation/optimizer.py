@@ -33,9 +33,8 @@ class PerturbingOptimizer(OptimizerWrapper):
     A copy of the optimizer, made together with its model, is attached to the copy of the model. An optimizer built over
     adapters that another of its kind has trained takes them over; the other one's next step raises.
 
-    A method whose source perturbs all layers that the base optimizer trains sets `_model`, `_adapter` and `_source`,
-    which is over `trained_by`, in its constructor, and calls `reattach`. Another one overrides `reattach` and
-    `groups_changed`.
+    A method's constructor sets `_model`, `_adapter` and `_source`, over the layers of `trained_by`, and calls
+    `reattach`. A method with other layers overrides `reattach` and `groups_changed`.
     """
 
     _strength = "rho"  # the name of the number that says how large ε is
@@ -124,7 +123,7 @@ class PerturbingOptimizer(OptimizerWrapper):
         self._watch.note_groups(all_trained=self._adapter is None)
 
     def groups_changed(self) -> None:
-        """Called when parameters have come into the groups, by whatever way; ValueError refuses them."""
+        """Called when parameters have come into the groups; ValueError refuses them."""
         if not self._attached:
             return
         known, new = self._source.layers, []
@@ -139,8 +138,6 @@ class PerturbingOptimizer(OptimizerWrapper):
                 known[layer.name] = layer
                 self._attachment.add(layer)
         self._watch.note_groups(all_trained=self._adapter is None)
-
-    # --- a step -------------------------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         attachment, watch = self._attachment, self._watch
@@ -178,9 +175,8 @@ class PerturbingOptimizer(OptimizerWrapper):
 
     def after_step(self) -> None:
         self._source.next_step()
-        rise = self._source.rise
-        if rise.samples == SAMPLES and self._attached:
-            mean, error = map(float, rise.mean())  # the one time that the host waits for it
+        if self._source.rise.samples == SAMPLES and self._attached:
+            mean, error = map(float, self._source.rise.mean())  # the one time that the host waits for it
             if mean == error == 0:  # no step's rise was finite
                 return
             much = abs(mean) - 2 * error > MUCH
@@ -230,8 +226,6 @@ class PerturbingOptimizer(OptimizerWrapper):
             )
         return super().__getattr__(name)
 
-    # --- the perturbation, as others see it ---------------------------------------------------------------------------
-
     def current_perturbation(self) -> Any:
         """The ε that each layer sees in this step, by layer name; None where it sees none."""
         if self._attachment is None:
@@ -256,8 +250,6 @@ class PerturbingOptimizer(OptimizerWrapper):
 
     def unperturbed(self) -> AbstractContextManager[None]:
         return self.perturbed_as({})
-
-    # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def layer_identities(self) -> dict[str, dict[str, Any]]:
         """What must be so of each layer in a checkpoint's model and in this one."""
@@ -297,8 +289,7 @@ class PerturbingOptimizer(OptimizerWrapper):
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require a gradient; those of an auxiliary, which an earlier optimizer left, are not among
-    them. ValueError if there are none."""
+    """The parameters that require a gradient, but for an earlier optimizer's auxiliary; ValueError without any."""
     companions = [module for module in model.modules() if isinstance(module, AttachedModules)]
     left = {id(p) for module in companions for p in module.parameters()}
     found = [p for p in model.parameters() if p.requires_grad and id(p) not in left]
@@ -310,8 +301,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def claim(source: Source, layers: list[LoRALayer], optimizer: Optimizer) -> None:
     """Takes adapters that `source` is to perturb from other sources of its kind, whose optimizers can't step then.
 
-    Raises:
-        ValueError: one of them is in use: by an optimizer that `optimizer` wraps, or by one that has not stepped yet.
+    ValueError if an optimizer that `optimizer` wraps, or one that has not stepped yet, perturbs one of them.
     """
     inner = [wrapper._attachment for wrapper in chain(optimizer) if isinstance(wrapper, PerturbingOptimizer)]
     others: list[Attachment] = []
@@ -342,10 +332,7 @@ def trained_by(model: nn.Module, adapter: str | Iterable[str] | None, optimizer:
     """The adapted layers of `model`, seen through the adapters that the optimizer trains.
 
     Those are the adapters that it holds parameters of; with ``adapter=None`` they must require a gradient too, which
-    leaves out frozen ones, such as a reference policy's, that were handed over with ``model.parameters()``.
-
-    Raises:
-        ValueError: there are none, or as `lora_layers`.
+    leaves out frozen ones, such as a reference policy's, that came with ``model.parameters()``. ValueError without any.
     """
     layers = lora_layers(model, adapter)
     found, held = held_layers(layers, adapter, optimizer), held_ids(adapter, optimizer)

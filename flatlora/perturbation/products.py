@@ -30,23 +30,15 @@ class Terms:
     """What is added to a layer's weight in one pass, sorted once by how it is multiplied.
 
     Each term stands with the handle that records ``⟨G, ε⟩`` of it in backward, or with None.
-
-    Attributes:
-        gaussian: noise that is added to the weight (m, n) itself.
-        in_graph: the same in a graph, its seed in a tensor.
-        learned: low-rank adapters that get gradients.
-        low_rank: noise in two factors.
-        constant: low-rank adapters that get no gradients.
-        blocks: grids of them.
     """
 
     def __init__(self, terms: Iterable[Term]):
-        self.gaussian: list[tuple[Draw, LayerHandle | None]] = []
-        self.in_graph: list[tuple[GraphNoise, LayerHandle | None]] = []
-        self.learned: list[tuple[Adapter, LayerHandle | None]] = []
-        self.low_rank: list[tuple[Draw, LayerHandle | None]] = []
-        self.constant: list[tuple[Adapter, LayerHandle | None]] = []
-        self.blocks: list[tuple[Adapter, LayerHandle | None]] = []
+        self.gaussian: list[tuple[Draw, LayerHandle | None]] = []  # noise that is added to the weight (m, n) itself
+        self.in_graph: list[tuple[GraphNoise, LayerHandle | None]] = []  # the same in a graph, its seed in a tensor
+        self.learned: list[tuple[Adapter, LayerHandle | None]] = []  # low-rank adapters that get gradients
+        self.low_rank: list[tuple[Draw, LayerHandle | None]] = []  # noise in two factors
+        self.constant: list[tuple[Adapter, LayerHandle | None]] = []  # low-rank adapters that get no gradients
+        self.blocks: list[tuple[Adapter, LayerHandle | None]] = []  # grids of them
         for term, handle in terms:
             if isinstance(term, GraphNoise):
                 self.in_graph.append((term, handle))

@@ -89,8 +89,6 @@ class LossRise:
         variance = (total_sq / weight - mean.square()).clamp(min=0.0) / (independent - 1)
         return mean.nan_to_num(0.0), variance.sqrt().nan_to_num(0.0, posinf=0.0)
 
-    # --- copies and checkpoints ---------------------------------------------------------------------------------------
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_parts": {}}
 

@@ -84,8 +84,6 @@ class Source:
         """Whether backward is to record what the layer's ε of this step does to the loss."""
         return not (self.always or self.replaying)
 
-    # --- passes and steps -------------------------------------------------------------------------------------------
-
     def note_pass(self, layer: LoRALayer, adapters: list[Adapter]) -> None:
         """Called in each pass that is perturbed and records gradients."""
         scalings = {adapter.name: adapter.scaling for adapter in adapters}

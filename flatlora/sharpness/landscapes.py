@@ -110,9 +110,6 @@ def _distances(reach: float, points: int) -> list[float]:
     return [reach * (2 * i / (points - 1) - 1) for i in range(points)]
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------
-
-
 def plot_landscape(results: Mapping[str, Landscape], path: str | PathLike[str]) -> Any:
     """Draws landscapes and saves the picture.
 
