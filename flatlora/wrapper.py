@@ -33,7 +33,7 @@ class Method:
         raise NotImplementedError
 
     def __copy__(self) -> Any:
-        """The same optimizer as another object, which shares all that it has; `copy.deepcopy` makes another one."""
+        """Another object with the very same attributes; `copy.deepcopy` makes an independent optimizer."""
         copied = object.__new__(type(self))
         copied.__dict__ = self.__dict__
         return copied

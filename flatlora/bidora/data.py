@@ -18,8 +18,6 @@ from ..streams import derived_seed, private_streams
 
 logger = logging.getLogger("flatlora")
 
-_FIELDS = ("seed", "epoch", "index", "length", "generators", "stream")
-
 
 @dataclass(frozen=True, eq=False)
 class Position:
@@ -210,7 +208,7 @@ def two_splits(train: Any, val: Any, seed: int) -> tuple[Batches | None, Batches
 def check_position(name: str, state: Any) -> None:
     """ValueError unless `state` has the form of what `Batches.state_dict` gives."""
     name = f"position of {name}"
-    checks.state_fields(name, state, *_FIELDS)
+    checks.state_fields(name, state, "seed", "epoch", "index", "length", "generators", "stream")
     seeds = state["generators"]
     if not isinstance(seeds, list):
         raise ValueError(f"generators in the state_dict's {name} must be a list, got {seeds!r}")

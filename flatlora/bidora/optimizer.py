@@ -236,9 +236,9 @@ class BilevelOptimizer(TwoPhases):
         else:
             # The forward difference subtracts ∂_μ of this very pass; the central one has no use for it.
             reused = self.difference == "forward" and self.xi != 0
-            with nullcontext() if reused else frozen(self._magnitudes()):
+            with nullcontext() if reused else frozen(parameters_of(self.upper)):
                 loss = self._backward(passes)
-        magnitude_grads = grads_of(self._magnitudes())
+        magnitude_grads = grads_of(parameters_of(self.upper))
         self.upper.zero_grad()
         add_orthogonality_gradient(self._layers, self.orthogonality)
         perturbations = [wrapper.current_perturbation() for wrapper in chain(self.lower)]
@@ -251,7 +251,7 @@ class BilevelOptimizer(TwoPhases):
         lifted = together(wrapper.unperturbed() for wrapper in chain(self.lower))
         with isolated(self.model, seed, self._watch), lifted:
             loss = self._backward([self._pass(batch, "validation")])
-            return loss, grads_of(self._magnitudes()), grads_of(parameters_of(self.lower))
+            return loss, grads_of(parameters_of(self.upper)), grads_of(parameters_of(self.lower))
 
     def _second_order(self, at: LowerPass, v: Values) -> Values:
         """``ξ·∇²_{μV} L_tr(V, μ)·v`` by finite difference around V; nothing where ξ is 0.
@@ -269,7 +269,7 @@ class BilevelOptimizer(TwoPhases):
             """``∂_μ L_tr(V + e·u, μ)``"""
             with moved({p: value + e.to(value) * u[p] if p in u else value for p, value in at.V.items()}):
                 self._backward(at.passes)
-            return grads_of(self._magnitudes())
+            return grads_of(parameters_of(self.upper))
 
         as_then = together(w.perturbed_as(p) for w, p in zip(chain(self.lower), at.perturbations, strict=True))
         with isolated(self.model, watch=self._watch), as_then, frozen(parameters_of(self.lower)):
@@ -281,10 +281,8 @@ class BilevelOptimizer(TwoPhases):
     def _hypergradient(self, direct: Values, implicit: Values) -> Values:
         """``∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v`` of every magnitude, 0 of one that a loss does not have."""
 
-        def of(p: Tensor, values: Values) -> Tensor:
-            return values[p] if p in values else torch.zeros_like(p)
-
-        return {p: of(p, direct) - of(p, implicit) for p in self._magnitudes()}
+        zeros = {p: torch.zeros_like(p) for p in parameters_of(self.upper)}
+        return {p: direct.get(p, zero) - implicit.get(p, zero) for p, zero in zeros.items()}
 
     def hypergradient(self, train_batch: Any, val_batch: Any, *, virtual_step: bool = True) -> list[Tensor]:
         """``∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v`` at the present V, which stays; nothing at all is changed.
@@ -327,9 +325,6 @@ class BilevelOptimizer(TwoPhases):
         """L_tr, or L_val, of the passes over all ranks; its gradient replaces what is in `.grad`."""
         super().zero_grad()
         return average_gradients(self.model, torch.stack([one.backward() for one in passes]).sum())
-
-    def _magnitudes(self) -> list[Tensor]:
-        return parameters_of(self.upper)
 
     def metrics(self) -> dict[str, Tensor]:
         """Norms over all parameters of a level, in units of the loss per unit of these, and a correlation.

@@ -138,19 +138,16 @@ def _peft_layers(model: nn.Module) -> list[Any]:
 
 def _dora_adapters(model: nn.Module, adapter: str | Iterable[str] | None) -> list[tuple[nn.Parameter, Any, Any]]:
     """(magnitude, A, B) of every DoRA adapter; A and B are modules, or parameters in an embedding layer."""
-    checks.module(model)
-    wanted = {adapter} if isinstance(adapter, str) else None if adapter is None else set(adapter)
+    layers = _peft_layers(checks.module(model))
+    known = {name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}
+    wanted = checks.adapters(adapter, known)
     found: list[tuple[nn.Parameter, Any, Any]] = []
-    known: set[str] = set()
-    for layer in _peft_layers(model):
-        known |= {*layer.lora_A, *layer.lora_embedding_A}
-        for name in layer.lora_magnitude_vector:
-            if wanted is None or name in wanted:
+    for layer in layers:
+        for name, magnitude in layer.lora_magnitude_vector.items():
+            if name in wanted:
                 embeds = name in layer.lora_embedding_A
                 A, B = (layer.lora_embedding_A, layer.lora_embedding_B) if embeds else (layer.lora_A, layer.lora_B)
-                found.append((layer.lora_magnitude_vector[name].weight, A[name], B[name]))
-    if wanted is not None and not wanted <= known:
-        raise ValueError(f"unknown adapter {sorted(wanted - known)}; the model has {sorted(known) or 'no adapters'}")
+                found.append((magnitude.weight, A[name], B[name]))
     if not found:
         has = f"the adapters {sorted(wanted or known)} without magnitudes" if known else "no PEFT adapters"
         raise ValueError(

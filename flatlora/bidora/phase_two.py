@@ -75,9 +75,9 @@ class TwoPhases(TwoLevels):
                 "direction_parameters(model)"
             )
         losses: list[float] = []
-        lifted = together(wrapper.unperturbed() for wrapper in self._not_of(optimizer))
-        with self._begun(losses), lifted:
-            batches = self._take_up(dataloader, optimizer)
+        lifted = together(wrapper.unperturbed() for wrapper in self._others_than(optimizer))
+        with self._phase_two(losses), lifted:
+            batches = self._resumed(dataloader, optimizer)
             for _ in range(steps):
                 with undone_on_error(self.model, [optimizer], [batches]):
                     optimizer.zero_grad()
@@ -88,15 +88,15 @@ class TwoPhases(TwoLevels):
                 losses += loss
         return losses
 
-    def _not_of(self, optimizer: Optimizer) -> list[OptimizerWrapper]:
-        """The wrappers of `lower` whose perturbations are no concern of `optimizer`."""
+    def _others_than(self, optimizer: Optimizer) -> list[OptimizerWrapper]:
+        """The wrappers of `lower` whose perturbations `optimizer` neither makes nor trains."""
         own, trained = {id(wrapper) for wrapper in chain(optimizer)}, set(parameters_of(optimizer))
         others = (wrapper for wrapper in chain(self.lower) if id(wrapper) not in own)
         return [wrapper for wrapper in others if trained.isdisjoint(wrapper.perturbation_parameters())]
 
     @contextmanager
-    def _begun(self, losses: list[float]) -> Iterator[None]:
-        """Begins the phase, unless it has; if its very first step fails, it has not begun."""
+    def _phase_two(self, losses: list[float]) -> Iterator[None]:
+        """Begins the phase unless it has begun; undone if its very first step fails."""
         if self.phase == 2:
             yield
             return
@@ -122,8 +122,8 @@ class TwoPhases(TwoLevels):
         if self._watch is not None:
             self._watch.on = phase == 1
 
-    def _take_up(self, dataloader: Any, optimizer: Optimizer) -> Batches:
-        """Goes on with these where it stopped; the first time, from the first batch."""
+    def _resumed(self, dataloader: Any, optimizer: Optimizer) -> Batches:
+        """The batches where phase two stopped, or from the first; `optimizer` gets a loaded state."""
         batches = self._batches
         if batches is None or batches.loader is not dataloader:
             batches = Batches(dataloader, "dataloader", self._seed)

@@ -133,8 +133,7 @@ class GGPOOptimizer(PerturbingOptimizer):
         """
         if not self._attached or (squares := self._source.squares()) is None:
             return super().metrics()
-        noise, weight, share = squares
-        rise, error = self._source.rise.mean()
+        (noise, weight, share), (rise, error) = squares, self._source.rise.mean()
         ratios = {"noise_to_weight": (noise / weight).sqrt(), "gradient_share": share}
         return self._with_inner({"loss_rise": rise, "loss_rise_se": error, **ratios})
 
@@ -162,9 +161,8 @@ class GGPOOptimizer(PerturbingOptimizer):
         for name, layer in layers.items():
             grad_sq = noise.grad_sq.get(name)
             layer["grad_sq"] = None if grad_sq is None else grad_sq.clone()  # of a tensor of many layers
-        form = [noise.kind, noise.rank]
         numbers = {"seed": noise.seed, "step": noise.step, "sigma": noise.sigma, "beta": noise.beta}
-        return {**numbers, "form": form, "layers": layers, "rise": noise.rise.state()}
+        return {**numbers, "form": [noise.kind, noise.rank], "layers": layers, "rise": noise.rise.state()}
 
     def check_method_state(self, state: dict[str, Any]) -> None:
         checks.state_fields("GGPO", state, "seed", "step", "sigma", "beta", "form", "layers")

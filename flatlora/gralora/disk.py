@@ -168,8 +168,7 @@ def _parsed(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def _check_pair(config: dict[str, Any], carried: dict[str, Any], folder: Path) -> None:
-    odd = {key: (config.get(key), carried.get(key)) for key in _DECISIVE if config.get(key) != carried.get(key)}
-    if odd:
+    if odd := {key: (config.get(key), carried.get(key)) for key in _DECISIVE if config.get(key) != carried.get(key)}:
         said = ", ".join(f"{key} is {one!r} in one and {other!r} in the other" for key, (one, other) in odd.items())
         raise ValueError(
             f"{CONFIG} and {WEIGHTS} in {folder} are of two adapters: {said}. If it is being saved to now, load again; "

@@ -93,8 +93,7 @@ def _check_config(config: dict[str, Any], source: Path) -> dict[str, Any]:
     """The arguments of `GraLoRALinear` that a configuration stands for."""
     if config.get("peft_type") != "GRALORA":
         raise ValueError(f"{source} is of a {config.get('peft_type')} adapter; expected GRALORA")
-    missing = [key for key in _NUMBERS if key not in config]
-    if missing:
+    if missing := [key for key in _NUMBERS if key not in config]:
         raise ValueError(f"the configuration in {source} lacks {', '.join(missing)}")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{source} has bias={config['bias']!r}; only 'none' can be loaded")

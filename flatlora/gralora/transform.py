@@ -143,8 +143,7 @@ def merge_gralora(model: nn.Module) -> nn.Module:
         if layer.base.kind == "opaque":
             kind = type(layer.base_layer).__name__
             raise ValueError(f"layer {name!r}: the weight of a {kind} can't be merged into; merge into the float model")
-    quantised = sum(layer.base.kind != "float" for layer in layers.values())
-    if quantised:
+    if quantised := sum(layer.base.kind != "float" for layer in layers.values()):
         warnings.warn(
             f"{quantised} quantised layers are dequantised, merged and quantised again: their outputs change by the "
             "quantisation error. To merge exactly, load the adapter on the float model",
@@ -166,11 +165,10 @@ def merge_gralora(model: nn.Module) -> nn.Module:
 
 
 def _adapted(model: nn.Module) -> dict[str, GraLoRALinear]:
-    layers = gralora_layers(checks.module(model))
+    layers, name = gralora_layers(checks.module(model)), type(model).__name__
     if "" in layers:
         raise ValueError("model is a GraLoRALinear itself; pass the module that holds it")
     if not layers:
-        name = type(model).__name__
         raise ValueError(f"{name} has no GraLoRA layers; call apply_gralora(model, target_modules) first")
     return layers
 

@@ -85,10 +85,8 @@ class Bnb8bitBase(BaseWeight):
 
     @staticmethod
     def reads(module: nn.Module, weight: Any) -> bool:
-        if not isinstance(weight, Tensor) or weight.dtype != torch.int8:
-            return False
-        bnb = _loaded()
-        return bnb is not None and isinstance(module, bnb.Linear8bitLt)
+        is_int8 = isinstance(weight, Tensor) and weight.dtype == torch.int8
+        return is_int8 and (bnb := _loaded()) is not None and isinstance(module, bnb.Linear8bitLt)
 
     @property
     def plain(self) -> bool:

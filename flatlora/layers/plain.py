@@ -51,16 +51,15 @@ class PlainLoRA(Reader):
             return known[1]
         specs = _specs(module, name, pair, factors, base_name)
         if not readable(*factors, *base.parameters()):
-            return PlainLoRA(specs[0])  # it can't be called: as the shapes have it
+            return PlainLoRA(specs[0])  # it can't be called, so its shapes decide
         spec = matching_spec(module, specs)
         down = getattr(holder, spec.down)
         if isinstance(down, nn.Linear) and down.bias is not None:
             raise ValueError(
                 f"its {spec.down} has a bias, which adds to the gradient of {spec.up}; build it with bias=False"
             )
-        reader = PlainLoRA(spec)
-        _READ[module] = shapes, reader
-        return reader
+        _READ[module] = shapes, PlainLoRA(spec)
+        return _READ[module][1]
 
     def parts(self, module: Any) -> Iterable[nn.Module]:
         holder = _holder(module)

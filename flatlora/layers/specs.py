@@ -112,10 +112,10 @@ def matching_spec(module: Any, specs: list[LayerSpec]) -> LayerSpec:
             return spec
         factor = float((found * update).sum() / update.square().sum())
         least = min(least, (misses(found, factor * update), factor, scaling))
-    raise ValueError(_another_result(*least))
+    raise ValueError(_mismatch(*least))
 
 
-def _another_result(rest: float, factor: float, scaling: float) -> str:
+def _mismatch(rest: float, factor: float, scaling: float) -> str:
     if rest < _ROUNDED and abs(factor) < _EXACT * abs(scaling):
         return (
             "it adds nothing of the product of its factors, though it does not say that its adapter is off; set its "
@@ -145,7 +145,7 @@ def _probe(module: Any, specs: list[LayerSpec]) -> ProbeResult:
     for autocast, dtype, lead in product((False, True), dtypes, ((), (1,))):
         x = inputs(n).to(stored[1].device, dtype)
         try:
-            with _undisturbed(module), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            with _adding_adapter(module), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
                 y, bases, factors = _outputs(module, specs, x, lead)
         except NotLinear:
             raise
@@ -187,7 +187,7 @@ def _outputs(
         first.up: (numbers(2, *up.shape) * size / scaling).to(up.dtype),
     }
     places = [(*place_of(holder, name), factor.to(x.device)) for name, factor in factors.items()]
-    with _put(places + _others(module, first, (down, up))):
+    with _replaced(places + _other_parameters(module, first, (down, up))):
         y = module.forward(x.view(*lead, *x.shape))
     bases = {transposed: linear_part(out) for transposed, out in outputs.items()}
     return y, bases, {name: factor.double() for name, factor in factors.items()}
@@ -202,12 +202,12 @@ def _base_output(module: Any, spec: LayerSpec, x: Tensor, lead: tuple[int, ...])
 
 
 def _scaling_of(module: Any, spec: LayerSpec, rank: int) -> float:
-    """What multiplies the product of the factors, by a spec."""
+    """What multiplies the product of the factors."""
     value = scale_of(module, spec)
     return float(value.detach() if isinstance(value, Tensor) else value) / rank ** spec.scale[2]
 
 
-def _others(module: Any, spec: LayerSpec, factors: tuple[Tensor, Tensor]) -> _Places:
+def _other_parameters(module: Any, spec: LayerSpec, factors: tuple[Tensor, Tensor]) -> _Places:
     """Numbers for all else that is trained in the layer, a gate or a second adapter, which may be neutral only now."""
     base = list(child_of(module, spec.base).parameters(recurse=bool(spec.base)))
     known = {id(p) for p in (*factors, *base, scale_of(module, spec))}
@@ -220,7 +220,7 @@ def _others(module: Any, spec: LayerSpec, factors: tuple[Tensor, Tensor]) -> _Pl
 
 
 @contextmanager
-def _undisturbed(module: Any) -> Iterator[None]:
+def _adding_adapter(module: Any) -> Iterator[None]:
     """Within the context a layer adds its adapter and computes as in evaluation; it is restored afterwards."""
     wanted = {"merged": False} | {name: not off for name, off in SWITCHES.items()}
     with probing(module):
@@ -229,7 +229,7 @@ def _undisturbed(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _put(places: _Places) -> Iterator[None]:
+def _replaced(places: _Places) -> Iterator[None]:
     """Within the context these dicts hold other tensors under these names."""
     stored = [store[name] for store, name, _ in places]
     try:

@@ -29,7 +29,7 @@ _CPU_MOST = 1 << 19  # on a CPU, in whose cache they stay
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers of one form, and the adapters of each: the same number, of the same shapes and scalings."""
+    """Alike layers, and the adapters of each: the same number, of the same shapes and scalings."""
 
     layers: list[LoRALayer]
     adapters: list[list[Adapter]]
@@ -46,7 +46,7 @@ def chunks(group: list[_T], elements: int, device: torch.device) -> Iterator[lis
 
 
 def stacks(layers: Iterable[LoRALayer], known: Mapping[str, list[Adapter]] | None = None) -> Iterator[Stack]:
-    """Layers of one form together, in `chunks`; with the adapters in `known` by layer, else those they add now."""
+    """Alike layers together, in `chunks`; with the adapters in `known` by layer, else those they add now."""
     alike: dict[tuple, list[tuple[LoRALayer, list[Adapter]]]] = {}
     read = [(layer, layer.adapters() if known is None else known[layer.name]) for layer in layers]
     for layer, adapters in _with_shared(read):

@@ -154,10 +154,18 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
             model between passes, a model that FSDP1 or DeepSpeed's ZeRO stage 3 shards.
     """
     refuse_fsdp1(checks.module(model))
-    wanted = None if adapter is None else {adapter} if isinstance(adapter, str) else set(adapter)
-    found, skipped, known = _search(model, wanted)
-    if wanted is not None and not wanted <= known:
-        raise ValueError(f"unknown adapter {sorted(wanted - known)}; the model has {sorted(known) or 'no adapters'}")
+    modules = _adapter_modules(model)
+    wanted = checks.adapters(adapter, {name for _, module, reader in modules for name in reader.names(module)})
+    found, skipped = [], []
+    for name, module, reader in modules:
+        if names := wanted.intersection(reader.names(module)):
+            try:
+                found.append(_read(name, module, reader.of(module), names))
+            except NotLinear as reason:
+                skipped.append(f"{name} ({reason})")
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}, a {type(module).__name__}: {error}") from error.__cause__
+    _refuse_shared(found)
     if not found:
         others = f" (adapters that are not linear layers: {checks.some(skipped)})" if skipped else ""
         raise ValueError(
@@ -180,35 +188,16 @@ def refuse_fsdp1(model: nn.Module) -> None:
         )
 
 
-def _search(model: nn.Module, wanted: set[str] | None) -> tuple[list[LoRALayer], list[str], set[str]]:
-    """The layers with a wanted adapter, descriptions of those that are left out, and all adapters' names."""
-    found: list[LoRALayer] = []
-    skipped: list[str] = []
-    known: set[str] = set()
-    taken: set[str] = set()
+def _adapter_modules(model: nn.Module) -> list[tuple[str, nn.Module, Reader]]:
+    """The adapter layers by name, with their readers."""
+    found: dict[str, tuple[nn.Module, Reader]] = {}
     parts: set[nn.Module] = set()
     for raw_name, module in model.named_modules():
-        reader = None if module in parts else reader_of(module)
-        if reader is None:
-            continue
-        parts.update(reader.parts(module))
-        name, available = plain_name(raw_name), set(reader.names(module))
-        name = raw_name if name in taken else name  # `module.fc` beside `fc`
-        taken.add(name)
-        known |= available
-        names = available if wanted is None else available & wanted
-        if not names:
-            continue
-        try:
-            layer = _read(name, module, reader.of(module), names)
-        except NotLinear as reason:
-            skipped.append(f"{name} ({reason})")
-            continue
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}, a {type(module).__name__}: {error}") from error.__cause__
-        found.append(layer)
-    _refuse_shared(found)
-    return found, skipped, known
+        if module not in parts and (reader := reader_of(module)) is not None:
+            parts.update(reader.parts(module))
+            name = plain_name(raw_name)
+            found[raw_name if name in found else name] = module, reader  # `module.fc` beside `fc`
+    return [(name, *pair) for name, pair in found.items()]
 
 
 def _read(name: str, module: nn.Module, reader: Reader, names: set[str]) -> LoRALayer:

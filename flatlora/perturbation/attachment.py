@@ -1,4 +1,4 @@
-"""What perturbs a model, how it is put on layers, and how it is taken off.
+"""How a source is put on layers, and taken off again.
 
 `PerturbedForward` stands in for a layer's `forward` on the instance. It finds which of the attached sources perturb
 this pass (`passes.py`), and adds their ε to the layer's product (`products.py`). No weight is ever written to.

@@ -1,7 +1,7 @@
-"""What goes past a method that is on a model, noticed before a step is taken without it.
+"""Notices what bypasses a method, before a step is taken without it.
 
-Passes that compute with the adapters and never call their layers, steps of the base optimizer that the wrapper did not
-start, parameters that came or went by hand: each looks as if all were well, and trains as if there were no method.
+That is: passes that compute with the adapters and never call their layers, steps of the base optimizer that the wrapper
+did not start, and parameters that came or went by hand. Each would train as if there were no method.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Watch:
                 refuse = functools.partial(_refuse_step, weakref.ref(self), weakref.ref(base))
                 base.register_step_pre_hook(refuse)
 
-    def warn_once(self, what: str, message: str, *values: object) -> None:
+    def warn_once(self, what: str, message: str) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            logger.warning(message, *values)
+            logger.warning("%s", message)
 
     def note_groups(self, all_trained: bool) -> None:
         """Notes the parameters in the groups and, if `all_trained` adapters are to be perturbed, those that are not."""
@@ -79,26 +79,19 @@ class Watch:
         if trained := {name for name, p in self._frozen if p.grad is not None}:
             self.warn_once(
                 "frozen",
-                "adapters %s are trained but not perturbed: they were frozen, or not there, when the %s was built. "
-                "Build it again, or name them as adapter=...",
-                sorted(trained),
-                self.kind,
+                f"adapters {sorted(trained)} are trained but not perturbed: they were frozen, or not there, when the "
+                f"{self.kind} was built. Build it again, or name them as adapter=...",
             )
         self._steps += 1
         if self._steps % _EVERY != 1 or self.holds_foreign_tensors():
             return
-        held = held_ids(True, self.optimizer)
-        layers = self.attachment.layers
-        new = [one.name for one in layers if not held.issuperset(id(p) for p in _factors(one) if p.requires_grad)]
-        if new:
+        held, layers = held_ids(True, self.optimizer), self.attachment.layers
+        if new := [one.name for one in layers if any(p.requires_grad and id(p) not in held for p in _factors(one))]:
             self.warn_once(
                 "replaced",
-                "adapters of %d layers (first: %r) hold parameters that the %s does not, so nobody trains them: they "
-                "were replaced after it was built, as by initialize_lora_eva_weights or by deleting and adding an "
-                "adapter, or were left out of its groups. Build the optimizer again",
-                len(new),
-                new[0],
-                self.kind,
+                f"adapters of {len(new)} layers (first: {new[0]!r}) hold parameters that the {self.kind} does not, so "
+                "nobody trains them: they were replaced after it was built, as by initialize_lora_eva_weights or by "
+                "deleting and adding an adapter, or were left out of its groups. Build the optimizer again",
             )
 
     def check_passes(self) -> None:
@@ -109,49 +102,44 @@ class Watch:
             return
         source, layers = self.attachment.source, self.attachment.layers
         self._acted |= source.passes.keys()
-        silent = [layer for layer in layers if not source.acts_on(layer)]
-        none_acted = len(silent) == len(layers)
-        if not none_acted:  # a layer may well be out of use for a step, as an expert is
-            new = self._new_gradients(silent)
-            silent = [layer for layer in silent if layer.name not in self._acted or layer.name in new]
-            silent = [layer for layer in silent if not _used_elsewhere(layer, source)]
-        if not silent:
+        unused = [layer for layer in layers if not source.acts_on(layer)]
+        none_used = len(unused) == len(layers)
+        if not none_used:  # a layer may well be out of use for a step, as an expert is
+            new = self._new_gradients(unused)
+            unused = [layer for layer in unused if layer.name not in self._acted or layer.name in new]
+            unused = [layer for layer in unused if not _used_elsewhere(layer, source)]
+        if not unused:
             return
-        if gone := [layer.name for layer in silent if not layer.all_adapters()]:
+        if missing := [layer.name for layer in unused if not layer.all_adapters()]:
             self.warn_once(
                 "gone",
-                "the adapters that the %s perturbs are no longer in %d layers (first: %r); build it again over those "
-                "that took their place",
-                self.kind,
-                len(gone),
-                gone[0],
+                f"the adapters that the {self.kind} perturbs are no longer in {len(missing)} layers (first: "
+                f"{missing[0]!r}); build it again over those that took their place",
             )
-        if not any(layer.module.training for layer in silent):
-            how = f"all {len(silent)} adapted" if none_acted else f"{len(silent)} adapted"
-            if none_acted or any(_gradients(layer) for layer in silent):
+        if not any(layer.module.training for layer in unused):
+            how = f"all {len(unused)} adapted" if none_used else f"{len(unused)} adapted"
+            if none_used or any(_gradients(layer) for layer in unused):
                 self.warn_once(
                     "mode",
-                    "%s.step() found %s layers in eval mode, in which none is perturbed; call model.train() before the "
-                    "passes that train",
-                    *(self.kind, how),
+                    f"{self.kind}.step() found {how} layers in eval mode, in which none is perturbed; call "
+                    "model.train() before the passes that train",
                 )
             return
-        if past := [layer for layer in silent if _gradients(layer)]:
-            for layer in past:
+        if bypassed := [layer for layer in unused if _gradients(layer)]:
+            for layer in bypassed:
                 forget_replaced(layer.module)
-            self._refuse_or_warn_of([layer.name for layer in past], refuse=none_acted and self._steps == 1)
+            self._refuse_or_warn_of([layer.name for layer in bypassed], refuse=none_used and self._steps == 1)
 
-    def _new_gradients(self, silent: list[LoRALayer]) -> set[str]:
-        """Of layers without a pass in this step and the last, those with a new gradient; an unused expert may have its
-        old one."""
-        grads = {layer.name: next(iter(_grads(layer)), None) for layer in silent}
+    def _new_gradients(self, unused: list[LoRALayer]) -> set[str]:
+        """The layers without a pass in this step and the last whose gradient is a new one."""
+        grads = {layer.name: next(iter(_grads(layer)), None) for layer in unused}
         former, self._left = self._left, {name: weakref.ref(grad) for name, grad in grads.items() if grad is not None}
         return {name for name in former.keys() & self._left.keys() if former[name]() is not grads[name]}
 
-    def _refuse_or_warn_of(self, past: list[str], refuse: bool) -> None:
+    def _refuse_or_warn_of(self, bypassed: list[str], refuse: bool) -> None:
         message = (
-            f"{self.kind}.step(): the adapters of {len(past)} layers (first: {past[0]!r}) have gradients, and no pass "
-            "that trains has gone through these layers' forward: something computes with their weights and never "
+            f"{self.kind}.step(): the adapters of {len(bypassed)} layers (first: {bypassed[0]!r}) have gradients, and "
+            "no pass that trains has gone through these layers' forward: something computes with their weights and never "
             "calls them, so they were not perturbed, or it ran before this optimizer was built. Fused kernels do so, "
             "and terms of a loss on the weights themselves. For axolotl set lora_mlp_kernel, "
             "lora_qkv_kernel and lora_o_kernel to false; for Unsloth give its get_peft_model bias='lora_only', or "
@@ -161,7 +149,7 @@ class Watch:
         )
         if refuse:
             raise RuntimeError(message)
-        self.warn_once("passes", "%s", message)
+        self.warn_once("passes", message)
 
 
 def held_ids(adapter: Any, optimizer: Optimizer) -> set[int]:

@@ -74,7 +74,7 @@ class PerturbingOptimizer(OptimizerWrapper):
             >>> optimizer = GGPOOptimizer.for_model(model, torch.optim.AdamW, lr=3e-4, sigma=0.2)
         """
         checks.optimizer_cls(optimizer_cls)
-        own = {name: kwargs.pop(name) for name in list(kwargs) if name in inspect.signature(cls).parameters}
+        own = {name: kwargs.pop(name) for name in inspect.signature(cls).parameters if name in kwargs}
         method: Any = cls  # whose constructor takes the model
         return method(optimizer_cls(trainable(model) if params is None else params, **kwargs), model, **own)
 
@@ -161,7 +161,7 @@ class PerturbingOptimizer(OptimizerWrapper):
             watch.stepping = False
         if closure is not None and not watch.checked:
             name = type(self.base_optimizer).__name__
-            watch.warn_once("closure", "%s did not call its closure, so the %s saw no gradients", name, self._kind)
+            watch.warn_once("closure", f"{name} did not call its closure, so the {self._kind} saw no gradients")
         return loss
 
     def check_first_step(self) -> None:
@@ -184,9 +184,8 @@ class PerturbingOptimizer(OptimizerWrapper):
                 what = "much: training may suffer, and a smaller" if much else "next to nothing on this model: a larger"
                 self._watch.warn_once(
                     "rise",
-                    "over %d steps the perturbation raised the loss by %.1g ± %.1g; for a loss near 1 that is %s %s is "
-                    'worth a try (watch metrics()["loss_rise"])',
-                    *(SAMPLES, mean, error, what, self._strength),
+                    f"over {SAMPLES} steps the perturbation raised the loss by {mean:.1g} ± {error:.1g}; for a loss "
+                    f'near 1 that is {what} {self._strength} is worth a try (watch metrics()["loss_rise"])',
                 )
 
     def zero_grad(self, set_to_none: bool = True, **kwargs: Any) -> None:
@@ -197,7 +196,7 @@ class PerturbingOptimizer(OptimizerWrapper):
     def miss_gradients(self, effect: str) -> None:
         """Warns of a step without adapter gradients and its `effect`; RuntimeError where none will ever come."""
         self.refuse_replaced()
-        self._watch.warn_once("gradients", "step() found no adapter gradients: %s", effect)
+        self._watch.warn_once("gradients", f"step() found no adapter gradients: {effect}")
 
     def refuse_replaced(self, *ways_out: str) -> None:
         """RuntimeError if the groups hold others' tensors and no perturbed adapter."""
@@ -290,12 +289,10 @@ class PerturbingOptimizer(OptimizerWrapper):
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that require a gradient, but for an earlier optimizer's auxiliary; ValueError without any."""
-    companions = [module for module in model.modules() if isinstance(module, AttachedModules)]
-    left = {id(p) for module in companions for p in module.parameters()}
-    found = [p for p in model.parameters() if p.requires_grad and id(p) not in left]
-    if not found:
-        raise ValueError(f"no parameter of the {type(model).__name__} requires a gradient; {checks.UNFREEZE}")
-    return found
+    left = {p for module in model.modules() if isinstance(module, AttachedModules) for p in module.parameters()}
+    if found := [p for p in model.parameters() if p.requires_grad and p not in left]:
+        return found
+    raise ValueError(f"no parameter of the {type(model).__name__} requires a gradient; {checks.UNFREEZE}")
 
 
 def claim(source: Source, layers: list[LoRALayer], optimizer: Optimizer) -> None:

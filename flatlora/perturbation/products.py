@@ -117,7 +117,7 @@ def _base_output(base: BaseWeight, x: Tensor, terms: Terms) -> Tensor:
 def _noisy(
     base: BaseWeight, terms: Terms, dtype: torch.dtype, alone: bool = False
 ) -> Callable[[Tensor | None], Tensor] | None:
-    """What makes W0 + ε, or ε `alone`, from the stored weight or, without one, from the quantised; None without ε."""
+    """A function of the stored weight, or of None for a quantised one, to W0 + ε or to ε `alone`; None without ε."""
 
     def make(weight: Tensor | None) -> Tensor:
         if weight is None and not alone:
@@ -155,7 +155,7 @@ def _add(
     bias: Tensor | None = None,
     in_place: bool = False,
 ) -> Tensor:
-    """`Added` of the low-rank `terms`, and of grids of blocks; `make_weight` makes W out of the others."""
+    """`Added` of the low-rank `terms`, and `add_blocks` of the grids; `make_weight` makes W out of the others."""
     like = terms.learned[0][0].A if terms.learned else x if out is None else out
     dtype = compute_dtype(x, like.dtype)
     if out is None or make_weight or terms.learned or terms.low_rank or terms.constant:

@@ -53,10 +53,10 @@ class LossRise:
     @torch.no_grad()
     def read(self, factor: float = 1.0) -> None:
         """Adds up what backward passes have recorded since the last step, times `factor`."""
-        parts, self._parts = list(self._parts.values()), {}
         alike: dict[Any, list[Tensor]] = {}
-        for part in parts:
+        for part in self._parts.values():
             alike.setdefault((part.device, part.dtype, part.shape), []).append(part)
+        self._parts = {}
         # Three launches, whatever the number of layers.
         sums = [
             torch.stack(same).diagonal(dim1=-2, dim2=-1).sum(dtype=sum_dtype(device))

@@ -38,10 +38,7 @@ class Losses:
 
     def mean(self) -> float:
         """The mean over batches, each counted equally."""
-        total = 0.0
-        for loss in self:
-            total += float(loss)
-        return total / len(self)
+        return sum(map(float, self)) / len(self)
 
 
 @contextmanager
