@@ -16,7 +16,7 @@ STATE_KEY = "flatlora"
 
 
 class Method:
-    """What every method has beside its steps: a part in the checkpoint, and numbers to watch."""
+    """What every method has beside its steps: inner optimizers, a part in the checkpoint, and numbers to watch."""
 
     def method_state(self) -> dict[str, Any]:
         """The method's own part of the checkpoint: plain Python numbers, strings, dicts and tensors."""
@@ -31,6 +31,25 @@ class Method:
     def inner_optimizers(self) -> list[Optimizer]:
         """The optimizers that this one steps."""
         raise NotImplementedError
+
+    def zero_grad(self, set_to_none: bool = True, **kwargs: Any) -> None:
+        if not set_to_none:  # the default, and not every optimizer takes the argument, which Accelerate looks for
+            kwargs["set_to_none"] = False
+        for inner in self.inner_optimizers():
+            inner.zero_grad(**kwargs)
+
+    def train(self) -> None:
+        """Calls the `train()` of inner optimizers that have one; the method follows the mode of the model."""
+        self._set_mode("train")
+
+    def eval(self) -> None:
+        """Calls the `eval()` of inner optimizers that have one; the method follows the mode of the model."""
+        self._set_mode("eval")
+
+    def _set_mode(self, mode: str) -> None:
+        for inner in self.inner_optimizers():
+            if callable(switch := getattr(inner, mode, None)):
+                switch()
 
     def __copy__(self) -> Any:
         """Another object with the very same attributes; `copy.deepcopy` makes an independent optimizer."""
@@ -143,23 +162,6 @@ class OptimizerWrapper(Method, Optimizer):
             loss = self.base_optimizer.step(observed, **kwargs)
         self.after_step()
         return loss
-
-    def zero_grad(self, set_to_none: bool = True, **kwargs: Any) -> None:
-        if not set_to_none:  # the default, and not every optimizer takes the argument, which Accelerate looks for
-            kwargs["set_to_none"] = False
-        self.base_optimizer.zero_grad(**kwargs)
-
-    def train(self) -> None:
-        """Calls the base's `train()` if it has one; the method follows the mode of the model."""
-        self._set_mode("train")
-
-    def eval(self) -> None:
-        """Calls the base's `eval()` if it has one; the method follows the mode of the model."""
-        self._set_mode("eval")
-
-    def _set_mode(self, mode: str) -> None:
-        if callable(switch := getattr(self.base_optimizer, mode, None)):
-            switch()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.base_optimizer.add_param_group(param_group)

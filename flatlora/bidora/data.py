@@ -46,14 +46,7 @@ class Batches:
     and so reads no further than it yields, of its dataset (Hugging Face `datasets`). With neither it works, but a
     checkpoint taken in the middle of it is refused.
 
-    Args:
-        loader: any iterable of batches that can be iterated again and again. A list has the same order every time.
-        name: what error messages call it.
-        seed: of the order.
-
-    Raises:
-        ValueError: it is empty.
-        TypeError: it can be iterated once only, or not at all.
+    `loader` is any iterable of batches that can be iterated again and again, and `name` what error messages call it.
     """
 
     def __getstate__(self) -> dict[str, Any]:

@@ -20,13 +20,6 @@ class TwoLevels(Method, Optimizer):
 
     `param_groups` are the lower's then the upper's, the groups themselves, looked up at every access: what a scheduler
     writes into one reaches its level. `state_dict()` has the form of an ordinary optimizer's over these groups.
-
-    Args:
-        lower: a built optimizer.
-        upper: another one, with other parameters.
-
-    Raises:
-        TypeError: one of them is not a `torch.optim.Optimizer` instance.
     """
 
     lower: Optimizer
@@ -56,13 +49,6 @@ class TwoLevels(Method, Optimizer):
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         return self.lower.defaults
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for level in self.inner_optimizers():
-            if set_to_none:  # the default, and not every optimizer takes the argument
-                level.zero_grad()
-            else:
-                level.zero_grad(set_to_none=False)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused by a NotImplementedError: a group belongs to a level."""
         raise NotImplementedError(
@@ -77,19 +63,6 @@ class TwoLevels(Method, Optimizer):
         """A step of both levels alone, for `only_initialises`."""
         for level in self.inner_optimizers():
             level.step()
-
-    def train(self) -> None:
-        """Calls `train()` of the levels that have one, as Accelerate expects of an optimizer."""
-        self._set_mode("train")
-
-    def eval(self) -> None:
-        """As `train`."""
-        self._set_mode("eval")
-
-    def _set_mode(self, mode: str) -> None:
-        for level in self.inner_optimizers():
-            if callable(switch := getattr(level, mode, None)):
-                switch()
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -353,8 +353,8 @@ class BilevelOptimizer(TwoPhases):
             self._watch = LoopWatch(self.model, self.upper)
             self._watch.on = self.phase == 1
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
+    def zero_grad(self, set_to_none: bool = True, **kwargs: Any) -> None:
+        super().zero_grad(set_to_none, **kwargs)
         if self._watch is not None:
             self._watch.clear()
 

@@ -24,16 +24,13 @@ class TwoPhases(TwoLevels):
 
     The method sets what is declared here and overrides `retrain_gradients`. After a load the second phase waits for
     `retrain`, which gets an optimizer and a dataloader to go on with.
-
-    Attributes:
-        phase: 1, or 2 once `retrain` has begun.
     """
 
     model: nn.Module
     adapter: str | Iterable[str] | None
     _seed: int
     _watch: LoopWatch | None
-    phase = 1
+    phase = 1  # 2 once `retrain` has begun
     _batches: Batches | None = None
     _optimizer: Optimizer | None = None
     _loaded: dict[str, Any] | None = None

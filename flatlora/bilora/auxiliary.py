@@ -36,17 +36,13 @@ class Auxiliary(nn.Module):
     """The adapter that ascends: ``A`` (r, n) Kaiming-uniform, ``B`` (m, r) zero, ``scaling`` = alpha / r.
 
     It is left out of the model's `state_dict`, and is in the optimizer's.
-
-    Attributes:
-        layer: the layer that it is registered in.
-        attachment: what applies it until an optimizer takes it over; that of all layers.
     """
 
-    attachment: Attachment | None = None
+    attachment: Attachment | None = None  # what applies it, with all others, until an optimizer takes it over
 
     def __init__(self, layer: LoRALayer, r: int, alpha: float, generator: torch.Generator):
         super().__init__()
-        self.layer = layer
+        self.layer = layer  # that it is registered in
         m, n = layer.shape
         like = layer.all_adapters()[0].A
         a = torch.empty(r, n, dtype=torch.float32, device="cpu")
@@ -66,18 +62,13 @@ def auxiliaries_of(model: nn.Module) -> list[Auxiliary]:
 
 
 class AuxiliarySource(Source):
-    """Gives each layer its auxiliary.
-
-    Attributes:
-        scale_grads: whether gradients are scaled by `GRAD_SCALE`, for an optimizer that undoes it.
-        grad_scale: what the gradients of the last forward pass are multiplied by.
-    """
+    """Gives each layer its auxiliary; `scale_grads`: with gradients times `GRAD_SCALE`, which an optimizer undoes."""
 
     def __init__(self, auxiliaries: Iterable[Auxiliary], scale_grads: bool = False):
         self.auxiliaries = {auxiliary.layer.name: auxiliary for auxiliary in auxiliaries}
         super().__init__(auxiliary.layer for auxiliary in self.auxiliaries.values())
         self.scale_grads = scale_grads and all(one.A.dtype != torch.float16 for one in self.auxiliaries.values())
-        self.grad_scale = GRAD_SCALE if self.scale_grads else 1.0
+        self.grad_scale = GRAD_SCALE if self.scale_grads else 1.0  # of the last forward pass
 
     def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Adapter:
         auxiliary = self.auxiliaries[layer.name]

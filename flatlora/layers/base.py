@@ -86,14 +86,13 @@ class BaseWeight(ABC):
     `flatlora.layers.bases.base_weight` chooses the class for a layer. Call it whenever the weight is needed and do not
     keep the result: bitsandbytes quantises a weight on the first `.to()`, and torchao replaces the tensor.
 
-    Attributes:
-        kind: ``"float"``, ``"4bit"`` or ``"8bit"`` (bitsandbytes), or ``"opaque"`` for a layer that can only be called.
+    Args:
         module: the layer.
         shape: (m, n).
         transposed: whether the layer stores its weight as (n, m), as `Conv1D` does.
     """
 
-    kind: ClassVar[Literal["float", "4bit", "8bit", "opaque"]]
+    kind: ClassVar[Literal["float", "4bit", "8bit", "opaque"]]  # opaque: it can only be called
 
     def __init__(self, module: nn.Module, shape: tuple[int, int], transposed: bool):
         self.module: Any = module

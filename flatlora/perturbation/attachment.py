@@ -42,18 +42,13 @@ class Attachment:
 
     The optimizer owns it, and layers refer to it weakly, so that a perturbation lives as long as its optimizer. A copy
     of an attachment is None, so that no copy of a model is perturbed.
-
-    Attributes:
-        source: what decides the ε.
-        layers: those that are perturbed; none once it is removed.
-        used: whether a step has been taken with it.
-        superseded: whether another optimizer took its layers over.
     """
 
     def __init__(self, model: nn.Module, source: Source):
         self.source = source
-        self.used = self.superseded = False
-        self.layers: list[LoRALayer] = []
+        self.used = False  # whether a step has been taken with it
+        self.superseded = False  # whether another optimizer took its layers over
+        self.layers: list[LoRALayer] = []  # those that are perturbed; none once it is removed
         self._forwards: list[PerturbedForward] = []
         self._layout = hold_training_layout(model)
         for layer in source.layers.values():

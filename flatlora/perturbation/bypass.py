@@ -139,10 +139,10 @@ class Watch:
     def _refuse_or_warn_of(self, bypassed: list[str], refuse: bool) -> None:
         message = (
             f"{self.kind}.step(): the adapters of {len(bypassed)} layers (first: {bypassed[0]!r}) have gradients, and "
-            "no pass that trains has gone through these layers' forward: something computes with their weights and never "
-            "calls them, so they were not perturbed, or it ran before this optimizer was built. Fused kernels do so, "
-            "and terms of a loss on the weights themselves. For axolotl set lora_mlp_kernel, "
-            "lora_qkv_kernel and lora_o_kernel to false; for Unsloth give its get_peft_model bias='lora_only', or "
+            "no pass that trains has gone through these layers' forward: something computes with their weights and "
+            "never calls them, so they were not perturbed, or it ran before this optimizer was built. Fused kernels do "
+            "so, and terms of a loss on the weights themselves. For axolotl set lora_mlp_kernel, lora_qkv_kernel and "
+            "lora_o_kernel to false; for Unsloth give its get_peft_model bias='lora_only', or "
             "lora_dropout > 0 with UNSLOTH_FUSED_LORA_DROPOUT=0 in the environment (read in its source, not run); code "
             "of your own has to call the layers. Gradients that were set by hand: call optimizer.remove() to go on "
             "without the method"

@@ -23,16 +23,12 @@ class LossRise:
     ``g = (∂L/∂out)·B`` in backward; then ``⟨G, s·B·A⟩ = Σ h∘g``, the trace of ``hᵀ·g``. `AddedTerms.record` hands
     `record` one such small matrix for each layer, summed over micro-batches, and a step adds up their diagonals: one
     launch more for a layer, before clipping, and no wait for the device.
-
-    Attributes:
-        value: of the last step, on its device, and of this rank alone: a step that asks the others would wait for ranks
-            that have no more data.
-        samples: the steps that the running mean is of.
     """
 
     def __init__(self) -> None:
+        # Of the last step and this rank alone: a step that asks the others would wait for ranks without more data.
         self.value = torch.zeros((), dtype=torch.float32, device="cpu")
-        self.samples = 0
+        self.samples = 0  # steps that the running mean is of
         self._parts: dict[Any, Tensor] = {}
         # Sums over steps, newer ones of more weight: of the weights, of their squares, of the rise, of its square.
         self._sums = torch.zeros(4, dtype=torch.float32, device="cpu")
