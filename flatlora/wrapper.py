@@ -62,6 +62,13 @@ class Method:
         return {}
 
 
+def _of_base(name: str) -> property:
+    """A property that is the base optimizer's own attribute."""
+    return property(
+        lambda self: getattr(self.base_optimizer, name), lambda self, value: setattr(self.base_optimizer, name, value)
+    )
+
+
 class OptimizerWrapper(Method, Optimizer):
     """Wraps a built optimizer; schedulers, Accelerate, `GradScaler`, hooks and checkpoints see the base through it.
 
@@ -218,29 +225,9 @@ class OptimizerWrapper(Method, Optimizer):
             base_state[STATE_KEY] = methods
         return base_state, own
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base_optimizer.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.base_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base_optimizer.defaults = value
+    param_groups: Any = _of_base("param_groups")
+    state: Any = _of_base("state")
+    defaults: Any = _of_base("defaults")
 
     def __getattr__(self, name: str) -> Any:
         if name == "base_optimizer":  # not set yet: while unpickling

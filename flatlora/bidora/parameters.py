@@ -14,7 +14,7 @@ from .. import checks
 from ..layers.adapter import Adapter
 from ..layers.base import full_tensor, sum_dtype
 from ..layers.stack import BaseNorms
-from ..layers.view import LoRALayer, lora_layers
+from ..layers.view import LoRALayer, lora_layers, seen_through
 from .passes import parameters_of
 
 
@@ -92,7 +92,7 @@ def dora_layers(
         return []
     directions = set(directions)
     trained = [{a.name for a in layer.all_adapters() if a.A_param in directions} for layer in layers]
-    return [layer.seen_through(names) for layer, names in zip(layers, trained, strict=True) if names]
+    return [seen_through(layer, names) for layer, names in zip(layers, trained, strict=True) if names]
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from ..layers.adapter import Adapter
 from ..layers.base import full_tensor
 from ..layers.stack import chunks
 from ..layers.tangent import product_sq
-from ..layers.view import LoRALayer, lora_layers, plain_name
+from ..layers.view import LoRALayer, lora_layers, plain_name, seen_through
 from ..perturbation.attachment import AttachedModules, Attachment, attachments, remove_attached_modules
 from ..perturbation.source import Source
 from ..streams import shared_seed
@@ -167,7 +167,7 @@ def _refuse_unfit(model: nn.Module, layers: list[LoRALayer]) -> None:
 def _without_frozen(layers: list[LoRALayer]) -> list[LoRALayer]:
     """The layers with adapters that require a gradient, which a reference policy's do not; all if none does."""
     trained = [frozenset(adapter.name for adapter in layer.all_adapters() if adapter.trained) for layer in layers]
-    return [layer.seen_through(names) for layer, names in zip(layers, trained, strict=True) if names] or layers
+    return [seen_through(layer, names) for layer, names in zip(layers, trained, strict=True) if names] or layers
 
 
 def detach_auxiliary(model: nn.Module) -> None:

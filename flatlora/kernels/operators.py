@@ -12,6 +12,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ _handles: weakref.WeakValueDictionary[int, LayerHandle] = weakref.WeakValueDicti
 
 # They call Python and read the host's memory, so a CUDA graph would replay one step's noise for ever.
 _tag = getattr(torch.Tag, "cudagraph_unsafe", None)
-_options: dict[str, Any] = {"mutates_args": (), **({} if _tag is None else {"tags": (_tag,)})}
+_operator: Any = partial(torch.library.custom_op, mutates_args=(), **({} if _tag is None else {"tags": (_tag,)}))
 
 
 def is_tracing() -> bool:
@@ -80,10 +81,9 @@ class LayerHandle(ABC):
         return record_in_backward(self._anchor, self.number, h)
 
 
-@torch.library.custom_op(
+@_operator(
     "flatlora::row_noise",
     schema="(Tensor layer, bool unrecorded, int m, Device device, ScalarType dtype) -> (Tensor, Tensor)",
-    **_options,
 )
 def row_noise(
     layer: Tensor, unrecorded: bool, m: int, device: torch.device, dtype: torch.dtype
@@ -95,16 +95,10 @@ def row_noise(
     return draw.std.to(device, dtype, copy=True), torch.tensor(draw.seed, device="cpu")
 
 
-@row_noise.register_fake
-def _(layer: Tensor, unrecorded: bool, m: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.empty(m, device=device, dtype=dtype), torch.empty((), device="cpu", dtype=torch.int64)
-
-
-@torch.library.custom_op(
+@_operator(
     "flatlora::low_rank_factors",
     schema="(Tensor layer, bool unrecorded, int[] b_shape, int[] a_shape, Device device, ScalarType dtype)"
     " -> (Tensor B, Tensor A)",
-    **_options,
 )
 def low_rank_factors(
     layer: Tensor,
@@ -128,31 +122,13 @@ def low_rank_factors(
     return whole
 
 
-@low_rank_factors.register_fake
-def _(
-    layer: Tensor,
-    unrecorded: bool,
-    b_shape: Sequence[int],
-    a_shape: Sequence[int],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty(*b_shape, device=device, dtype=dtype), torch.empty(*a_shape, device=device, dtype=dtype)
-
-
-@torch.library.custom_op(
+@_operator(
     "flatlora::noisy_weight",
     schema="(Tensor? weight, Tensor std, Tensor seed, int n, ScalarType dtype) -> Tensor",
-    **_options,
 )
 def noisy_weight(weight: Tensor | None, std: Tensor, seed: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     """``W + ε`` (m, n), ε alone where the weight is None: for torch.func's transforms, which know products."""
     return _noisy_weight(weight, std, seed, n, dtype)
-
-
-@noisy_weight.register_fake
-def _(weight: Tensor | None, std: Tensor, seed: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    return std.new_empty(std.shape[0], n, dtype=dtype)
 
 
 def _noisy_weight(weight: Tensor | None, std: Tensor, seed: Tensor, n: int, dtype: torch.dtype) -> Tensor:
@@ -161,11 +137,10 @@ def _noisy_weight(weight: Tensor | None, std: Tensor, seed: Tensor, n: int, dtyp
     return std.new_zeros(std.shape[0], n, dtype=dtype) if weight is None else weight.to(dtype, copy=True)
 
 
-@torch.library.custom_op(
+@_operator(
     "flatlora::noisy_product",
     schema="(Tensor x, Tensor? weight, Tensor std, Tensor seed, int n, bool transposed, Tensor? layer, Tensor? input)"
     " -> Tensor",
-    **_options,
 )
 def noisy_product(
     x: Tensor,
@@ -191,11 +166,6 @@ def noisy_product(
         return x @ (W if transposed else W.t())
 
 
-@noisy_product.register_fake
-def _(x: Tensor, weight: Tensor | None, std: Tensor, seed: Tensor, n: int, transposed: bool, *_: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], n if transposed else std.shape[0])
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, std, seed, ctx.n, ctx.transposed, layer, _ = inputs
     ctx.save_for_backward(weight, std, seed, layer, None if layer is None else x)
@@ -209,23 +179,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 noisy_product.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op(
-    "flatlora::record_in_backward", schema="(Tensor anchor, Tensor layer, Tensor h) -> Tensor", **_options
-)
+@_operator("flatlora::record_in_backward", schema="(Tensor anchor, Tensor layer, Tensor h) -> Tensor")
 def record_in_backward(anchor: Tensor, layer: Tensor, h: Tensor) -> Tensor:
     """A copy of ``h = x·Aᵀ`` (..., R) of a layer's ε = B·A, whose backward records ``⟨G, ε⟩``."""
     return h.clone()
 
 
-@record_in_backward.register_fake
-def _(anchor: Tensor, layer: Tensor, h: Tensor) -> Tensor:
-    return torch.empty_like(h)
-
-
-@torch.library.custom_op(
+@_operator(
     "flatlora::record_rise",
     schema="(Tensor anchor, Tensor layer, Tensor h, Tensor grad) -> (Tensor, Tensor)",
-    **_options,
 )
 def record_rise(anchor: Tensor, layer: Tensor, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Records ``⟨G, ε⟩``. Returns the gradients of `record_in_backward` by its anchor, 0, and by h, a copy.
@@ -236,11 +198,6 @@ def record_rise(anchor: Tensor, layer: Tensor, h: Tensor, grad: Tensor) -> tuple
     if handle.measures():
         handle.record(h.flatten(0, -2).t() @ grad.flatten(0, -2))
     return torch.zeros_like(anchor), grad.clone()
-
-
-@record_rise.register_fake
-def _(anchor: Tensor, layer: Tensor, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(anchor), torch.empty_like(grad)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -257,3 +214,25 @@ def _nothing_kept(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None: ...
 
 record_in_backward.register_autograd(_record, setup_context=_keep)
 record_rise.register_autograd(lambda ctx, _, grad: (None, None, None, grad), setup_context=_nothing_kept)
+
+# What compilers trace in the operators' place: outputs of the right shape, dtype and device.
+row_noise.register_fake(
+    lambda layer, unrecorded, m, device, dtype: (
+        torch.empty(m, device=device, dtype=dtype),
+        torch.empty((), device="cpu", dtype=torch.int64),
+    )
+)
+low_rank_factors.register_fake(
+    lambda layer, unrecorded, b_shape, a_shape, device, dtype: (
+        torch.empty(*b_shape, device=device, dtype=dtype),
+        torch.empty(*a_shape, device=device, dtype=dtype),
+    )
+)
+noisy_weight.register_fake(lambda weight, std, seed, n, dtype: std.new_empty(std.shape[0], n, dtype=dtype))
+noisy_product.register_fake(
+    lambda x, weight, std, seed, n, transposed, layer, input: x.new_empty(
+        *x.shape[:-1], n if transposed else std.shape[0]
+    )
+)
+record_in_backward.register_fake(lambda anchor, layer, h: torch.empty_like(h))
+record_rise.register_fake(lambda anchor, layer, h, grad: (torch.empty_like(anchor), torch.empty_like(grad)))

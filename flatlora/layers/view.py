@@ -102,10 +102,6 @@ class LoRALayer:
             found += self._reader.adapters(self.module, name, self.shape)
         return found
 
-    def seen_through(self, names: Iterable[str]) -> LoRALayer:
-        """The same layer, with these names for the adapters asked for."""
-        return LoRALayer(self.name, self.module, self.base, frozenset(names))
-
     def ranks(self) -> dict[str, int]:
         """The rank of every adapter asked for; of a hybrid GraLoRA layer that of both its parts together."""
         ranks: dict[str, int] = {}
@@ -116,6 +112,11 @@ class LoRALayer:
     def __repr__(self) -> str:
         m, n = self.shape
         return f"LoRALayer({self.name!r}, {n} -> {m}, {self.base.kind} base, adapters {sorted(self.names)})"
+
+
+def seen_through(layer: LoRALayer, names: Iterable[str]) -> LoRALayer:
+    """The same layer, with these names for the adapters asked for."""
+    return LoRALayer(layer.name, layer.module, layer.base, frozenset(names))
 
 
 def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) -> list[LoRALayer]:

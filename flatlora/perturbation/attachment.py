@@ -183,7 +183,7 @@ class _NoReplica:
 
 
 class AttachedModules(nn.ModuleList):
-    """Modules that a perturbation keeps in the model it is on. Called, it does nothing, as in an `nn.Sequential`."""
+    """Modules that a perturbation keeps in the model. It returns its input, as an `nn.Sequential` may call it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .. import checks
-from ..layers.view import LoRALayer, lora_layers, refuse_fsdp1
+from ..layers.view import LoRALayer, lora_layers, refuse_fsdp1, seen_through
 from ..wrapper import OptimizerWrapper, chain
 from .attachment import AttachedModules, Attachment, attachments
 from .bypass import Watch, held_ids
@@ -129,7 +129,7 @@ class PerturbingOptimizer(OptimizerWrapper):
         known, new = self._source.layers, []
         for layer in held_layers(lora_layers(self._model, self._adapter), self._adapter, self.base_optimizer):
             if names := layer.names - (known[layer.name].names if layer.name in known else set()):
-                new.append(layer.seen_through(names))
+                new.append(seen_through(layer, names))
         claim(self._source, new, self.base_optimizer)
         for layer in new:
             if layer.name in known:
@@ -349,4 +349,4 @@ def held_layers(layers: list[LoRALayer], adapter: Any, optimizer: Optimizer) -> 
     """The layers with adapters that the optimizer trains at present, seen through these."""
     held = held_ids(adapter, optimizer)
     trained = [{a.name for a in layer.all_adapters() if any(id(p) in held for p in a.params)} for layer in layers]
-    return [layer.seen_through(names) for layer, names in zip(layers, trained, strict=True) if names]
+    return [seen_through(layer, names) for layer, names in zip(layers, trained, strict=True) if names]
