@@ -184,7 +184,8 @@ class Batches:
             self._generators = [(generator, seed) for (generator, _), seed in zip(self._generators, seeds, strict=True)]
         self._seed, self._iterator = state["seed"], None
         stream = self._first if state["stream"] is None else state["stream"]
-        self.position = Position(state["epoch"], index, *((index, stream) if self._streams else ()))
+        opened = (index, stream) if self._streams else (0, None)
+        self.position = Position(state["epoch"], index, *opened)
 
 
 def two_splits(train: Any, val: Any, seed: int) -> tuple[Batches | None, Batches]:

@@ -171,8 +171,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
         if self._triples is not None and not self._clips[1]:
             self.check_first_step()
-        ascending, ours = map(id, self._ascending()), map(id, self.perturbation_parameters())
-        if self._attached and set(ascending) != set(ours) and not self._watch.holds_foreign_tensors():
+        held, ours = {id(p) for p in self._ascending()}, {id(p) for p in self.perturbation_parameters()}
+        if self._attached and held != ours and not self._watch.holds_foreign_tensors():
             self._check_groups()  # or the auxiliary would not ascend
         handles = self._negate_within_hooks() if closure is None else []
         try:

@@ -133,7 +133,8 @@ class GGPOOptimizer(PerturbingOptimizer):
         """
         if not self._attached or (squares := self._source.squares()) is None:
             return super().metrics()
-        (noise, weight, share), (rise, error) = squares, self._source.rise.mean()
+        noise, weight, share = squares
+        rise, error = self._source.rise.mean()
         ratios = {"noise_to_weight": (noise / weight).sqrt(), "gradient_share": share}
         return self._with_inner({"loss_rise": rise, "loss_rise_se": error, **ratios})
 

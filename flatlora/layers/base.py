@@ -65,8 +65,8 @@ def corner(tensor: Tensor) -> bytes | None:
 
 def hooked(module: nn.Module) -> bool:
     """Whether a module has forward or backward hooks, or a `forward` of its own on the instance."""
-    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+    in_forward = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return bool(in_forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def stacked_row_sq(bases: Sequence[BaseWeight]) -> Tensor:

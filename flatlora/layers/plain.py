@@ -58,8 +58,9 @@ class PlainLoRA(Reader):
             raise ValueError(
                 f"its {spec.down} has a bias, which adds to the gradient of {spec.up}; build it with bias=False"
             )
-        _READ[module] = shapes, PlainLoRA(spec)
-        return _READ[module][1]
+        reader = PlainLoRA(spec)
+        _READ[module] = shapes, reader
+        return reader
 
     def parts(self, module: Any) -> Iterable[nn.Module]:
         holder = _holder(module)

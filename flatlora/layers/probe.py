@@ -82,11 +82,12 @@ def orientation(module: nn.Module, weight: Tensor) -> bool | None:
     A module is called once for each class, shape and dtype of its weight.
     """
     key = type(module), weight.shape, weight.dtype, "forward" in module.__dict__
-    if _ORIENTATIONS.get(module, (None,))[0] != key:
+    known = _ORIENTATIONS.get(module)
+    if known is None or known[0] != key:
         if not readable(weight):
             return None
-        _ORIENTATIONS[module] = key, _find_orientation(module, weight)
-    return _ORIENTATIONS[module][1]
+        known = _ORIENTATIONS[module] = key, _find_orientation(module, weight)
+    return known[1]
 
 
 def _find_orientation(module: Any, weight: Tensor) -> bool | None:

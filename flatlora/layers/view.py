@@ -44,7 +44,7 @@ class LoRALayer:
     """
 
     def __init__(self, name: str, module: nn.Module, base: BaseWeight, names: frozenset[str]):
-        reader = reader_of(module)  # once: it takes longer than the rest of `adapters()`
+        reader = reader_of(module)  # once, as it takes longer than the rest of `adapters()`
         if reader is None:
             raise ValueError(f"module {name!r}, a {type(module).__name__}, holds no adapters that can be read")
         self.name = name
