@@ -119,7 +119,7 @@ def two_pass_sam(model: nn.Module, lr: float, rho: float) -> Optimizer:
 
 
 def ivon(model: nn.Module, lr: float, ess: float) -> Optimizer:
-    """IVON as for LoRA (arXiv:2411.04421). Its clipped steps are as long as AdamW's longest at the same learning rate."""
+    """IVON for LoRA (arXiv:2411.04421). Its clipped steps are as long as AdamW's longest at the same rate."""
     try:
         from ivon import IVON
     except ImportError as reason:
