@@ -28,7 +28,7 @@ import compare  # noqa: E402
 from common import Example, encode  # noqa: E402
 from comparing import runs as runs_module  # noqa: E402
 from comparing.data import flip_labels, load_named, training_data  # noqa: E402
-from comparing.methods import METHODS, Average, Fit, fresh_model, last, last_gradient, moving, one_pass_sam  # noqa: E402
+from comparing.methods import METHODS, Average, Fit, fresh_model, last, last_gradient, moving, one_pass_sam, with_radius  # noqa: E402
 from comparing.quantised import rounded  # noqa: E402
 from comparing.report import holm, paired_difference, table  # noqa: E402
 from comparing.runs import execute, load_task, train  # noqa: E402
@@ -495,6 +495,26 @@ def test_one_pass_sam_is_its_formula():
     list(one_pass_sam(last_gradient)(fit))
     w = 2.0 - 0.01 * 2.0**3
     assert model.weight.item() == pytest.approx(w - 0.01 * (w + 0.5) ** 3)
+
+
+def test_a_radius_follows_its_rule(task, files):
+    model = fresh_model(task.base, METHODS["lora"], 0.0, 8, 0)
+    training = training_data(task.texts.data, 32, 0.0, 0.0, 0)
+    run = a_run(files, task, examples=32, epochs=2)
+    seen = []
+
+    def rule(radius, strength):
+        deltas = [
+            module.get_delta_weight("default") for module in model.modules() if hasattr(module, "get_delta_weight")
+        ]
+        seen.append((radius.update, float(torch.cat([delta.flatten() for delta in deltas]).norm())))
+        return strength * radius.update
+
+    fit = Fit(model, METHODS["lora"].optimizer, 1e-2, 0.1, runs_module.epochs_of(run, task, training))
+    list(with_radius(rule, 0.0)(fit))
+    before, after = (torch.tensor(norms) for norms in zip(*seen, strict=True))
+    torch.testing.assert_close(before[1:], after[:-1])  # of the weights that the step began with
+    assert before[0] == 0 and after[-1] > 0
 
 
 def test_calibration_and_correlation():

@@ -24,6 +24,7 @@ from flatlora import (
     LoRASAMOptimizer,
     apply_gralora,
     direction_parameters,
+    lora_layers,
     magnitude_parameters,
 )
 
@@ -101,7 +102,6 @@ def bilora(model: nn.Module, lr: float, rho: float) -> Optimizer:
 
 
 lorasam = wrapped(lambda optimizer, model, rho: LoRASAMOptimizer(optimizer, model, rho=rho))
-relative = wrapped(lambda optimizer, model, rho: LoRASAMOptimizer(optimizer, model, rho=rho, relative=True))
 
 
 def noisy_lorasam(model: nn.Module, lr: float, rho: float) -> Optimizer:
@@ -233,6 +233,61 @@ def one_pass_sam(ascent: Callable[[Optimizer, nn.Parameter], Tensor]) -> Callabl
             yield
 
     return loop
+
+
+@dataclass
+class Radius:
+    """What a rule for LoRASAM's radius goes by; the norms are of all layers together."""
+
+    rho: float
+    steps: int = 0
+    update: float = 0.0  # ‖s·B·A‖_F
+    gradient: float = 0.0  # ‖P(G)‖_F, its running mean
+    rise: float = 0.0  # of the loss by ε, its running mean
+
+    def see(self, metrics: dict[str, Tensor]) -> None:
+        """Takes in a step."""
+        self.steps += 1
+        newest = max(0.1, 1 / self.steps)
+        self.gradient += newest * (float(metrics["projected_gradient_norm"]) - self.gradient)
+        self.rise += newest * (float(metrics["loss_rise"]) - self.rise)
+
+
+def update_norm(model: nn.Module) -> float:
+    """``‖s·B·A‖_F`` over all layers, by ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``."""
+    adapters = [adapter for layer in lora_layers(model) for adapter in layer.all_adapters()]
+    squares = [((a.B.mT @ a.B) * (a.A @ a.A.mT)).sum() * a.scaling**2 for a in adapters]
+    return float(torch.stack(squares).detach().sum().clamp(min=0).sqrt())
+
+
+Rule = Callable[[Radius, float], float]  # the next ρ, from what is known and the rule's one number
+
+
+def with_radius(rule: Rule, start: float) -> Callable[[Fit], Iterator[None]]:
+    """LoRASAM whose ρ follows a rule after every step; the rule's number is the run's strength."""
+
+    def loop(fit: Fit) -> Iterator[None]:
+        optimizer = LoRASAMOptimizer(adamw(fit.model, fit.lr, 0.0), fit.model, rho=start)
+        fit.scheduled(optimizer)
+        radius = Radius(start)
+        for batches in fit.epochs:
+            fit.model.train()
+            for batch in batches:
+                with fit.step():
+                    fit.loss(batch).backward()
+                    radius.update = update_norm(fit.model)
+                    optimizer.step()
+                    radius.see(optimizer.metrics())
+                    optimizer.rho = radius.rho = min(rule(radius, fit.strength), 0.3)
+                    optimizer.zero_grad()
+            yield
+
+    return loop
+
+
+def towards_a_rise(radius: Radius, rise: float) -> float:
+    """The radius grows or shrinks by up to a tenth a step, until ε raises the loss by that much."""
+    return max(1e-4, radius.rho * math.exp(0.1 * max(-1.0, 1 - radius.rise / rise)))
 
 
 def last_gradient(optimizer: Optimizer, p: nn.Parameter) -> Tensor:
@@ -385,6 +440,10 @@ class Method:
     stops_early: bool = False
 
 
+def by_rule(label: str, symbol: str, strength: float, rule: Rule, start: float = 0.0) -> Method:
+    return Method(f"LoRASAM, {label}", adamw, (strength,), symbol, loop=with_radius(rule, start))
+
+
 METHODS = {
     "lora": Method("LoRA"),
     "dora": Method("DoRA", adapter="dora"),
@@ -394,7 +453,10 @@ METHODS = {
     "ggpo": Method("GGPO gaussian", ggpo(), (0.2, 0.1), "σ"),
     "ggpo-low-rank": Method("GGPO low-rank, β = 0", ggpo(beta=0.0, noise="low_rank"), (0.2, 0.1), "σ"),
     "lorasam": Method("LoRASAM", lorasam, (0.05, 0.15), "ρ"),
-    "lorasam-relative": Method("LoRASAM, relative ρ", relative, (0.02,), "ρ"),
+    "lorasam-update": by_rule("ρ = κ·‖s·B·A‖", "κ", 0.02, lambda r, kappa: kappa * r.update),
+    "lorasam-gradient": by_rule("ρ = κ·‖P(G)‖", "κ", 0.03, lambda r, kappa: kappa * r.gradient),
+    "lorasam-open": by_rule("ρ = τ / ‖P(G)‖", "τ", 0.05, lambda r, tau: tau / r.gradient),
+    "lorasam-closed": by_rule("ρ by its rise", "rise", 0.01, towards_a_rise, 0.005),
     "bilora": Method("Bi-LoRA", bilora, (0.05, 0.1), "ρ"),
     "bidora": Method("BiDoRA", adapter="dora", loop=bilevel),
     "gralora-ggpo": Method("GGPO on GraLoRA", ggpo(beta=0.0), (0.2, 0.1), "σ", adapter="gralora"),
