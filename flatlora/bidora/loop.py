@@ -17,7 +17,7 @@ from .passes import LossPass, Values, model_loss, parameters_of, parts_of
 
 
 class _Hook:
-    """Calls a method of the watch while there is one; in a copy of the model it does nothing."""
+    """Calls a method of the watch while that exists; in a copy of the model it does nothing."""
 
     def __init__(self, watch: LoopWatch, method: str):
         self._watch, self._method = weakref.ref(watch), method

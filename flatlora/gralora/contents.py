@@ -43,7 +43,7 @@ def applied(model: nn.Module) -> dict[str, tuple[nn.Module, Before]]:
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The original modules in whose place copies are trained whole, by full name."""
+    """The original modules, by full name, of which copies are trained whole."""
     return {
         f"{prefix}.{name}" if prefix else name: module
         for prefix, (_, before) in applied(model).items()
@@ -127,7 +127,7 @@ _FLAG, _HOOK = "_hf_peft_config_loaded", "_quiet_about_frozen"
 
 
 def add_save_pretrained(model: nn.Module) -> None:
-    """Has a transformers model say that it has adapters, and save them; does nothing to any other module."""
+    """Marks a transformers model as one with adapters, and has it save them; does nothing to other modules."""
     if hasattr(type(model), _FLAG):
         hook = model.register_load_state_dict_post_hook(_quiet_about_frozen)
         model.__dict__.update({_FLAG: True, "save_pretrained": partial(_save_pretrained, model), _HOOK: hook})
@@ -141,7 +141,7 @@ def remove_save_pretrained(model: nn.Module) -> None:
 
 
 def _quiet_about_frozen(model: nn.Module, keys: Any) -> None:
-    """Has the Trainer not list the frozen base as missing from a checkpoint of all that is trained."""
+    """Keeps the Trainer from listing the frozen base as missing from a checkpoint of all that is trained."""
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     if set(keys.missing_keys) == frozen:
         keys.missing_keys.clear()

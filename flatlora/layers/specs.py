@@ -208,7 +208,7 @@ def _scaling_of(module: Any, spec: LayerSpec, rank: int) -> float:
 
 
 def _other_parameters(module: Any, spec: LayerSpec, factors: tuple[Tensor, Tensor]) -> _Places:
-    """Numbers for all else that is trained in the layer, a gate or a second adapter, which may be neutral only now."""
+    """Random numbers for all else that is trained in the layer, such as a gate, which may be neutral at its start."""
     base = list(child_of(module, spec.base).parameters(recurse=bool(spec.base)))
     known = {id(p) for p in (*factors, *base, scale_of(module, spec))}
     return [

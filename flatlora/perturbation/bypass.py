@@ -35,7 +35,7 @@ class Watch:
         self._steps = 0
         self._warned: set[str] = set()
         self._acted: set[str] = set()  # layers that any pass has gone through
-        self._left: dict[str, Any] = {}  # gradients of layers that no pass of the last step went through, weakly
+        self._left: dict[str, Any] = {}  # weak references to gradients of layers without a pass in the last step
         self.note_groups(all_trained)
         self.known = self.seen  # identities of the parameters that the user gave to the optimizer
         for base in _bases(optimizer):

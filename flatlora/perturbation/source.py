@@ -94,10 +94,10 @@ class Source:
         return layer.name in self.passes
 
     def with_gradients(self) -> dict[Names, dict[str, list[Adapter]]]:
-        """The adapters of layers with gradients, as the passes of this step added them, by layer name.
+        """By layer, the adapters that this step's passes added to it; of layers with gradients.
 
-        Passes that added other adapters of `layers` stand apart, by these adapters' names: each has a gradient of its
-        own. A layer without a pass, as where gradients were set by hand, stands with all adapters that have one.
+        Passes that added different adapters are kept apart, by these adapters' names, as each has its own gradient. A
+        layer without a pass, whose gradients were set by hand, has all adapters with a gradient.
         """
         found: dict[Names, dict[str, list[Adapter]]] = {}
         for layer in self.layers.values():
@@ -108,7 +108,7 @@ class Source:
         return found
 
     def read_gradients(self) -> bool:
-        """Notes what the next step's ε needs of the gradients at hand; whether there are any."""
+        """Reads what the next step's ε needs of the gradients; returns whether there are any."""
         return True
 
     def read_rise(self) -> None:
