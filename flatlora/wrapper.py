@@ -120,7 +120,7 @@ class OptimizerWrapper(Method, Optimizer):
 
     def metrics(self) -> dict[str, Tensor]:
         """The method's scalars and, of wrappers within, theirs; see `Method.metrics`."""
-        inner = next(chain(self.base_optimizer), None)
+        inner = next(wrappers_of(self.base_optimizer), None)
         return {} if inner is None else inner.metrics()
 
     def _with_inner(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -186,7 +186,7 @@ class OptimizerWrapper(Method, Optimizer):
 
     def _state_name(self) -> str:
         """The class's name, with a number where the same method is wrapped again, as over a second model."""
-        same = sum(wrapper._kind == self._kind for wrapper in chain(self.base_optimizer))
+        same = sum(wrapper._kind == self._kind for wrapper in wrappers_of(self.base_optimizer))
         return self._kind + (f".{same}" if same else "")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -208,7 +208,7 @@ class OptimizerWrapper(Method, Optimizer):
         base_state, own = self._parts(state_dict)
         if own is not None:
             self.check_method_state(own)
-        if (inner := next(chain(self.base_optimizer), None)) is not None:
+        if (inner := next(wrappers_of(self.base_optimizer), None)) is not None:
             inner.check_state_dict(base_state)
 
     def _parts(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -291,7 +291,7 @@ def saved_groups(state: Any) -> list[dict[str, Any]] | None:
     return next((found for part in state.values() if (found := saved_groups(part)) is not None), None)
 
 
-def chain(optimizer: Optimizer) -> Iterator[OptimizerWrapper]:
+def wrappers_of(optimizer: Optimizer) -> Iterator[OptimizerWrapper]:
     """The wrappers around a base optimizer, outermost first."""
     level: Any = optimizer
     while isinstance(level, OptimizerWrapper):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import checks
-from ..wrapper import STATE_KEY, Method, chain, check_base_state, load_base, saved_groups
+from ..wrapper import STATE_KEY, Method, check_base_state, load_base, saved_groups, wrappers_of
 from .passes import parameters_of
 
 
@@ -143,7 +143,7 @@ class TwoLevels(Method, Optimizer):
 
 def directions_of(lower: Optimizer) -> list[Tensor]:
     """V: what `lower` holds, but for what makes up a perturbation, which is part of the function L_tr."""
-    perturbing = {p for wrapper in chain(lower) for p in wrapper.perturbation_parameters()}
+    perturbing = {p for wrapper in wrappers_of(lower) for p in wrapper.perturbation_parameters()}
     return [p for p in parameters_of(lower) if p not in perturbing]
 
 
@@ -165,7 +165,7 @@ def check_optimizer_state(state_dict: Any, shapes: Any, optimizer: Optimizer) ->
 
 def _check_wrappers(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """ValueError if a wrapper around the base optimizer would refuse the state, or has gone since it was written."""
-    if (outermost := next(chain(optimizer), None)) is not None:
+    if (outermost := next(wrappers_of(optimizer), None)) is not None:
         outermost.check_state_dict(state_dict)
         return
     check_base_state(optimizer, state_dict)

@@ -15,7 +15,7 @@ from .. import checks
 from ..layers.bnb import hold_training_layout
 from ..layers.stack import BaseNorms
 from ..streams import RandomStreams, derived_seed, shared_seed
-from ..wrapper import chain, only_initialises
+from ..wrapper import only_initialises, wrappers_of
 from .data import to_device, two_splits
 from .levels import directions_of, step_sizes
 from .loop import LoopWatch
@@ -241,14 +241,14 @@ class BilevelOptimizer(TwoPhases):
         magnitude_grads = grads_of(parameters_of(self.upper))
         self.upper.zero_grad()
         add_orthogonality_gradient(self._layers, self.orthogonality)
-        perturbations = [wrapper.current_perturbation() for wrapper in chain(self.lower)]
+        perturbations = [wrapper.current_perturbation() for wrapper in wrappers_of(self.lower)]
         return LowerPass(copies(directions_of(self.lower)), perturbations, passes, loss, magnitude_grads)
 
     def _val_pass(self, batch: Any, steps: int) -> tuple[Tensor, Values, Values]:
         """L_val(V', μ) of the unperturbed model after so many lower steps, ∂_μ of it, and ``v = ∇_V L_val``."""
         # Dropout in this pass draws from a seed of its own, or it would shift the stream of the lower passes.
         seed = derived_seed(self._seed, "validation", steps)
-        lifted = together(wrapper.unperturbed() for wrapper in chain(self.lower))
+        lifted = together(wrapper.unperturbed() for wrapper in wrappers_of(self.lower))
         with isolated(self.model, seed, self._watch), lifted:
             loss = self._backward([self._pass(batch, "validation")])
             return loss, grads_of(parameters_of(self.upper)), grads_of(parameters_of(self.lower))
@@ -271,7 +271,7 @@ class BilevelOptimizer(TwoPhases):
                 self._backward(at.passes)
             return grads_of(parameters_of(self.upper))
 
-        as_then = together(w.perturbed_as(p) for w, p in zip(chain(self.lower), at.perturbations, strict=True))
+        as_then = together(w.perturbed_as(p) for w, p in zip(wrappers_of(self.lower), at.perturbations, strict=True))
         with isolated(self.model, watch=self._watch), as_then, frozen(parameters_of(self.lower)):
             ahead = magnitude_grads(e)
             behind = at.magnitude_grads if self.difference == "forward" else magnitude_grads(-e)

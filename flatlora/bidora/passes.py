@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..streams import RandomStreams, private_streams
-from ..wrapper import chain
+from ..wrapper import wrappers_of
 
 Values = dict[Tensor, Tensor]  # of parameters, or their gradients
 
@@ -193,7 +193,7 @@ def undone_on_error(
     with torch.no_grad():
         grads = [(p, _copied(p.grad)) for p in trained]
         kept = [_kept(optimizer) for optimizer in optimizers]
-    wrappers = [wrapper for optimizer in optimizers for wrapper in chain(optimizer)]
+    wrappers = [wrapper for optimizer in optimizers for wrapper in wrappers_of(optimizer)]
     sources = [source for one in wrappers if (source := getattr(one, "_source", None)) is not None]
     snapshots = [source.snapshot() for source in sources]
     seen = None if watch is None else watch.snapshot()
@@ -219,14 +219,14 @@ def _kept(optimizer: Optimizer) -> tuple[Any, Any, Any]:
     """Copies of an optimizer's state and groups and of what its wrappers keep."""
     # Not its state_dict(), whose loading rounds moments to the parameters' type.
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    return _copied((dict(optimizer.state), groups, [wrapper.method_state() for wrapper in chain(optimizer)]))
+    return _copied((dict(optimizer.state), groups, [wrapper.method_state() for wrapper in wrappers_of(optimizer)]))
 
 
 def _bring_back(optimizer: Optimizer, state: Any, groups: Any, methods: Any) -> None:
     _make_equal(optimizer.state, state)
     for group, kept in zip(optimizer.param_groups, groups, strict=True):
         _make_equal(group, {**kept, "params": group["params"]})
-    for wrapper, own in zip(chain(optimizer), methods, strict=True):
+    for wrapper, own in zip(wrappers_of(optimizer), methods, strict=True):
         if own:
             wrapper.load_method_state(own)
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .. import checks
 from ..streams import derived_seed
-from ..wrapper import OptimizerWrapper, chain, load_base
+from ..wrapper import OptimizerWrapper, load_base, wrappers_of
 from .data import Batches, check_position
 from .levels import TwoLevels, check_optimizer_state, shapes_of
 from .loop import LoopWatch
@@ -87,8 +87,8 @@ class TwoPhases(TwoLevels):
 
     def _others_than(self, optimizer: Optimizer) -> list[OptimizerWrapper]:
         """The wrappers of `lower` whose perturbations `optimizer` neither makes nor trains."""
-        own, trained = {id(wrapper) for wrapper in chain(optimizer)}, set(parameters_of(optimizer))
-        others = (wrapper for wrapper in chain(self.lower) if id(wrapper) not in own)
+        own, trained = {id(wrapper) for wrapper in wrappers_of(optimizer)}, set(parameters_of(optimizer))
+        others = (wrapper for wrapper in wrappers_of(self.lower) if id(wrapper) not in own)
         return [wrapper for wrapper in others if trained.isdisjoint(wrapper.perturbation_parameters())]
 
     @contextmanager

@@ -15,7 +15,7 @@ from .. import checks
 from ..perturbation.bypass import held_ids
 from ..perturbation.optimizer import PerturbingOptimizer, trainable, trained_by
 from ..perturbation.rise import check_rise
-from ..wrapper import chain, saved_groups
+from ..wrapper import saved_groups, wrappers_of
 from .auxiliary import (
     AuxiliarySource,
     attach_auxiliary,
@@ -187,7 +187,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
     def _negate_within_hooks(self) -> list[Any]:
         """Negates the ascent gradients for the base's update alone, not for step hooks that others put around it."""
-        base: Any = next(reversed([self, *chain(self.base_optimizer)])).base_optimizer
+        base: Any = next(reversed([self, *wrappers_of(self.base_optimizer)])).base_optimizer
         if not getattr(type(base).step, "hooked", False):  # it has no step hooks
             self._negate()
             return []

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..layers.view import LoRALayer, lora_layers
-from ..wrapper import chain, only_initialises
+from ..wrapper import only_initialises, wrappers_of
 from .attachment import Attachment, forget_replaced
 
 logger = logging.getLogger("flatlora")
@@ -186,7 +186,7 @@ def _used_elsewhere(layer: LoRALayer, source: Any) -> bool:
 
 def _bases(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizer beneath all wrappers, and those that it keeps itself, as Lookahead and SAM do."""
-    inner = list(chain(optimizer))
+    inner = list(wrappers_of(optimizer))
     found = [inner[-1].base_optimizer if inner else optimizer]
     for base in found:
         kept = [value for value in vars(base).values() if isinstance(value, Optimizer)]

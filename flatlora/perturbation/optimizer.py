@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from .. import checks
 from ..layers.view import LoRALayer, lora_layers, refuse_fsdp1, seen_through
-from ..wrapper import OptimizerWrapper, chain
+from ..wrapper import OptimizerWrapper, wrappers_of
 from .attachment import AttachedModules, Attachment, attachments
 from .bypass import Watch, held_ids
 from .passes import would_perturb
@@ -102,7 +102,7 @@ class PerturbingOptimizer(OptimizerWrapper):
             self.groups_changed()
         except ValueError:
             refused = self.param_groups.pop()["params"]
-            for inner in chain(self.base_optimizer):
+            for inner in wrappers_of(self.base_optimizer):
                 if isinstance(inner, PerturbingOptimizer):
                     inner.drop_parameters({id(p) for p in refused})
             raise
@@ -300,7 +300,7 @@ def claim(source: Source, layers: list[LoRALayer], optimizer: Optimizer) -> None
 
     ValueError if an optimizer that `optimizer` wraps, or one that has not stepped yet, perturbs one of them.
     """
-    inner = [wrapper._attachment for wrapper in chain(optimizer) if isinstance(wrapper, PerturbingOptimizer)]
+    inner = [wrapper._attachment for wrapper in wrappers_of(optimizer) if isinstance(wrapper, PerturbingOptimizer)]
     others: list[Attachment] = []
     for layer in layers:
         for other, theirs in attachments(layer.module):
