@@ -48,7 +48,7 @@ model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num
 adapter = LoraConfig("SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear", modules_to_save=["classifier"])
 model = get_peft_model(model, adapter)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr)
-optimizer = LoRASAMOptimizer(optimizer, model, rho=args.rho)
+optimizer = LoRASAMOptimizer(optimizer, model, rho=args.rho)  # the new line
 
 arguments = TrainingArguments(
     output_dir=str(args.output),
