@@ -118,6 +118,16 @@ def two_pass_sam(model: nn.Module, lr: float, rho: float) -> Optimizer:
     return SAM(trainable(model), AdamW, rho=rho, lr=lr, weight_decay=0.01)
 
 
+def ivon(model: nn.Module, lr: float, ess: float) -> Optimizer:
+    """IVON for LoRA (arXiv:2411.04421). Its clipped steps are as long as AdamW's longest at the same rate."""
+    try:
+        from ivon import IVON
+    except ImportError as reason:
+        raise SystemExit("error: the method ivon needs ivon-opt: pip install ivon-opt") from reason
+    precision = {"ess": ess, "hess_init": 3e-4, "weight_decay": 1e-6}
+    return IVON(trainable(model), lr=lr / 1e-3, clip_radius=1e-3, rescale_lr=False, **precision)
+
+
 # --- training loops: generators that yield after every epoch --------------------------------------------------------
 
 
@@ -199,6 +209,57 @@ def with_closure(fit: Fit) -> Iterator[None]:
         yield
 
 
+def one_pass_sam(ascent: Callable[[Optimizer, nn.Parameter], Tensor]) -> Callable[[Fit], Iterator[None]]:
+    """Gradients at ``ρ·d/‖d‖`` off the parameters (A, B and the head), where d is what the last step knew."""
+
+    def loop(fit: Fit) -> Iterator[None]:
+        optimizer, parameters = fit.optimizer(), trainable(fit.model)
+        away: list[Tensor] = []
+        for batches in fit.epochs:
+            fit.model.train()
+            for batch in batches:
+                with fit.step():
+                    here = snapshot(parameters)
+                    with torch.no_grad():
+                        for p, offset in zip(parameters, away, strict=False):  # none before the first step
+                            p.add_(offset)
+                    fit.loss(batch).backward()
+                    restore(parameters, here)
+                    optimizer.step()
+                    away = [ascent(optimizer, p) for p in parameters]
+                    norm = torch.stack([d.norm() for d in away]).norm()
+                    away = [d * (fit.strength / (norm + 1e-12)) for d in away]
+                    optimizer.zero_grad()
+            yield
+
+    return loop
+
+
+def last_gradient(optimizer: Optimizer, p: nn.Parameter) -> Tensor:
+    """AsyncSAM's rule (arXiv:2503.11147): the gradient of the step before."""
+    assert p.grad is not None
+    return p.grad
+
+
+def momentum(optimizer: Optimizer, p: nn.Parameter) -> Tensor:
+    """Momentum-SAM's (arXiv:2401.12033): the running mean of gradients, which AdamW has."""
+    return optimizer.state[p]["exp_avg"]  # type: ignore[no-any-return]
+
+
+def at_samples(fit: Fit) -> Iterator[None]:
+    """IVON's loop: gradients at parameters drawn from its posterior."""
+    optimizer: Any = fit.optimizer()
+    for batches in fit.epochs:
+        fit.model.train()
+        for batch in batches:
+            with fit.step():
+                with optimizer.sampled_params(train=True):
+                    fit.loss(batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        yield
+
+
 def bilevel(fit: Fit) -> Iterator[None]:
     """BiDoRA: a search of half as many steps as the others make, then as many as they make; epochs are of the latter.
 
@@ -247,19 +308,31 @@ def add_embedding_noise(model: nn.Module, alpha: float) -> None:
     model.get_input_embeddings().register_forward_hook(noisy)  # type: ignore[operator]
 
 
-class Average:
-    """An exponential moving average of the trained parameters; it forgets faster during the first steps."""
+NewestShare = Callable[[int], float]  # after that many steps, the share of the newest parameters in their average
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.parameters, self.decay, self.steps = trainable(model), decay, 0
+
+def moving(decay: float, steps: int) -> NewestShare:
+    """EMA: an exponential moving average that forgets faster during the first steps."""
+    return lambda step: 1 - min(decay, (1 + step) / (10 + step))
+
+
+def last(share: float, steps: int) -> NewestShare:
+    """SWA (arXiv:1803.05407): the mean over that share of the run, its end."""
+    return lambda step: 1 / max(1, step - int((1 - share) * steps))
+
+
+class Average:
+    """An average of the trained parameters over the steps."""
+
+    def __init__(self, model: nn.Module, newest: NewestShare):
+        self.parameters, self.newest, self.steps = trainable(model), newest, 0
         self.means = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
     def update(self) -> None:
         self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for mean, p in zip(self.means, self.parameters, strict=True):
-            mean.lerp_(p, 1 - decay)
+            mean.lerp_(p, self.newest(self.steps))
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -296,7 +369,8 @@ class Method:
         symbol: what tables call the strength.
         adapter: lora, dora, gralora or peft-gralora.
         loop: how it trains.
-        trick: what the strength sets where it is not the optimizer's: dropout, smoothing, neftune or average.
+        trick: what the strength sets where it is not the optimizer's: dropout, smoothing or neftune.
+        average: from the strength and the number of steps, the average of the parameters that is scored.
         stops_early: holds out a part of its training data and keeps the epoch that is best there.
     """
 
@@ -307,6 +381,7 @@ class Method:
     adapter: str = "lora"
     loop: Callable[[Fit], Iterator[None]] = ordinary
     trick: str = ""
+    average: Callable[[float, int], NewestShare] | None = None
     stops_early: bool = False
 
 
@@ -331,8 +406,12 @@ METHODS = {
     "weight-decay": Method("LoRA, weight decay", decayed, (0.1, 1.0), "λ"),
     "label-smoothing": Method("LoRA, label smoothing", strengths=(0.1, 0.2), symbol="ε", trick="smoothing"),
     "neftune": Method("LoRA, NEFTune", strengths=(5.0, 15.0), symbol="α", trick="neftune"),
-    "ema": Method("LoRA, EMA", strengths=(0.98, 0.95), symbol="decay", trick="average"),
+    "ema": Method("LoRA, EMA", strengths=(0.98, 0.95), symbol="decay", average=moving),
+    "swa": Method("LoRA, SWA", strengths=(0.5, 0.25), symbol="share", average=last),
     "sam": Method("two-pass SAM over A and B", two_pass_sam, (0.05, 0.02), "ρ", loop=with_closure),
+    "async-sam": Method("AsyncSAM's rule", adamw, (0.05, 0.02), "ρ", loop=one_pass_sam(last_gradient)),
+    "momentum-sam": Method("Momentum-SAM", adamw, (0.05, 0.02), "ρ", loop=one_pass_sam(momentum)),
+    "ivon": Method("IVON", ivon, (1e7, 1e6), "ess", loop=at_samples),
 }
 
 
