@@ -23,10 +23,10 @@ from flatlora import LoRASAMOptimizer
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", type=Path, metavar="FOLDER", help="causal LM with a chat template (default: SmolLM2)")
 parser.add_argument("--steps", type=int, default=20, help="default: %(default)s")
-parser.add_argument("--lr", type=float, default=2e-4, help="default: %(default)s")
 args = parser.parse_args()
 logging.set_verbosity_error()
 torch.manual_seed(0)
+random.seed(0)
 if args.model is not None:
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=nf4)
@@ -45,7 +45,7 @@ else:  # transformers does not quantise a model that it reads from a GGUF file, 
 model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
 model = get_peft_model(model, LoraConfig("CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear"))
 # Before the first evaluation: on some CPUs that repacks 4-bit weights for good, and an attached optimizer prevents it.
-optimizer = LoRASAMOptimizer.for_model(model, bnb.optim.AdamW8bit, lr=args.lr)
+optimizer = LoRASAMOptimizer.for_model(model, bnb.optim.AdamW8bit, lr=2e-4)
 
 
 def encode(question, answer):
