@@ -37,7 +37,8 @@ def tidy(cls: doc.Class) -> None:
     own = {name: name in USED if any(name in base for base in bases) else name in vars(cls.obj) for name in cls.members}
     kept = [name for name in own if own[name] and inspect.getattr_static(cls.obj, name).__doc__ and name[0] != "_"]
     cls.constructor, cls.inherited_members = cls.members["__init__"], {}
-    cls.own_members = [cls.members[name] for name in kept]
+    cls.members = {name: cls.members[name] for name in kept}  # so that nothing links to the others
+    cls.own_members = list(cls.members.values())
     for member in cls.own_members:  # of what `metrics()` returns each entry is an item of a list
         member.docstring = re.sub(r"^(?=``\w+``: )", "- ", member.docstring, flags=re.MULTILINE)
 
@@ -50,11 +51,10 @@ render.configure(docformat="google", template_directory=HERE)
 for name, module in site.items():
     for cls in (member for member in module.flattened_own_members if isinstance(member, doc.Class)):
         tidy(cls)
-    html = re.sub(
-        r"arXiv:(\d+\.\d+)", r'<a href="https://arxiv.org/abs/\1">\g<0></a>', render.html_module(module, site)
-    )
-    to = "flatlora/" if module is index else ""
-    html = re.sub(rf"<code>({'|'.join(flatlora.__all__)})</code>", rf'<a href="{to}\1.html">\g<0></a>', html)
+    html = render.html_module(module, site)
+    html = re.sub(r"arXiv:(\d+\.\d+)", r'<a href="https://arxiv.org/abs/\1">\g<0></a>', html)
+    to = rf'<a href="{"flatlora/" if module is index else ""}\1.html">\g<0></a>'
+    html = re.sub(rf"<code>({'|'.join(flatlora.__all__)})</code>", to, html)
     (FOLDER / f"{name.replace('.', '/')}.html").write_text(html, encoding="utf-8")
 (FOLDER / "index.html").write_text(render.html_index(site), encoding="utf-8")
 (FOLDER / "search.js").write_text(render.search_index(site), encoding="utf-8")
