@@ -82,12 +82,16 @@ def parts_of(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[torch.d
     return [p for p in params if p.requires_grad], statistics, list(dict.fromkeys(p.device for p in params))
 
 
-def finite(which: str, loss: Tensor, *others: Tensor) -> list[float]:
-    """The numbers on the host, fetched at once; ValueError unless they are finite."""
-    values = torch.stack([value.reshape(()).to(loss) for value in (loss, *others)]).tolist()
-    if not all(map(math.isfinite, values)):
-        what = f"{which} loss is {values[0]}" if not math.isfinite(values[0]) else f"{which} gradient is not finite"
-        raise ValueError(f"the {what}; parameters are left as they were. Look at the batch, or lower the learning rate")
+def finite(*numbers: tuple[str, Tensor]) -> list[float]:
+    """Named numbers on the host, fetched at once; ValueError for the first that is not finite."""
+    first = numbers[0][1]
+    values = torch.stack([number.reshape(()).to(first) for _, number in numbers]).tolist()
+    for (name, _), value in zip(numbers, values, strict=True):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the {name} is {value}; parameters are left as they were. Look at the batch, or lower the learning "
+                "rate"
+            )
     return values
 
 

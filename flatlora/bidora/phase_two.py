@@ -78,7 +78,7 @@ class TwoPhases(TwoLevels):
             for _ in range(steps):
                 with undone_on_error(self.model, [optimizer], [batches]):
                     optimizer.zero_grad()
-                    loss = finite("training", self.retrain_gradients(batches.next()))
+                    loss = finite(("training loss", self.retrain_gradients(batches.next())))
                     optimizer.step()
                     if scheduler is not None:
                         scheduler.step()

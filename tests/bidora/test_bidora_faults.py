@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +129,19 @@ def test_a_step_that_fails_leaves_everything_as_before(where, kind):
     other, twin, _, _ = faulty(kind, "central")
     assert [twin.step() for _ in range(4)][1:] == again
     assert difference(everything(other, twin), everything(model, optimizer)) is None
+
+
+@pytest.mark.parametrize("kind", ["ggpo", "bilora"])
+@pytest.mark.parametrize(("wrong", "which"), enumerate(["training", "training", "validation"]))
+def test_a_loss_that_is_not_finite_leaves_everything_as_before(wrong, which, kind):
+    """Though it is read once both levels have been through their passes, and V has moved along gradients of nan."""
+    model, optimizer, _, _ = faulty(kind, "central")
+    optimizer.step()
+    before, loss_fn, passes = everything(model, optimizer), optimizer.loss_fn, itertools.count()
+    optimizer.loss_fn = lambda model, data: loss_fn(model, data) * (float("nan") if next(passes) == wrong else 1.0)
+    with pytest.raises(ValueError, match=f"the {which} loss is nan"):
+        optimizer.step()
+    assert difference(before, everything(model, optimizer)) is None
 
 
 @pytest.mark.parametrize("kind", ["ggpo", "bilora"])
