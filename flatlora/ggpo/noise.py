@@ -21,8 +21,8 @@ from ..perturbation.passes import would_perturb
 from ..perturbation.source import Source
 from ..streams import derived_seed
 
-# What a layer's standard deviations were computed from, they (m,), the same as they are drawn with, and the gradient
-# term (m,) within them.
+# What a layer's standard deviations were computed from, they (m,), the `std` of its draw, and the gradient term (m,)
+# within them.
 Deviations = tuple[Any, Tensor, Tensor, Tensor]
 
 
@@ -125,9 +125,11 @@ class RowNoise(Source):
             self._stds.update((name, (keys[name], *row)) for name, *row in rows)
 
     def _as_drawn(self, stds: Tensor, stack: Stack) -> Tensor:
-        """Where each cast is a launch, deviations are cast for all layers together, and not in every layer and pass."""
+        """`Draw.std` of a stack's layers: made for all together, and not by launches in every layer and pass."""
+        if self.kind == "low_rank":
+            stds = stds * self.rank**-0.5
         wide = any(adapter.A.dtype == torch.float64 for adapters in stack.adapters for adapter in adapters)
-        return stds if stds.device.type == "cpu" or wide or self.kind != "gaussian" else stds.float()
+        return stds if stds.device.type == "cpu" or wide else stds.float()
 
     def _is_ready(self, layer: LoRALayer, adapters: list[Adapter], device: torch.device) -> bool:
         return self.sigma > 0 and would_perturb(self, layer, adapters) and _at_hand(layer, adapters, device)

@@ -31,8 +31,8 @@ _TINY = 1 << 12  # elements for which setting up the table takes longer than dra
 class Draw:
     """One ε of a layer: everything needed to form it again, and nothing of its size.
 
-    Row i of ε has standard deviation ``std[i]`` per element. ``"gaussian"`` draws every element independently;
-    ``"low_rank"`` is ``diag(std)·U·V/√rank`` with standard normal U (m, rank) and V (rank, n), whose covariance is the
+    ``"gaussian"`` draws every element independently, in row i with standard deviation ``std[i]``. ``"low_rank"`` is
+    ``diag(std)·U·V`` with standard normal U (m, rank) and V (rank, n): with std smaller by √rank, its covariance is the
     same.
     """
 
@@ -178,7 +178,7 @@ def draw_low_rank(draw: Draw, n: int, dtype: torch.dtype) -> tuple[Tensor, Tenso
         generator=_generator(draw)
     )
     u, v = normals.split([m * rank, n * rank])
-    u = u.view(m, rank).mul_((draw.std * rank**-0.5).to(u.dtype).unsqueeze(1))
+    u = u.view(m, rank).mul_(cast(draw.std, u.dtype).unsqueeze(1))
     return u.to(dtype), v.view(rank, n).to(dtype)
 
 
