@@ -23,6 +23,7 @@ from .orthogonality import add_orthogonality_gradient
 from .parameters import check_levels, dora_layers, update_correlation
 from .passes import (
     LossPass,
+    LowerPass,
     Values,
     average_gradients,
     batch_loss,
@@ -60,17 +61,6 @@ class BilevelStep:
     upper_grad_norm: float | None
 
 
-@dataclass(frozen=True)
-class LowerPass:
-    """Where a lower step begins: V, what perturbs the model there, L_tr with its passes, and ∂_μ L_tr where taken."""
-
-    V: Values
-    perturbations: list[Any]
-    passes: list[LossPass]
-    loss: Tensor
-    magnitude_grads: Values
-
-
 class BilevelOptimizer(TwoPhases):
     """Trains directions V on one dataloader and magnitudes μ on another, by gradients through the inner step.
 
@@ -96,8 +86,8 @@ class BilevelOptimizer(TwoPhases):
     A loss or gradient that is not finite fails the step: the host reads the numbers of both levels at once, before the
     upper one moves. If that or anything else in a step fails, everything is as before `step()`, and the next call tries
     the same again: parameters, gradients, both optimizers' states and groups, random streams, positions in the data.
-    What a base optimizer keeps outside of its `state` and `param_groups` can't be put back. The copies that this takes
-    are under Adam four times the trained parameters, made in less than 1 % of a step's time on all but toy models.
+    What a base optimizer keeps outside of its `state` and `param_groups` can't be put back. Under Adam that takes
+    copies of four times the trained parameters, in less than 1 % of a step's time.
 
     The random streams end a step as if its lower passes alone had run. Under bfloat16 rounding drowns the difference:
     keep A, B and μ in float32, as PEFT does, and compute in float32.
@@ -206,8 +196,7 @@ class BilevelOptimizer(TwoPhases):
     def _iterate(self) -> BilevelStep:
         steps, norms = self._lower_steps, dict(self._norms)
         numbers: list[tuple[str, Tensor]] = []  # read together: each read would stall a GPU
-        unrolled = self.unroll_steps if self._watch is None else 1
-        for _ in range(unrolled):
+        for _ in range(self.unroll_steps if self._watch is None else 1):
             at = self._lower_pass(None if self._train is None else [self._pass(self._train.next(), "training")])
             norms["lower_grad_norm"] = norm_of(grads_of(at.V))
             numbers += [("training loss", at.loss), ("training gradient's norm", norms["lower_grad_norm"])]
@@ -226,10 +215,12 @@ class BilevelOptimizer(TwoPhases):
         values: list[Any] = finite(*numbers)
         if reaches_upper:
             self.upper.step()  # μ moves along its hypergradient
+        else:
+            values += [None, None]
         if self._watch is not None:
             self._watch.clear()
         self._lower_steps, self._norms = steps, norms
-        train_loss, lower_grad_norm, val_loss, upper_grad_norm = [*values, None, None][2 * unrolled - 2 :][:4]
+        train_loss, lower_grad_norm, val_loss, upper_grad_norm = values[-4:]
         return BilevelStep(train_loss, val_loss, lower_grad_norm, upper_grad_norm)
 
     def _lower_pass(self, passes: list[LossPass] | None) -> LowerPass:

@@ -43,6 +43,17 @@ class LossPass:
         return loss if self.weight is None else loss * self.weight.reshape(())
 
 
+@dataclass(frozen=True)
+class LowerPass:
+    """Where a lower step begins: V, what perturbs the model there, L_tr with its passes, and ∂_μ L_tr where taken."""
+
+    V: Values
+    perturbations: list[Any]
+    passes: list[LossPass]
+    loss: Tensor
+    magnitude_grads: Values
+
+
 def model_loss(output: Any) -> Tensor | None:
     """The loss in what a model returned, if it has one."""
     return output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
