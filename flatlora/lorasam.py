@@ -169,11 +169,11 @@ class LoRASAMOptimizer(PerturbingOptimizer):
     space, from what LoRA's backward pass leaves anyway.
 
     Measured on an encoder of 22M parameters (`examples/results.md`). The default ρ = 0.05 at LoRA's own rate of 5e-4:
-    1.3 ± 0.3 and 1.7 ± 0.3 points of test accuracy more on headlines with 40 % wrong labels, +1.1 ± 0.3 and −0.3 ± 0.1 on
-    movie sentences with 20 % (each on eight seeds), ties on clean labels; mostly a lower loss, and a calibration error
-    that is lower until a temperature is fitted. ρ = 0.15 is 2.1 ± 0.7 points above LoRA at its better rate on those headlines (p = 0.008,
-    24 paired seeds that were run after all was fixed), and below it on the movies. A running mean of gradients did
-    worse, ``D·A + B·C`` no better.
+    1.3 ± 0.3 and 1.7 ± 0.3 points of test accuracy more on headlines with 40 % wrong labels, +1.1 ± 0.3 and −0.3 ± 0.1
+    on movie sentences with 20 % (each on eight seeds), ties on clean labels; mostly a lower loss, and a calibration
+    error that is lower until a temperature is fitted. ρ = 0.15 is 2.1 ± 0.7 points above LoRA at its better rate on
+    those headlines (p = 0.008, 24 paired seeds that were run after all was fixed), and below it on the movies. A
+    running mean of gradients did worse, ``D·A + B·C`` no better.
 
     `flatlora.reference.lorasam_perturbation` is ε in a few lines.
 
