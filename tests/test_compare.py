@@ -9,7 +9,6 @@ import json
 import math
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from models import llama, quantised
+from processes import start_script
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
@@ -124,21 +124,21 @@ def without_times(result):
 def test_a_killed_comparison_goes_on_without_losing_or_repeating_a_run(files, tmp_path, monkeypatch, capsys):
     wanted = arguments(files, "--runs", "lora", "ggpo", "--seeds", "0-4", "--results")
     killed, straight = tmp_path / "killed.jsonl", tmp_path / "straight.jsonl"
-    command = [sys.executable, str(EXAMPLES / "compare.py"), *wanted, str(killed), "--processes", "2"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: process.poll() is not None or (killed.exists() and killed.read_bytes().count(b"\n") >= 2))
-        workers = children(process.pid)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL and workers
+    process = start_script(EXAMPLES / "compare.py", *wanted, killed, "--processes", 2)
+    wait_for(lambda: not process.is_alive() or (killed.exists() and killed.read_bytes().count(b"\n") >= 2))
+    workers = children(process.pid)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and workers
     wait_for(lambda: not any(map(is_alive, workers)))
     before = killed.read_bytes()
     assert 2 <= before.count(b"\n") < 10
     killed.write_bytes(before + b'{"run": {"data": "torn')
 
-    ended = subprocess.run(command, check=True, timeout=240, capture_output=True, text=True)
-    assert "LoRA, lr 0.003 | 5 |" in ended.stdout
-    monkeypatch.setattr(sys, "argv", ["compare.py", *wanted, str(straight)])
-    compare.main()
+    for path in (killed, straight):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *wanted, str(path)])
+        compare.main()
+        assert "LoRA, lr 0.003 | 5 |" in capsys.readouterr().out
     assert killed.read_bytes().startswith(before)
     entries = [json.loads(line) for line in killed.read_text().splitlines()]
     keys = [json.dumps(entry["run"], sort_keys=True) for entry in entries]
@@ -147,7 +147,6 @@ def test_a_killed_comparison_goes_on_without_losing_or_repeating_a_run(files, tm
         assert set(keys) == set(whole.results)
         for key, entry in zip(keys, entries, strict=True):
             assert without_times(entry["result"]) == without_times(whole.results[key])
-    assert "LoRA, lr 0.003 | 5 |" in capsys.readouterr().out
 
 
 def test_a_comparison_that_is_complete_makes_no_run(files, task, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import math
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from comparing.report import Figure, figures_table, holm, paired_difference  # n
 from comparing.runs import load_task, trained  # noqa: E402
 from comparing.scoring import agreement, auroc, calibration, score, temperature  # noqa: E402
 from comparing.store import Store  # noqa: E402
+from processes import start_script  # noqa: E402
 from test_compare import (  # noqa: E402
     BAD,
     GOOD,
@@ -148,11 +148,11 @@ def test_measures_of_a_killed_comparison_go_on(files, tmp_path, monkeypatch):
     """Whether it dies between two trainings or while it writes a measure of one of them."""
     wanted = arguments(files, "--runs", "lora", "--seeds", "0-4", "--then", "quantise", "detect", "--results")
     path, straight = tmp_path / "killed.jsonl", tmp_path / "straight.jsonl"
-    command = [sys.executable, str(EXAMPLES / "compare.py"), *wanted, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: process.poll() is not None or (path.exists() and path.read_bytes().count(b"\n") >= 3))
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process = start_script(EXAMPLES / "compare.py", *wanted, path)
+    wait_for(lambda: not process.is_alive() or (path.exists() and path.read_bytes().count(b"\n") >= 3))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     lines = path.read_bytes().splitlines(keepends=True)
     assert 3 <= len(lines) < 15
     path.write_bytes(

@@ -1,7 +1,7 @@
 """What one process of the distributed test does; apart from the tests, so that a process imports little."""
 
 import torch
-from helpers import leave_together
+from processes import leave_together
 from torch import nn
 
 from flatlora import apply_gralora
