@@ -330,8 +330,9 @@ def applied_weight(module, n):
 
 def noise_of(optimizer, name=None, dtype=torch.float64):
     """This step's dense ε (m, n) of a layer, from its seed; by default of the only layer."""
-    name = name or next(iter(gradient_rows(optimizer)))
-    draw, n = optimizer.current_perturbation()[name], optimizer.method_state()["layers"][name]["shape"][1]
+    layers = optimizer._source.layers
+    name = name or next(iter(layers))
+    draw, n = optimizer.current_perturbation()[name], layers[name].shape[1]
     if draw.kind == "gaussian":
         return draw_gaussian(draw, n, None, dtype)
     b, a = draw_low_rank(draw, n, dtype)
@@ -345,7 +346,7 @@ def gradient_rows(optimizer):
 
 def at_step(optimizer, step):
     """Has a GGPOOptimizer draw the noise of another step."""
-    optimizer.load_method_state({**optimizer.method_state(), "step": step})
+    optimizer._source.step = step
 
 
 def rank_correlation(x, y):
