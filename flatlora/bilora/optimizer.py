@@ -27,20 +27,19 @@ logger = logging.getLogger("flatlora")
 class BiLoRAOptimizer(PerturbingOptimizer):
     """Wraps any optimizer; parameter groups marked ``"ascent": True`` climb the loss that the others descend.
 
-    Bi-LoRA (arXiv:2508.19564, Eq. 7-9) trains ``min over (B1, A1), max over ‖s2·B2·A2‖_F ≤ ρ`` of the loss at
-    ``W0 + s1·B1·A1 + s2·B2·A2``: one forward and one backward give both sides their gradients. A step turns the sign of
-    the ascent groups' gradients (8-bit optimizers have no `maximize`), steps the base optimizer, turns the signs back,
-    and clips all auxiliaries together: with ``c = sqrt(Σ_layers ‖s2·B2·A2‖_F²)``, every B2 and A2 is multiplied by
-    ``sqrt(ρ/c)`` if ``c > ρ``. `flatlora.reference.bilora_step` is that in a few lines.
+    Bi-LoRA (arXiv:2508.19564, Eq. 7-9) solves, with one forward and one backward for both sides' gradients,
 
-    The auxiliary is a weak adversary (`examples/results.md`): it raised the next batch's loss by a fiftieth of what
-    that batch's gradient does at the same norm, and by a third or less of what `LoRASAMOptimizer`'s perturbation does.
+        min over (B1, A1), max over (B2, A2) and c ≤ ρ, of L(W0 + s1·B1·A1 + s2·B2·A2), c = sqrt(Σ_layers ‖s2·B2·A2‖_F²)
+
+    A step turns the sign of the ascent groups' gradients (8-bit optimizers have no `maximize`), steps the base
+    optimizer, turns the signs back, and clips all auxiliaries together: if ``c > ρ``, every B2 and A2 is multiplied by
+    ``sqrt(ρ/c)``. `flatlora.reference.bilora_step` is that in a few lines. The auxiliary is a weak adversary: it raised
+    the next batch's loss by a fiftieth of what that batch's own gradient does at the same norm (`examples/results.md`).
 
     Gradient norms and clipping are those of plain LoRA: until the step the auxiliary's gradients are scaled by 2⁻²⁰,
-    too small to count in the norm over all parameters. Those of float16 auxiliaries and of your own layers are not
-    scaled. A reduction in float16 (DDP's `fp16_compress_hook`) would lose them and leave the auxiliary zero, as
-    ``metrics()["perturbation_to_rho"]`` shows: reduce in bfloat16 or float32. Opacus raises at the first step, as it
-    finds no per-sample gradients of the auxiliary.
+    but for those of float16 auxiliaries and of your own layers. A reduction in float16 (DDP's `fp16_compress_hook`)
+    would lose them and leave the auxiliary zero, as ``metrics()["perturbation_to_rho"]`` shows: reduce in bfloat16 or
+    float32. Opacus raises at the first step, as it finds no per-sample gradients of the auxiliary.
 
     Args:
         optimizer: the built base optimizer, with at least one ascent group. An ascent group has its own `lr` and
@@ -262,7 +261,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         ``Σ_layers ⟨B2, ∂L/∂B2⟩`` over its micro-batches, in the units of the loss that was backpropagated; of this
         rank's share of the data. Not known of auxiliaries that your own layers apply.
         ``perturbation_to_rho``: ``sqrt(Σ_layers ‖s2·B2·A2‖_F²)`` over ρ, of the layers that the last step's passes went
-        through. ``clipped_share``: the share of steps, since this optimizer was built, that clipped it.
+        through.
+        ``clipped_share``: the share of steps, since this optimizer was built, that clipped it.
         """
         if not (auxiliaries := self._auxiliaries()):
             return super().metrics()

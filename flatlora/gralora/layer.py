@@ -23,10 +23,13 @@ __all__ = ["GraLoRALinear"]
 class GraLoRALinear(nn.Module):
     """A frozen linear layer whose weight (m, n) has a low-rank adapter in each of its k×k blocks.
 
-    GraLoRA (arXiv:2505.20355, Section 3) adds ``ΔW_ij = s·B_ij·A_ij`` to block row i, block column j, with ``A_ij``
-    (r/k, n/k), ``B_ij`` (m/k, r/k) and ``s = alpha / (r + hybrid_r)``. It costs what a LoRA of rank r does, its update
-    has a rank of up to k·r, and an outlier among the inputs affects the adapters of its own block column alone. A
-    hybrid has a plain LoRA of rank `hybrid_r` beside the blocks. `flatlora.reference.gralora_delta` is ΔW in a line.
+    GraLoRA (arXiv:2505.20355, Section 3) adds to block row i, block column j
+
+        ΔW_ij = s·B_ij·A_ij,    s = alpha / (r + hybrid_r)
+
+    with ``A_ij`` (r/k, n/k) and ``B_ij`` (m/k, r/k). It costs what a LoRA of rank r does, its update has a rank of up
+    to k·r, and an outlier among the inputs affects the adapters of its own block column alone. A hybrid has a plain
+    LoRA of rank `hybrid_r` beside the blocks. `flatlora.reference.gralora_delta` is ΔW in a few lines.
 
     Parameters are named, shaped and initialised as PEFT's: ``gralora_A`` (k, n/k, r), Kaiming-uniform, ``gralora_B``
     (k, r, m/k), zero; of a hybrid ``gralora_A_general.weight`` (hybrid_r, n) and ``gralora_B_general.weight``
@@ -93,6 +96,7 @@ class GraLoRALinear(nn.Module):
             self.gralora_B_general.to(like.device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """``x·(W0 + ΔW)ᵀ + bias`` of shape (..., m) for x (..., n), in the dtype of the base's output."""
         if is_tracing() or (base := self.base).kind != "float" or not base.fusable(x):
             # Not in place: layers of other libraries may keep their output for backward, or return a view.
             return self.add_update(self.base_layer(x), x)

@@ -37,6 +37,10 @@ def apply_gralora(
 ) -> nn.Module:
     """Replaces linear layers of `model` by `GraLoRALinear` over them and freezes everything else.
 
+    GraLoRA (arXiv:2505.20355, Section 3) gives each of the k×k blocks of a weight an adapter of rank r/k:
+
+        ΔW_ij = s·B_ij·A_ij,    s = alpha / (r + hybrid_r)
+
     Apply it before DDP, FSDP or `torch.compile` wrap the model. If anything is wrong, nothing has been changed.
     A transformers model then counts as one with adapters: the Trainer trains it quantised too and resumes it, and
     `save_pretrained`, checkpoints and the Hub get the adapters alone, as `save_gralora` writes them.

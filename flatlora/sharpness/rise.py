@@ -52,8 +52,11 @@ def weight_noise(
 ) -> Iterator[WeightNoise]:
     """Within the context every adapted layer computes at ``W' + ε``, in eval mode too; no weight is written to.
 
-    Row i of ε is drawn from ``N(0, σ²/n · ‖W'_i‖² · I)``: its expected norm is σ times the row's. ε stays the same
-    until `step` or `sigma` of the yielded `WeightNoise` is set.
+    Row i of ε has an expected norm of σ times that of row i of W' (m, n):
+
+        ε_i ~ N(0, σ²/n · ‖W'_i‖² · I)
+
+    ε stays the same until `step` or `sigma` of the yielded `WeightNoise` is set.
 
     Args:
         model: a model with adapters; a `GGPOOptimizer` may be on it.
@@ -72,7 +75,13 @@ def weight_noise(
 
 @dataclass(frozen=True)
 class NoiseRise:
-    """Mean loss without noise, mean rise of it under noise, and the standard error of that mean over the draws."""
+    """What `noise_rise` measured, in the units of the loss.
+
+    Attributes:
+        loss: mean loss without noise.
+        rise: mean rise of it under noise.
+        error: standard error of `rise` over the draws; NaN of a single one.
+    """
 
     loss: float
     rise: float
@@ -93,7 +102,10 @@ def noise_rise(
 ) -> NoiseRise:
     """How much the mean loss over `batches` rises under random weight noise: the smaller, the flatter.
 
-    Every draw is one ε for all batches. The model is measured in eval mode and left in the mode it was found in.
+        E[L(W' + ε)] − L(W')
+
+    with ε as in `weight_noise`, one for all batches in each draw, in the units of the loss. The model is measured in
+    eval mode and left in the mode it was found in.
 
     Args:
         model: a model with adapters.
@@ -137,9 +149,11 @@ def worst_case_rise(
 ) -> float:
     """How much the mean loss over `batches` rises after one step of length ρ up its gradient in the full weights.
 
-    The step is ``ρ·G/‖G‖_F`` with G the gradient of the mean loss by all adapted layers' weights together, the ascent
-    step of sharpness-aware minimisation (arXiv:2010.01412, Eq. 2). It needs an (m, n) gradient per layer and an (n, n)
-    identity. The model is measured in eval mode and left as it was found.
+        L(W' + ρ·G/‖G‖_F) − L(W')
+
+    with G the gradient of the mean loss L by all adapted layers' weights W' (m, n) together, the ascent step of
+    sharpness-aware minimisation (arXiv:2010.01412, Eq. 2), in the units of the loss. It needs an (m, n) gradient per
+    layer and an (n, n) identity. The model is measured in eval mode and left as it was found.
 
     Args:
         model, loss_fn, batches, adapter, progress: as in `noise_rise`.

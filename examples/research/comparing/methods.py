@@ -24,6 +24,7 @@ from flatlora import (
     LoRASAMOptimizer,
     apply_gralora,
     direction_parameters,
+    lora_layers,
     magnitude_parameters,
 )
 
@@ -101,7 +102,6 @@ def bilora(model: nn.Module, lr: float, rho: float) -> Optimizer:
 
 
 lorasam = wrapped(lambda optimizer, model, rho: LoRASAMOptimizer(optimizer, model, rho=rho))
-relative = wrapped(lambda optimizer, model, rho: LoRASAMOptimizer(optimizer, model, rho=rho, relative=True))
 
 
 def noisy_lorasam(model: nn.Module, lr: float, rho: float) -> Optimizer:
@@ -116,6 +116,16 @@ def two_pass_sam(model: nn.Module, lr: float, rho: float) -> Optimizer:
     except ImportError as reason:
         raise SystemExit("error: the method sam needs pytorch_optimizer: pip install pytorch_optimizer") from reason
     return SAM(trainable(model), AdamW, rho=rho, lr=lr, weight_decay=0.01)
+
+
+def ivon(model: nn.Module, lr: float, ess: float) -> Optimizer:
+    """IVON for LoRA (arXiv:2411.04421). Its clipped steps are as long as AdamW's longest at the same rate."""
+    try:
+        from ivon import IVON
+    except ImportError as reason:
+        raise SystemExit("error: the method ivon needs ivon-opt: pip install ivon-opt") from reason
+    precision = {"ess": ess, "hess_init": 3e-4, "weight_decay": 1e-6}
+    return IVON(trainable(model), lr=lr / 1e-3, clip_radius=1e-3, rescale_lr=False, **precision)
 
 
 # --- training loops: generators that yield after every epoch --------------------------------------------------------
@@ -199,6 +209,112 @@ def with_closure(fit: Fit) -> Iterator[None]:
         yield
 
 
+def one_pass_sam(ascent: Callable[[Optimizer, nn.Parameter], Tensor]) -> Callable[[Fit], Iterator[None]]:
+    """Gradients at ``ρ·d/‖d‖`` off the parameters (A, B and the head), where d is what the last step knew."""
+
+    def loop(fit: Fit) -> Iterator[None]:
+        optimizer, parameters = fit.optimizer(), trainable(fit.model)
+        away: list[Tensor] = []
+        for batches in fit.epochs:
+            fit.model.train()
+            for batch in batches:
+                with fit.step():
+                    here = snapshot(parameters)
+                    with torch.no_grad():
+                        for p, offset in zip(parameters, away, strict=False):  # none before the first step
+                            p.add_(offset)
+                    fit.loss(batch).backward()
+                    restore(parameters, here)
+                    optimizer.step()
+                    away = [ascent(optimizer, p) for p in parameters]
+                    norm = torch.stack([d.norm() for d in away]).norm()
+                    away = [d * (fit.strength / (norm + 1e-12)) for d in away]
+                    optimizer.zero_grad()
+            yield
+
+    return loop
+
+
+@dataclass
+class Radius:
+    """What a rule for LoRASAM's radius goes by; the norms are of all layers together."""
+
+    rho: float
+    steps: int = 0
+    update: float = 0.0  # ‖s·B·A‖_F
+    gradient: float = 0.0  # ‖P(G)‖_F, its running mean
+    rise: float = 0.0  # of the loss by ε, its running mean
+
+    def see(self, metrics: dict[str, Tensor]) -> None:
+        """Takes in a step."""
+        self.steps += 1
+        newest = max(0.1, 1 / self.steps)
+        self.gradient += newest * (float(metrics["projected_gradient_norm"]) - self.gradient)
+        self.rise += newest * (float(metrics["loss_rise"]) - self.rise)
+
+
+def update_norm(model: nn.Module) -> float:
+    """``‖s·B·A‖_F`` over all layers, by ``‖B·A‖_F² = Σ (BᵀB)∘(AAᵀ)``."""
+    adapters = [adapter for layer in lora_layers(model) for adapter in layer.all_adapters()]
+    squares = [((a.B.mT @ a.B) * (a.A @ a.A.mT)).sum() * a.scaling**2 for a in adapters]
+    return float(torch.stack(squares).detach().sum().clamp(min=0).sqrt())
+
+
+Rule = Callable[[Radius, float], float]  # the next ρ, from what is known and the rule's one number
+
+
+def with_radius(rule: Rule, start: float) -> Callable[[Fit], Iterator[None]]:
+    """LoRASAM whose ρ follows a rule after every step; the rule's number is the run's strength."""
+
+    def loop(fit: Fit) -> Iterator[None]:
+        optimizer = LoRASAMOptimizer(adamw(fit.model, fit.lr, 0.0), fit.model, rho=start)
+        fit.scheduled(optimizer)
+        radius = Radius(start)
+        for batches in fit.epochs:
+            fit.model.train()
+            for batch in batches:
+                with fit.step():
+                    fit.loss(batch).backward()
+                    radius.update = update_norm(fit.model)
+                    optimizer.step()
+                    radius.see(optimizer.metrics())
+                    optimizer.rho = radius.rho = min(rule(radius, fit.strength), 0.3)
+                    optimizer.zero_grad()
+            yield
+
+    return loop
+
+
+def towards_a_rise(radius: Radius, rise: float) -> float:
+    """The radius grows or shrinks by up to a tenth a step, until ε raises the loss by that much."""
+    return max(1e-4, radius.rho * math.exp(0.1 * max(-1.0, 1 - radius.rise / rise)))
+
+
+def last_gradient(optimizer: Optimizer, p: nn.Parameter) -> Tensor:
+    """AsyncSAM's rule (arXiv:2503.11147): the gradient of the step before."""
+    assert p.grad is not None
+    return p.grad
+
+
+def momentum(optimizer: Optimizer, p: nn.Parameter) -> Tensor:
+    """Momentum-SAM's (arXiv:2401.12033): the running mean of gradients, which AdamW has."""
+    return optimizer.state[p]["exp_avg"]  # type: ignore[no-any-return]
+
+
+def at_samples(fit: Fit) -> Iterator[None]:
+    """IVON's loop: gradients at parameters drawn from its posterior."""
+    optimizer: Any = fit.optimizer()
+    for batches in fit.epochs:
+        fit.model.train()
+        for batch in batches:
+            with fit.step():
+                with optimizer.sampled_params(train=True):
+                    fit.loss(batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        yield
+
+
 def bilevel(fit: Fit) -> Iterator[None]:
     """BiDoRA: a search of half as many steps as the others make, then as many as they make; epochs are of the latter.
 
@@ -247,19 +363,31 @@ def add_embedding_noise(model: nn.Module, alpha: float) -> None:
     model.get_input_embeddings().register_forward_hook(noisy)  # type: ignore[operator]
 
 
-class Average:
-    """An exponential moving average of the trained parameters; it forgets faster during the first steps."""
+NewestShare = Callable[[int], float]  # after that many steps, the share of the newest parameters in their average
 
-    def __init__(self, model: nn.Module, decay: float):
-        self.parameters, self.decay, self.steps = trainable(model), decay, 0
+
+def moving(decay: float, steps: int) -> NewestShare:
+    """EMA: an exponential moving average that forgets faster during the first steps."""
+    return lambda step: 1 - min(decay, (1 + step) / (10 + step))
+
+
+def last(share: float, steps: int) -> NewestShare:
+    """SWA (arXiv:1803.05407): the mean over that share of the run, its end."""
+    return lambda step: 1 / max(1, step - int((1 - share) * steps))
+
+
+class Average:
+    """An average of the trained parameters over the steps."""
+
+    def __init__(self, model: nn.Module, newest: NewestShare):
+        self.parameters, self.newest, self.steps = trainable(model), newest, 0
         self.means = [p.detach().clone() for p in self.parameters]
 
     @torch.no_grad()
     def update(self) -> None:
         self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for mean, p in zip(self.means, self.parameters, strict=True):
-            mean.lerp_(p, 1 - decay)
+            mean.lerp_(p, self.newest(self.steps))
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -296,7 +424,8 @@ class Method:
         symbol: what tables call the strength.
         adapter: lora, dora, gralora or peft-gralora.
         loop: how it trains.
-        trick: what the strength sets where it is not the optimizer's: dropout, smoothing, neftune or average.
+        trick: what the strength sets where it is not the optimizer's: dropout, smoothing or neftune.
+        average: from the strength and the number of steps, the average of the parameters that is scored.
         stops_early: holds out a part of its training data and keeps the epoch that is best there.
     """
 
@@ -307,7 +436,12 @@ class Method:
     adapter: str = "lora"
     loop: Callable[[Fit], Iterator[None]] = ordinary
     trick: str = ""
+    average: Callable[[float, int], NewestShare] | None = None
     stops_early: bool = False
+
+
+def by_rule(label: str, symbol: str, strength: float, rule: Rule, start: float = 0.0) -> Method:
+    return Method(f"LoRASAM, {label}", adamw, (strength,), symbol, loop=with_radius(rule, start))
 
 
 METHODS = {
@@ -319,7 +453,10 @@ METHODS = {
     "ggpo": Method("GGPO gaussian", ggpo(), (0.2, 0.1), "σ"),
     "ggpo-low-rank": Method("GGPO low-rank, β = 0", ggpo(beta=0.0, noise="low_rank"), (0.2, 0.1), "σ"),
     "lorasam": Method("LoRASAM", lorasam, (0.05, 0.15), "ρ"),
-    "lorasam-relative": Method("LoRASAM, relative ρ", relative, (0.02,), "ρ"),
+    "lorasam-update": by_rule("ρ = κ·‖s·B·A‖", "κ", 0.02, lambda r, kappa: kappa * r.update),
+    "lorasam-gradient": by_rule("ρ = κ·‖P(G)‖", "κ", 0.03, lambda r, kappa: kappa * r.gradient),
+    "lorasam-open": by_rule("ρ = τ / ‖P(G)‖", "τ", 0.05, lambda r, tau: tau / r.gradient),
+    "lorasam-closed": by_rule("ρ by its rise", "rise", 0.01, towards_a_rise, 0.005),
     "bilora": Method("Bi-LoRA", bilora, (0.05, 0.1), "ρ"),
     "bidora": Method("BiDoRA", adapter="dora", loop=bilevel),
     "gralora-ggpo": Method("GGPO on GraLoRA", ggpo(beta=0.0), (0.2, 0.1), "σ", adapter="gralora"),
@@ -331,8 +468,12 @@ METHODS = {
     "weight-decay": Method("LoRA, weight decay", decayed, (0.1, 1.0), "λ"),
     "label-smoothing": Method("LoRA, label smoothing", strengths=(0.1, 0.2), symbol="ε", trick="smoothing"),
     "neftune": Method("LoRA, NEFTune", strengths=(5.0, 15.0), symbol="α", trick="neftune"),
-    "ema": Method("LoRA, EMA", strengths=(0.98, 0.95), symbol="decay", trick="average"),
+    "ema": Method("LoRA, EMA", strengths=(0.98, 0.95), symbol="decay", average=moving),
+    "swa": Method("LoRA, SWA", strengths=(0.5, 0.25), symbol="share", average=last),
     "sam": Method("two-pass SAM over A and B", two_pass_sam, (0.05, 0.02), "ρ", loop=with_closure),
+    "async-sam": Method("AsyncSAM's rule", adamw, (0.05, 0.02), "ρ", loop=one_pass_sam(last_gradient)),
+    "momentum-sam": Method("Momentum-SAM", adamw, (0.05, 0.02), "ρ", loop=one_pass_sam(momentum)),
+    "ivon": Method("IVON", ivon, (1e7, 1e6), "ess", loop=at_samples),
 }
 
 

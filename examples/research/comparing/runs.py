@@ -258,8 +258,9 @@ def epochs_of(run: Run, task: Task, training: Training) -> list[list[Batch]]:
 def train(fit: Fit, run: Run, scored: Scored) -> list[dict[str, float]]:
     """Trains, and leaves in the model the weights that the method ends with; returns a point for every epoch."""
     method, parameters = METHODS[run.method], trainable(fit.model)
-    average = Average(fit.model, run.strength) if method.trick == "average" else None
-    if average is not None:
+    average = None
+    if method.average is not None:
+        average = Average(fit.model, method.average(run.strength, sum(map(len, fit.epochs))))
         fit.after_step = average.update
     curve: list[dict[str, float]] = []
     best: list[Tensor] = []
