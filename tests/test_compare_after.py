@@ -1,4 +1,4 @@
-"""What examples/research/compare.py measures of an adapter after its training, on a tiny encoder and a tiny decoder."""
+"""What examples/research/compare.py measures of an adapter after its training, and comparisons that are killed."""
 
 # ruff: noqa: F401, F811  (fixtures are imported)
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import signal
 import sys
@@ -140,6 +141,50 @@ def test_a_measure_added_later_repeats_no_other(files, second, tmp_path, monkeyp
     printed = capsys.readouterr().out
     assert "#### detect" in printed and "AUROC of the loss" in printed and "second task, %" in printed
     assert compared("--runs", "lora", "--then", "sequence", *second, "--report-only") == []
+
+
+def children(pid):
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_killed_comparison_goes_on_without_losing_or_repeating_a_run(files, tmp_path, monkeypatch, capsys):
+    wanted = arguments(files, "--runs", "lora", "ggpo", "--seeds", "0-4", "--results")
+    killed, straight = tmp_path / "killed.jsonl", tmp_path / "straight.jsonl"
+    process = start_script(EXAMPLES / "compare.py", *wanted, killed, "--processes", 2)
+    wait_for(lambda: not process.is_alive() or (killed.exists() and killed.read_bytes().count(b"\n") >= 2))
+    workers = children(process.pid)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and workers
+    wait_for(lambda: not any(map(is_alive, workers)))
+    before = killed.read_bytes()
+    assert 2 <= before.count(b"\n") < 10
+    killed.write_bytes(before + b'{"run": {"data": "torn')
+
+    for path in (killed, straight):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *wanted, str(path)])
+        compare.main()
+        assert "LoRA, lr 0.003 | 5 |" in capsys.readouterr().out
+    assert killed.read_bytes().startswith(before)
+    entries = [json.loads(line) for line in killed.read_text().splitlines()]
+    keys = [json.dumps(entry["run"], sort_keys=True) for entry in entries]
+    assert len(keys) == len(set(keys)) == 10
+    with Store(straight) as whole:
+        assert set(keys) == set(whole.results)
+        for key, entry in zip(keys, entries, strict=True):
+            assert without_times(entry["result"]) == without_times(whole.results[key])
 
 
 @pytest.mark.slow
