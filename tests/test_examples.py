@@ -104,6 +104,7 @@ def test_code_of_several_processes(block, tmp_path):
         port = probe.getsockname()[1]
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     cpu = {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    cpu["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "inductor")
     script = tmp_path / "block.py"
     script.write_text(BEFORE + block + AFTER, encoding="utf-8")
     result = run_script(script, tmp_path / "output", **ranks, **cpu)
