@@ -13,8 +13,6 @@ from . import checks
 from .layers.base import full_tensor
 from .wrapper import STATE_KEY, Method
 
-__all__ = ["CheckpointState", "MethodState"]
-
 
 class MethodState:
     """The methods' part of an optimizer, for checkpoints that have the base optimizer's part alone.
@@ -116,7 +114,6 @@ class CheckpointState:
 
 
 def _bases(optimizer: Optimizer) -> list[Optimizer]:
-    """The base optimizers beneath all wrappers."""
     if not isinstance(optimizer, Method):
         return [optimizer]
     return [base for inner in optimizer.inner_optimizers() for base in _bases(inner)]

@@ -10,19 +10,6 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = [
-    "UNFREEZE",
-    "built_optimizer",
-    "integer",
-    "module",
-    "number",
-    "optimizer_cls",
-    "option",
-    "same_layers",
-    "some",
-    "state_fields",
-]
-
 _T = TypeVar("_T")
 UNFREEZE = "unfreeze the adapter, for instance PEFT's with set_adapter(name) or from_pretrained(is_trainable=True)"
 _MOST = 1e18  # the square of a σ or ρ must stay finite in float32
@@ -65,6 +52,14 @@ def option(name: str, value: _T, options: Iterable[_T]) -> _T:
     return value
 
 
+def adapters(given: str | Iterable[str] | None, known: set[str]) -> set[str]:
+    """The names in an argument `adapter`, all `known` ones for None; ValueError for others."""
+    wanted = known if given is None else {given} if isinstance(given, str) else set(given)
+    if not wanted <= known:
+        raise ValueError(f"unknown adapter {sorted(wanted - known)}; the model has {sorted(known) or 'no adapters'}")
+    return wanted
+
+
 def module(value: Any) -> nn.Module:
     """`value` if it is a module; else TypeError."""
     if not isinstance(value, nn.Module):
@@ -93,8 +88,7 @@ def state_fields(method: str, state: Any, *fields: str) -> None:
     """ValueError unless `state`, a method's part of a checkpoint, is a mapping that has `fields`."""
     if not isinstance(state, Mapping):
         raise ValueError(f"the state_dict's {method} part is a {type(state).__name__}; expected a dict")
-    missing = [field for field in fields if field not in state]
-    if missing:
+    if missing := [field for field in fields if field not in state]:
         raise ValueError(
             f"the state_dict's {method} part lacks {', '.join(missing)}; load one that this version of flatlora wrote"
         )

@@ -134,8 +134,7 @@ def create_bidora_optimizer(
             "create_bidora_optimizer takes no train_dataloader: the Trainer, or your loop, runs the training batches. "
             "Leave it out, or build a BilevelOptimizer"
         )
-    known = inspect.signature(BilevelOptimizer).parameters
-    own = {name: kwargs.pop(name) for name in list(kwargs) if name in known}
+    own = {name: kwargs.pop(name) for name in inspect.signature(BilevelOptimizer).parameters if name in kwargs}
     magnitudes = magnitude_parameters(model, own.get("adapter"))
     lower = optimizer_cls(_decay_groups(model, weight_decay, but=magnitudes), lr=lr, **kwargs)
     above = {"params": magnitudes, "weight_decay": weight_decay}
@@ -173,12 +172,12 @@ def _decay_groups(model: nn.Module, weight_decay: float, but: Iterable[nn.Parame
     """What is to be trained, in the Trainer's two groups, of which one may be empty."""
     trainer: Any = transformers.Trainer
     decayed = set(trainer.get_decay_parameter_names(None, model))  # without a trainer: it is not used
-    names = {id(p): name for name, p in model.named_parameters()}
-    left_out = {id(p) for p in but}
-    params = [p for p in trainable(model) if id(p) not in left_out]
+    names = {p: name for name, p in model.named_parameters()}
+    left_out = set(but)
+    params = [p for p in trainable(model) if p not in left_out]
     return [
-        {"params": [p for p in params if names[id(p)] in decayed], "weight_decay": weight_decay},
-        {"params": [p for p in params if names[id(p)] not in decayed], "weight_decay": 0.0},
+        {"params": [p for p in params if names[p] in decayed], "weight_decay": weight_decay},
+        {"params": [p for p in params if names[p] not in decayed], "weight_decay": 0.0},
     ]
 
 
@@ -244,7 +243,7 @@ class BiDoRAFactory(OptimizerFactory):
 
 
 def _base(model: nn.Module, given: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What makes the base optimizer, and its lr and weight decay. Takes the entries that choose them out of `kwargs`.
+    """What makes the base optimizer, and its lr and weight decay; takes their entries out of `kwargs`.
 
     The Trainer's other choices are bound to the class, as a method's options may have the same names.
     """
@@ -275,9 +274,6 @@ def _base(model: nn.Module, given: Any, kwargs: dict[str, Any]) -> tuple[Any, di
     bound: Any = functools.partial(optimizer_cls, **{name: chosen[name] for name in chosen if name not in own})
     bound.__name__ = optimizer_cls.__name__  # by which PEFT's LoRA+ tells 8-bit optimizers
     return bound, own
-
-
-# --- numbers to watch ---------------------------------------------------------------------------------------------
 
 
 class FlatLoRACallback(transformers.TrainerCallback):

@@ -1,4 +1,4 @@
-"""Lightning: a callback that logs what an optimizer tells of itself. Needs lightning, or pytorch_lightning."""
+"""Lightning: a callback that logs the metrics of an optimizer. Needs lightning, or pytorch_lightning."""
 
 from __future__ import annotations
 

@@ -21,8 +21,6 @@ from .perturbation.optimizer import PerturbingOptimizer, trained_by
 from .perturbation.rise import check_rise
 from .perturbation.source import Names, Source, held_names
 
-__all__ = ["LoRASAMOptimizer"]
-
 logger = logging.getLogger("flatlora")
 
 
@@ -57,7 +55,7 @@ class LastGradient(Source):
         B, A = (factor.to(device) for factor in factors)
         return Adapter("", A, B, self.rho)
 
-    def form(self, layer: LoRALayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def graph_kind(self, layer: LoRALayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
         trained = [adapter for adapter in layer.all_adapters() if adapter.trained] or layer.all_adapters()
         g = max(adapter.k for adapter in trained)
         rank = 2 * sum(adapter.A.shape[-2] for adapter in trained if adapter.k == g)

@@ -8,8 +8,6 @@ import torch
 
 from .wrapper import Method
 
-__all__ = ["read_metrics"]
-
 
 def read_metrics(optimizer: Any) -> dict[str, float]:
     """``optimizer.metrics()`` as numbers: the one place where the host waits for the device.

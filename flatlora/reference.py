@@ -11,19 +11,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = [
-    "bidora_hypergradient",
-    "bilora_step",
-    "dora",
-    "ggpo_std",
-    "ggpo_step",
-    "gralora_delta",
-    "lora",
-    "lorasam_perturbation",
-    "orthogonality",
-    "projected",
-]
-
 Loss = Callable[[Sequence[Tensor]], Tensor]
 Layer = tuple[Tensor, Tensor, Tensor, float]  # W0, A, B, s
 Pairs = list[tuple[Tensor, Tensor]]  # A, B

@@ -10,8 +10,6 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-__all__ = ["RandomStreams", "derived_seed", "private_streams", "shared_seed"]
-
 
 def shared_seed() -> int:
     """Torch's initial seed, read without touching the stream; rank 0's on every rank."""

@@ -1,4 +1,4 @@
-"""An optimizer that is its base optimizer to everyone who looks, and a place for a method to stand around `step()`."""
+"""An optimizer that others use like its base optimizer, and a place for a method around `step()`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from torch.optim import Optimizer
 
 from . import checks
 
-__all__ = ["Method", "OptimizerWrapper", "chain", "only_initialises"]
-
 STATE_KEY = "flatlora"
 
 
 class Method:
-    """What every method has beside its steps: a part in the checkpoint, and numbers to watch."""
+    """What every method has beside its steps: inner optimizers, a part in the checkpoint, and numbers to watch."""
 
     def method_state(self) -> dict[str, Any]:
         """The method's own part of the checkpoint: plain Python numbers, strings, dicts and tensors."""
@@ -34,15 +32,41 @@ class Method:
         """The optimizers that this one steps."""
         raise NotImplementedError
 
+    def zero_grad(self, set_to_none: bool = True, **kwargs: Any) -> None:
+        if not set_to_none:  # the default, and not every optimizer takes the argument, which Accelerate looks for
+            kwargs["set_to_none"] = False
+        for inner in self.inner_optimizers():
+            inner.zero_grad(**kwargs)
+
+    def train(self) -> None:
+        """Calls the `train()` of inner optimizers that have one; the method follows the mode of the model."""
+        self._set_mode("train")
+
+    def eval(self) -> None:
+        """Calls the `eval()` of inner optimizers that have one; the method follows the mode of the model."""
+        self._set_mode("eval")
+
+    def _set_mode(self, mode: str) -> None:
+        for inner in self.inner_optimizers():
+            if callable(switch := getattr(inner, mode, None)):
+                switch()
+
     def __copy__(self) -> Any:
-        """The same optimizer as another object, which shares all that it has; `copy.deepcopy` makes another one."""
-        twin = object.__new__(type(self))
-        twin.__dict__ = self.__dict__
-        return twin
+        """Another object with the very same attributes; `copy.deepcopy` makes an independent optimizer."""
+        copied = object.__new__(type(self))
+        copied.__dict__ = self.__dict__
+        return copied
 
     def metrics(self) -> dict[str, Tensor]:
         """The method's few scalars at present, by name, still on their device: reading them is what costs a sync."""
         return {}
+
+
+def _of_base(name: str) -> property:
+    """A property that is the base optimizer's own attribute."""
+    return property(
+        lambda self: getattr(self.base_optimizer, name), lambda self, value: setattr(self.base_optimizer, name, value)
+    )
 
 
 class OptimizerWrapper(Method, Optimizer):
@@ -54,8 +78,8 @@ class OptimizerWrapper(Method, Optimizer):
     is `base_optimizer`.
 
     A method derives from it and overrides `before_step`, `after_step` and what `Method` has. If it perturbs the model,
-    `perturbation_parameters`, `current_perturbation`, `perturbed_as` and `unperturbed` tell of it, by which others run
-    a pass again as it was, or without; `PerturbingOptimizer` has the last three.
+    it overrides `perturbation_parameters`, `current_perturbation`, `perturbed_as` and `unperturbed` too, by which
+    others run a pass again as it was, or without; `PerturbingOptimizer` has the last three.
 
     Args:
         optimizer: any built `torch.optim.Optimizer`, also another wrapper.
@@ -96,7 +120,7 @@ class OptimizerWrapper(Method, Optimizer):
 
     def metrics(self) -> dict[str, Tensor]:
         """The method's scalars and, of wrappers within, theirs; see `Method.metrics`."""
-        inner = next(chain(self.base_optimizer), None)
+        inner = next(wrappers_of(self.base_optimizer), None)
         return {} if inner is None else inner.metrics()
 
     def _with_inner(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -104,7 +128,7 @@ class OptimizerWrapper(Method, Optimizer):
         found = OptimizerWrapper.metrics(self)
         return found | {f"{self._kind}.{name}" if name in found else name: value for name, value in own.items()}
 
-    # --- what a method that perturbs the model tells of it ----------------------------------------------------------
+    # --- what a method that perturbs the model adds -----------------------------------------------------------------
 
     def perturbation_parameters(self) -> list[Tensor]:
         """Parameters in `param_groups` that make up the perturbation and are no part of what is trained."""
@@ -127,7 +151,7 @@ class OptimizerWrapper(Method, Optimizer):
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """One step of the base optimizer, with the method around it; further arguments are the base's.
 
-        With a `closure`, the method looks at the gradients after each evaluation of it.
+        With a `closure`, `before_step` is called after each evaluation of it.
         """
         if closure is None and only_initialises(self):
             return self.base_optimizer.step(**kwargs)
@@ -146,23 +170,6 @@ class OptimizerWrapper(Method, Optimizer):
         self.after_step()
         return loss
 
-    def zero_grad(self, set_to_none: bool = True, **kwargs: Any) -> None:
-        if not set_to_none:  # the default, and not every optimizer takes the argument, which Accelerate looks for
-            kwargs["set_to_none"] = False
-        self.base_optimizer.zero_grad(**kwargs)
-
-    def train(self) -> None:
-        """Calls the base optimizer's `train()` if it has one; the method follows the mode of the model."""
-        self._tell("train")
-
-    def eval(self) -> None:
-        """Calls the base optimizer's `eval()` if it has one; the method follows the mode of the model."""
-        self._tell("eval")
-
-    def _tell(self, mode: str) -> None:
-        if callable(tell := getattr(self.base_optimizer, mode, None)):
-            tell()
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.base_optimizer.add_param_group(param_group)
 
@@ -179,7 +186,7 @@ class OptimizerWrapper(Method, Optimizer):
 
     def _state_name(self) -> str:
         """The class's name, with a number where the same method is wrapped again, as over a second model."""
-        same = sum(wrapper._kind == self._kind for wrapper in chain(self.base_optimizer))
+        same = sum(wrapper._kind == self._kind for wrapper in wrappers_of(self.base_optimizer))
         return self._kind + (f".{same}" if same else "")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -201,7 +208,7 @@ class OptimizerWrapper(Method, Optimizer):
         base_state, own = self._parts(state_dict)
         if own is not None:
             self.check_method_state(own)
-        if (inner := next(chain(self.base_optimizer), None)) is not None:
+        if (inner := next(wrappers_of(self.base_optimizer), None)) is not None:
             inner.check_state_dict(base_state)
 
     def _parts(self, state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -218,29 +225,9 @@ class OptimizerWrapper(Method, Optimizer):
             base_state[STATE_KEY] = methods
         return base_state, own
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.base_optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base_optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        return self.base_optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base_optimizer.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.base_optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base_optimizer.defaults = value
+    param_groups: Any = _of_base("param_groups")
+    state: Any = _of_base("state")
+    defaults: Any = _of_base("defaults")
 
     def __getattr__(self, name: str) -> Any:
         if name == "base_optimizer":  # not set yet: while unpickling
@@ -266,20 +253,13 @@ def only_initialises(optimizer: Optimizer) -> bool:
 
     `torch.distributed.checkpoint` takes such a step when it is asked for the state of a new optimizer.
     """
-    if optimizer.state or not all(_is_zero(group.get("lr")) for group in optimizer.param_groups):
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    if optimizer.state or any((isinstance(lr, Tensor) and lr.device.type != "cpu") or lr != 0 for lr in rates):
         return False
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grads: list[Any] = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     # Read on the host, but only in a first step, and only where it is taken at lr 0.
-    return bool(grads) and not any(grad.is_sparse or _full(grad).any() for grad in grads)
-
-
-def _full(grad: Any) -> Tensor:
-    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-
-
-def _is_zero(lr: Any) -> bool:
-    """Whether it is 0 for all that the host knows."""
-    return not (isinstance(lr, Tensor) and lr.device.type != "cpu") and lr == 0
+    full = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads if not grad.is_sparse)
+    return bool(grads) and not any(grad.is_sparse for grad in grads) and not any(grad.any() for grad in full)
 
 
 def check_base_state(base: Optimizer, state: Any) -> None:
@@ -311,7 +291,7 @@ def saved_groups(state: Any) -> list[dict[str, Any]] | None:
     return next((found for part in state.values() if (found := saved_groups(part)) is not None), None)
 
 
-def chain(optimizer: Optimizer) -> Iterator[OptimizerWrapper]:
+def wrappers_of(optimizer: Optimizer) -> Iterator[OptimizerWrapper]:
     """The wrappers around a base optimizer, outermost first."""
     level: Any = optimizer
     while isinstance(level, OptimizerWrapper):

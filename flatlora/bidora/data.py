@@ -16,11 +16,7 @@ from torch.utils.data import IterableDataset
 from .. import checks
 from ..streams import derived_seed, private_streams
 
-__all__ = ["Batches", "Position", "check_position", "split_dataset", "to_device", "two_splits"]
-
 logger = logging.getLogger("flatlora")
-
-_FIELDS = ("seed", "epoch", "index", "length", "generators", "stream")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +46,7 @@ class Batches:
     and so reads no further than it yields, of its dataset (Hugging Face `datasets`). With neither it works, but a
     checkpoint taken in the middle of it is refused.
 
-    Args:
-        loader: any iterable of batches that can be iterated again and again. A list has the same order every time.
-        name: what error messages call it.
-        seed: of the order.
-
-    Raises:
-        ValueError: it is empty.
-        TypeError: it can be iterated once only, or not at all.
+    `loader` is any iterable of batches that can be iterated again and again, and `name` what error messages call it.
     """
 
     def __getstate__(self) -> dict[str, Any]:
@@ -78,23 +67,17 @@ class Batches:
         self._iterator: Iterator[Any] | None = None
         self.position = Position()
 
-    # --- batches --------------------------------------------------------------------------------------------------
-
     def next(self) -> Any:
         """The next batch; goes on to the next epoch when there is none left."""
         before = self.position
         try:
             return self._next()
         except BaseException:
-            self._reopen_at(before)  # an iterator that raised may be at its end, or one batch further
+            self.restore(before)  # an iterator that raised may be at its end, or one batch further
             raise
 
-    def go_back(self, position: Position) -> None:
+    def restore(self, position: Position) -> None:
         """Makes the batch at `position`, which this object was at before, the next one."""
-        if position is not self.position:
-            self._reopen_at(position)
-
-    def _reopen_at(self, position: Position) -> None:
         self.position = position if position.stream is not None else replace(position, stream=self._first)
         self._iterator = None
 
@@ -115,8 +98,8 @@ class Batches:
     def _open(self) -> None:
         """Begins the epoch and skips the batches before the position."""
         epoch, index = self.position.epoch, self.position.index
-        batch_sampler, dataset = (getattr(self.loader, name, None) for name in ("batch_sampler", "dataset"))
-        for owner in (self.loader, getattr(self.loader, "sampler", None), batch_sampler, dataset):
+        parts = (getattr(self.loader, name, None) for name in ("sampler", "batch_sampler", "dataset"))
+        for owner in (self.loader, *parts):
             if callable(set_epoch := getattr(owner, "set_epoch", None)):
                 set_epoch(epoch)
         for generator, seed in self._generators:
@@ -157,8 +140,6 @@ class Batches:
             "batch size that it had when the checkpoint was saved"
         )
 
-    # --- checkpoints ----------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         at, stream = self.position, None
         if self._stream is not None and at.index > 0:
@@ -189,11 +170,7 @@ class Batches:
             )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes where `state` says.
-
-        Raises:
-            ValueError: as `check_state_dict`. Nothing has changed then.
-        """
+        """Goes where `state` says. A ValueError of `check_state_dict` changes nothing."""
         self.check_state_dict(state)
         index, seeds = state["index"], state["generators"]
         theirs, ours = (state["length"], len(seeds)), (_length(self.loader), len(self._generators))
@@ -206,10 +183,9 @@ class Batches:
         if len(seeds) == len(self._generators):
             self._generators = [(generator, seed) for (generator, _), seed in zip(self._generators, seeds, strict=True)]
         self._seed, self._iterator = state["seed"], None
-        self.position = Position(state["epoch"], index)
-        if self._streams:
-            stream = self._first if state["stream"] is None else state["stream"]
-            self.position = replace(self.position, stream_index=index, stream=stream)
+        stream = self._first if state["stream"] is None else state["stream"]
+        opened = (index, stream) if self._streams else (0, None)
+        self.position = Position(state["epoch"], index, *opened)
 
 
 def two_splits(train: Any, val: Any, seed: int) -> tuple[Batches | None, Batches]:
@@ -226,7 +202,7 @@ def two_splits(train: Any, val: Any, seed: int) -> tuple[Batches | None, Batches
 def check_position(name: str, state: Any) -> None:
     """ValueError unless `state` has the form of what `Batches.state_dict` gives."""
     name = f"position of {name}"
-    checks.state_fields(name, state, *_FIELDS)
+    checks.state_fields(name, state, "seed", "epoch", "index", "length", "generators", "stream")
     seeds = state["generators"]
     if not isinstance(seeds, list):
         raise ValueError(f"generators in the state_dict's {name} must be a list, got {seeds!r}")
@@ -255,14 +231,14 @@ def _has_state(thing: Any) -> bool:
 
 
 def _is_stream(loader: Any) -> bool:
-    """Whether batches come from where nothing can be indexed."""
+    """Whether the batches can't be indexed."""
     if (dataset := getattr(loader, "dataset", None)) is None:
         return isinstance(loader, IterableDataset) or _has_state(loader)
     return isinstance(dataset, IterableDataset)
 
 
 def _resumable_stream(loader: Any) -> Any:
-    """The loader of a stream, or its dataset, whichever can tell where it stands; None if neither can."""
+    """The loader of a stream, or its dataset, whichever knows its position; None if neither does."""
     # Accelerate's loaders read one batch ahead of what they yield, and have the methods whether or not they work.
     if not _is_stream(loader) or not getattr(loader, "use_stateful_dataloader", True):
         return None

@@ -11,10 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import checks
-from ..wrapper import STATE_KEY, Method, chain, check_base_state, load_base, saved_groups
+from ..wrapper import STATE_KEY, Method, check_base_state, load_base, saved_groups, wrappers_of
 from .passes import parameters_of
-
-__all__ = ["TwoLevels", "check_optimizer_state", "directions_of", "shapes_of", "step_sizes"]
 
 
 class TwoLevels(Method, Optimizer):
@@ -22,13 +20,6 @@ class TwoLevels(Method, Optimizer):
 
     `param_groups` are the lower's then the upper's, the groups themselves, looked up at every access: what a scheduler
     writes into one reaches its level. `state_dict()` has the form of an ordinary optimizer's over these groups.
-
-    Args:
-        lower: a built optimizer.
-        upper: another one, with other parameters.
-
-    Raises:
-        TypeError: one of them is not a `torch.optim.Optimizer` instance.
     """
 
     lower: Optimizer
@@ -58,13 +49,6 @@ class TwoLevels(Method, Optimizer):
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         return self.lower.defaults
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for level in self.inner_optimizers():
-            if set_to_none:  # the default, and not every optimizer takes the argument
-                level.zero_grad()
-            else:
-                level.zero_grad(set_to_none=False)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused by a NotImplementedError: a group belongs to a level."""
         raise NotImplementedError(
@@ -79,19 +63,6 @@ class TwoLevels(Method, Optimizer):
         """A step of both levels alone, for `only_initialises`."""
         for level in self.inner_optimizers():
             level.step()
-
-    def train(self) -> None:
-        """Calls `train()` of the levels that have one, as Accelerate expects of an optimizer."""
-        self._tell("train")
-
-    def eval(self) -> None:
-        """As `train`."""
-        self._tell("eval")
-
-    def _tell(self, mode: str) -> None:
-        for level in self.inner_optimizers():
-            if callable(tell := getattr(level, mode, None)):
-                tell()
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -172,7 +143,7 @@ class TwoLevels(Method, Optimizer):
 
 def directions_of(lower: Optimizer) -> list[Tensor]:
     """V: what `lower` holds, but for what makes up a perturbation, which is part of the function L_tr."""
-    perturbing = {p for wrapper in chain(lower) for p in wrapper.perturbation_parameters()}
+    perturbing = {p for wrapper in wrappers_of(lower) for p in wrapper.perturbation_parameters()}
     return [p for p in parameters_of(lower) if p not in perturbing]
 
 
@@ -194,7 +165,7 @@ def check_optimizer_state(state_dict: Any, shapes: Any, optimizer: Optimizer) ->
 
 def _check_wrappers(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """ValueError if a wrapper around the base optimizer would refuse the state, or has gone since it was written."""
-    if (outermost := next(chain(optimizer), None)) is not None:
+    if (outermost := next(wrappers_of(optimizer), None)) is not None:
         outermost.check_state_dict(state_dict)
         return
     check_base_state(optimizer, state_dict)

@@ -15,11 +15,9 @@ from torch.optim import Optimizer
 from ..streams import RandomStreams
 from .passes import LossPass, Values, model_loss, parameters_of, parts_of
 
-__all__ = ["LoopWatch"]
-
 
 class _Hook:
-    """Calls a method of the watch while there is one; in a copy of the model it does nothing."""
+    """Calls a method of the watch while that exists; in a copy of the model it does nothing."""
 
     def __init__(self, watch: LoopWatch, method: str):
         self._watch, self._method = weakref.ref(watch), method
@@ -60,19 +58,18 @@ class LoopWatch:
             self._handles.pop().remove()
 
     def clear(self) -> None:
-        self.go_back(([], {}))
+        self.restore(([], {}))
 
-    def seen(self) -> tuple[list[tuple[LossPass, Tensor]], Values]:
-        """The forward passes with their losses, and ∂_μ so far; for `go_back`."""
+    def snapshot(self) -> tuple[list[tuple[LossPass, Tensor]], Values]:
+        """The forward passes with their losses, and ∂_μ so far; for `restore`."""
         return list(self._passes), dict(self._magnitude_grads)
 
-    def go_back(self, seen: tuple[list[tuple[LossPass, Tensor]], Values]) -> None:
-        """Forgets what came after."""
+    def restore(self, seen: tuple[list[tuple[LossPass, Tensor]], Values]) -> None:
         self._passes, self._magnitude_grads = seen
         self._streams: RandomStreams | None = None
 
     @contextmanager
-    def away(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Within the context it sees nothing."""
         on, self.on = self.on, False
         try:
@@ -81,11 +78,7 @@ class LoopWatch:
             self.on = on
 
     def train_loss(self) -> tuple[list[LossPass], Tensor]:
-        """The passes that backward went through, and L_tr, weighted as the loop weighted them; ∂_μ goes to `.grad`.
-
-        Raises:
-            RuntimeError: there are none.
-        """
+        """The passes that backward went through, and L_tr, weighted as the loop weighted them; ∂_μ goes to `.grad`."""
         used = [(one, loss) for one, loss in self._passes if one.weight is not None]
         if not used:
             raise RuntimeError(
@@ -96,8 +89,6 @@ class LoopWatch:
         for p, grad in self._magnitude_grads.items():
             p.grad = grad
         return [one for one, _ in used], value
-
-    # --- hooks ----------------------------------------------------------------------------------------------------
 
     def before(self, model: nn.Module, args: Any) -> None:
         if self.on and model.training and torch.is_grad_enabled():

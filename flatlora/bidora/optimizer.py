@@ -15,7 +15,7 @@ from .. import checks
 from ..layers.bnb import hold_training_layout
 from ..layers.stack import BaseNorms
 from ..streams import RandomStreams, derived_seed, shared_seed
-from ..wrapper import chain, only_initialises
+from ..wrapper import only_initialises, wrappers_of
 from .data import to_device, two_splits
 from .levels import directions_of, step_sizes
 from .loop import LoopWatch
@@ -23,6 +23,7 @@ from .orthogonality import add_orthogonality_gradient
 from .parameters import check_levels, dora_layers, update_correlation
 from .passes import (
     LossPass,
+    LowerPass,
     Values,
     average_gradients,
     batch_loss,
@@ -42,8 +43,6 @@ from .passes import (
 )
 from .phase_two import TwoPhases
 
-__all__ = ["BilevelOptimizer", "BilevelStep"]
-
 
 @dataclass(frozen=True)
 class BilevelStep:
@@ -60,17 +59,6 @@ class BilevelStep:
     val_loss: float | None
     lower_grad_norm: float
     upper_grad_norm: float | None
-
-
-@dataclass(frozen=True)
-class LowerPass:
-    """Where a lower step begins: V, what perturbs the model there, L_tr with its passes, and ∂_μ L_tr where taken."""
-
-    V: Values
-    perturbations: list[Any]
-    passes: list[LossPass]
-    loss: Tensor
-    magnitude_grads: Values
 
 
 class BilevelOptimizer(TwoPhases):
@@ -95,11 +83,11 @@ class BilevelOptimizer(TwoPhases):
     moves the norm along with V, so the second term is the exact derivative of ∂_μ L_tr along v. But v, as the gradient
     that made V', lacks the part through the norm: this is not the full derivative of ``L_val(V'(μ), μ)``.
 
-    A loss or gradient that is not finite is refused before the level's optimizer moves, for which the host reads two
-    numbers a level. If that or anything else in a step fails, everything is as before `step()`, and the next call tries
+    A loss or gradient that is not finite fails the step: the host reads the numbers of both levels at once, before the
+    upper one moves. If that or anything else in a step fails, everything is as before `step()`, and the next call tries
     the same again: parameters, gradients, both optimizers' states and groups, random streams, positions in the data.
-    What a base optimizer keeps outside of its `state` and `param_groups` can't be put back. The copies that this takes
-    are under Adam four times the trained parameters, made in less than 1 % of a step's time on all but toy models.
+    What a base optimizer keeps outside of its `state` and `param_groups` can't be put back. Under Adam that takes
+    copies of four times the trained parameters, in less than 1 % of a step's time.
 
     The random streams end a step as if its lower passes alone had run. Under bfloat16 rounding drowns the difference:
     keep A, B and μ in float32, as PEFT does, and compute in float32.
@@ -181,8 +169,6 @@ class BilevelOptimizer(TwoPhases):
         self._layout = hold_training_layout(self.model)
         self._watch = LoopWatch(self.model, upper) if self._train is None else None
 
-    # --- the method -----------------------------------------------------------------------------------------------
-
     def step(self, closure: Callable[[], Any] | None = None) -> BilevelStep:  # type: ignore[override]
         """One iteration; with ``train_dataloader=None`` one lower step, and every `unroll_steps`-th time an upper one.
 
@@ -209,14 +195,15 @@ class BilevelOptimizer(TwoPhases):
 
     def _iterate(self) -> BilevelStep:
         steps, norms = self._lower_steps, dict(self._norms)
+        numbers: list[tuple[str, Tensor]] = []  # read together: each read would stall a GPU
         for _ in range(self.unroll_steps if self._watch is None else 1):
             at = self._lower_pass(None if self._train is None else [self._pass(self._train.next(), "training")])
             norms["lower_grad_norm"] = norm_of(grads_of(at.V))
-            train_loss, lower_grad_norm = finite("training", at.loss, norms["lower_grad_norm"])
+            numbers += [("training loss", at.loss), ("training gradient's norm", norms["lower_grad_norm"])]
             self.lower.step()  # V becomes V', along ∇_V (L_tr + γ·R)
             steps += 1
-        val_loss = upper_grad_norm = None
-        if self._watch is None or steps % self.unroll_steps == 0:
+        reaches_upper = self._watch is None or steps % self.unroll_steps == 0
+        if reaches_upper:
             loss, direct, v = self._val_pass(self._val.next(), steps)
             implicit = self._second_order(at, v)
             hypergradient = self._hypergradient(direct, implicit)
@@ -224,11 +211,16 @@ class BilevelOptimizer(TwoPhases):
                 p.grad = grad
             norms |= {"first_order_norm": norm_of(direct), "second_order_norm": norm_of(implicit)}
             norms["hypergradient_norm"] = norm_of(hypergradient)
-            val_loss, upper_grad_norm = finite("validation", loss, norms["hypergradient_norm"])
+            numbers += [("validation loss", loss), ("hypergradient's norm", norms["hypergradient_norm"])]
+        values: list[Any] = finite(*numbers)
+        if reaches_upper:
             self.upper.step()  # μ moves along its hypergradient
+        else:
+            values += [None, None]
         if self._watch is not None:
             self._watch.clear()
         self._lower_steps, self._norms = steps, norms
+        train_loss, lower_grad_norm, val_loss, upper_grad_norm = values[-4:]
         return BilevelStep(train_loss, val_loss, lower_grad_norm, upper_grad_norm)
 
     def _lower_pass(self, passes: list[LossPass] | None) -> LowerPass:
@@ -240,22 +232,22 @@ class BilevelOptimizer(TwoPhases):
         else:
             # The forward difference subtracts ∂_μ of this very pass; the central one has no use for it.
             reused = self.difference == "forward" and self.xi != 0
-            with nullcontext() if reused else frozen(self._magnitudes()):
+            with nullcontext() if reused else frozen(parameters_of(self.upper)):
                 loss = self._backward(passes)
-        magnitude_grads = grads_of(self._magnitudes())
+        magnitude_grads = grads_of(parameters_of(self.upper))
         self.upper.zero_grad()
         add_orthogonality_gradient(self._layers, self.orthogonality)
-        perturbations = [wrapper.current_perturbation() for wrapper in chain(self.lower)]
+        perturbations = [wrapper.current_perturbation() for wrapper in wrappers_of(self.lower)]
         return LowerPass(copies(directions_of(self.lower)), perturbations, passes, loss, magnitude_grads)
 
     def _val_pass(self, batch: Any, steps: int) -> tuple[Tensor, Values, Values]:
         """L_val(V', μ) of the unperturbed model after so many lower steps, ∂_μ of it, and ``v = ∇_V L_val``."""
         # Dropout in this pass draws from a seed of its own, or it would shift the stream of the lower passes.
         seed = derived_seed(self._seed, "validation", steps)
-        lifted = together(wrapper.unperturbed() for wrapper in chain(self.lower))
+        lifted = together(wrapper.unperturbed() for wrapper in wrappers_of(self.lower))
         with isolated(self.model, seed, self._watch), lifted:
             loss = self._backward([self._pass(batch, "validation")])
-            return loss, grads_of(self._magnitudes()), grads_of(parameters_of(self.lower))
+            return loss, grads_of(parameters_of(self.upper)), grads_of(parameters_of(self.lower))
 
     def _second_order(self, at: LowerPass, v: Values) -> Values:
         """``ξ·∇²_{μV} L_tr(V, μ)·v`` by finite difference around V; nothing where ξ is 0.
@@ -273,9 +265,9 @@ class BilevelOptimizer(TwoPhases):
             """``∂_μ L_tr(V + e·u, μ)``"""
             with moved({p: value + e.to(value) * u[p] if p in u else value for p, value in at.V.items()}):
                 self._backward(at.passes)
-            return grads_of(self._magnitudes())
+            return grads_of(parameters_of(self.upper))
 
-        as_then = together(w.perturbed_as(p) for w, p in zip(chain(self.lower), at.perturbations, strict=True))
+        as_then = together(w.perturbed_as(p) for w, p in zip(wrappers_of(self.lower), at.perturbations, strict=True))
         with isolated(self.model, watch=self._watch), as_then, frozen(parameters_of(self.lower)):
             ahead = magnitude_grads(e)
             behind = at.magnitude_grads if self.difference == "forward" else magnitude_grads(-e)
@@ -285,10 +277,8 @@ class BilevelOptimizer(TwoPhases):
     def _hypergradient(self, direct: Values, implicit: Values) -> Values:
         """``∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v`` of every magnitude, 0 of one that a loss does not have."""
 
-        def of(p: Tensor, values: Values) -> Tensor:
-            return values[p] if p in values else torch.zeros_like(p)
-
-        return {p: of(p, direct) - of(p, implicit) for p in self._magnitudes()}
+        zeros = {p: torch.zeros_like(p) for p in parameters_of(self.upper)}
+        return {p: direct.get(p, zero) - implicit.get(p, zero) for p, zero in zeros.items()}
 
     def hypergradient(self, train_batch: Any, val_batch: Any, *, virtual_step: bool = True) -> list[Tensor]:
         """``∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v`` at the present V, which stays; nothing at all is changed.
@@ -308,12 +298,11 @@ class BilevelOptimizer(TwoPhases):
         passes = [self._pass(train_batch, "training")]
         with isolated(self.model, watch=self._watch):
             at = self._lower_pass(passes)
-            finite("training", at.loss)
             xi, grads = step_sizes(self.lower, self.xi), grads_of(at.V)
         after = {p: value - xi[p] * grads[p] if p in grads and virtual_step else value for p, value in at.V.items()}
         with moved(after):
             loss, direct, v = self._val_pass(val_batch, self._lower_steps)
-        finite("validation", loss)
+        finite(("training loss", at.loss), ("validation loss", loss))
         return list(self._hypergradient(direct, self._second_order(at, v)).values())
 
     def retrain_gradients(self, batch: Any) -> Tensor:
@@ -322,7 +311,7 @@ class BilevelOptimizer(TwoPhases):
         return loss
 
     def _pass(self, batch: Any, which: str) -> LossPass:
-        """The loss of a batch from where the random streams stand now; `which` batch it is, errors tell."""
+        """The loss of a batch from where the random streams stand now; errors say `which` batch it is."""
         *_, devices = parts_of(self.model)
         batch = to_device(batch, devices[0])
         return LossPass(lambda: batch_loss(self.model, batch, which, self.loss_fn), RandomStreams(devices))
@@ -331,11 +320,6 @@ class BilevelOptimizer(TwoPhases):
         """L_tr, or L_val, of the passes over all ranks; its gradient replaces what is in `.grad`."""
         super().zero_grad()
         return average_gradients(self.model, torch.stack([one.backward() for one in passes]).sum())
-
-    def _magnitudes(self) -> list[Tensor]:
-        return parameters_of(self.upper)
-
-    # --- what others see ------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, Tensor]:
         """Norms over all parameters of a level, in units of the loss per unit of these, and a correlation.
@@ -364,12 +348,10 @@ class BilevelOptimizer(TwoPhases):
             self._watch = LoopWatch(self.model, self.upper)
             self._watch.on = self.phase == 1
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
+    def zero_grad(self, set_to_none: bool = True, **kwargs: Any) -> None:
+        super().zero_grad(set_to_none, **kwargs)
         if self._watch is not None:
             self._watch.clear()
-
-    # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def method_state(self) -> dict[str, Any]:
         return {

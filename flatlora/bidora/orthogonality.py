@@ -9,8 +9,6 @@ from ..layers.adapter import Adapter
 from ..layers.stack import chunks, stacks
 from ..layers.view import LoRALayer
 
-__all__ = ["add_orthogonality_gradient"]
-
 
 @torch.no_grad()
 def add_orthogonality_gradient(layers: list[LoRALayer], gamma: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,17 +14,8 @@ from .. import checks
 from ..layers.adapter import Adapter
 from ..layers.base import full_tensor, sum_dtype
 from ..layers.stack import BaseNorms
-from ..layers.view import LoRALayer, lora_layers
+from ..layers.view import LoRALayer, lora_layers, seen_through
 from .passes import parameters_of
-
-__all__ = [
-    "check_levels",
-    "direction_parameters",
-    "dora_layers",
-    "magnitude_parameters",
-    "reset_directions",
-    "update_correlation",
-]
 
 
 def direction_parameters(model: nn.Module, adapter: str | Iterable[str] | None = None) -> list[nn.Parameter]:
@@ -39,8 +30,8 @@ def direction_parameters(model: nn.Module, adapter: str | Iterable[str] | None =
     Raises:
         ValueError: no such adapter has a magnitude.
     """
-    modules = [part for parts in _dora_adapters(model, adapter) for part in parts[1:]]
-    return [p for module in modules for p in ([module] if isinstance(module, nn.Parameter) else module.parameters())]
+    parts = [part for _, A, B in _dora_adapters(model, adapter) for part in (A, B)]
+    return [p for part in parts for p in ([part] if isinstance(part, nn.Parameter) else part.parameters())]
 
 
 def magnitude_parameters(model: nn.Module, adapter: str | Iterable[str] | None = None) -> list[nn.Parameter]:
@@ -69,7 +60,7 @@ def check_levels(lower: Optimizer, upper: Optimizer, model: nn.Module, adapter: 
     """ValueError unless the levels are apart, of this model and, if it has PEFT's layers, not mixed up."""
     low, up = set(parameters_of(lower)), set(parameters_of(upper))
     directions, magnitudes = low, up
-    if _is_peft(model):
+    if _peft_layers(model):
         directions, magnitudes = set(direction_parameters(model, adapter)), set(magnitude_parameters(model, adapter))
     faults = {
         "overlap: parameters of both": low & up,
@@ -86,30 +77,22 @@ def check_levels(lower: Optimizer, upper: Optimizer, model: nn.Module, adapter: 
             )
 
 
-def _is_peft(model: nn.Module) -> bool:
-    """Whether the model has LoRA layers of PEFT, with or without magnitudes."""
-    return any(True for _ in _peft_layers(model))
-
-
 def dora_layers(
     model: nn.Module, adapter: str | Iterable[str] | None, directions: Iterable[Tensor], needed: bool
 ) -> list[LoRALayer]:
     """PEFT's linear layers, seen through the adapters whose A is among `directions`.
 
-    Raises:
-        ValueError: a PEFT model has none, as where embeddings alone are adapted, and they are `needed`.
+    A PEFT model has none where embeddings alone are adapted: a ValueError if they are `needed`.
     """
     try:
-        layers = lora_layers(model, adapter) if _is_peft(model) else []
+        layers = lora_layers(model, adapter) if _peft_layers(model) else []
     except ValueError:
         if needed:
             raise
         return []
-    directions, found = set(directions), []
-    for layer in layers:
-        if names := frozenset(a.name for a in layer.all_adapters() if a.A_param in directions):
-            found.append(LoRALayer(layer.name, layer.module, layer.base, names))
-    return found
+    directions = set(directions)
+    trained = [{a.name for a in layer.all_adapters() if a.A_param in directions} for layer in layers]
+    return [seen_through(layer, names) for layer, names in zip(layers, trained, strict=True) if names]
 
 
 @torch.no_grad()
@@ -147,27 +130,24 @@ def _changes(layer: LoRALayer, adapter: Adapter, base_sq: Tensor) -> Tensor:
     return torch.stack([(adapter.magnitude - base_sq.sqrt()).abs().mean(), (sin_sq / (1 + cos)).mean()])
 
 
-def _peft_layers(model: nn.Module) -> Iterator[Any]:
-    return (
-        m for m in model.modules() if hasattr(m, "base_layer") and isinstance(getattr(m, "lora_A", None), nn.ModuleDict)
-    )
+def _peft_layers(model: nn.Module) -> list[Any]:
+    """PEFT's LoRA layers, with or without magnitudes."""
+    held = [module for module in model.modules() if hasattr(module, "base_layer")]
+    return [module for module in held if isinstance(getattr(module, "lora_A", None), nn.ModuleDict)]
 
 
 def _dora_adapters(model: nn.Module, adapter: str | Iterable[str] | None) -> list[tuple[nn.Parameter, Any, Any]]:
     """(magnitude, A, B) of every DoRA adapter; A and B are modules, or parameters in an embedding layer."""
-    checks.module(model)
-    wanted = {adapter} if isinstance(adapter, str) else None if adapter is None else set(adapter)
+    layers = _peft_layers(checks.module(model))
+    known = {name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}
+    wanted = checks.adapters(adapter, known)
     found: list[tuple[nn.Parameter, Any, Any]] = []
-    known: set[str] = set()
-    for layer in _peft_layers(model):
-        known |= {*layer.lora_A, *layer.lora_embedding_A}
-        for name in layer.lora_magnitude_vector:
-            if wanted is None or name in wanted:
+    for layer in layers:
+        for name, magnitude in layer.lora_magnitude_vector.items():
+            if name in wanted:
                 embeds = name in layer.lora_embedding_A
                 A, B = (layer.lora_embedding_A, layer.lora_embedding_B) if embeds else (layer.lora_A, layer.lora_B)
-                found.append((layer.lora_magnitude_vector[name].weight, A[name], B[name]))
-    if wanted is not None and not wanted <= known:
-        raise ValueError(f"unknown adapter {sorted(wanted - known)}; the model has {sorted(known) or 'no adapters'}")
+                found.append((magnitude.weight, A[name], B[name]))
     if not found:
         has = f"the adapters {sorted(wanted or known)} without magnitudes" if known else "no PEFT adapters"
         raise ValueError(

@@ -14,31 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..streams import RandomStreams, private_streams
-from ..wrapper import chain
+from ..wrapper import wrappers_of
 
 Values = dict[Tensor, Tensor]  # of parameters, or their gradients
-
-__all__ = [
-    "LossPass",
-    "Values",
-    "assign",
-    "average_gradients",
-    "batch_loss",
-    "begin_alike",
-    "copies",
-    "finite",
-    "frozen",
-    "grads_of",
-    "isolated",
-    "model_loss",
-    "moved",
-    "norm_of",
-    "parameters_of",
-    "parts_of",
-    "together",
-    "undone_on_error",
-    "whole_model",
-]
 
 
 @dataclass
@@ -63,6 +41,17 @@ class LossPass:
     def part(self, loss: Tensor) -> Tensor:
         loss = loss.detach().reshape(())
         return loss if self.weight is None else loss * self.weight.reshape(())
+
+
+@dataclass(frozen=True)
+class LowerPass:
+    """Where a lower step begins: V, what perturbs the model there, L_tr with its passes, and ∂_μ L_tr where taken."""
+
+    V: Values
+    perturbations: list[Any]
+    passes: list[LossPass]
+    loss: Tensor
+    magnitude_grads: Values
 
 
 def model_loss(output: Any) -> Tensor | None:
@@ -104,12 +93,16 @@ def parts_of(model: nn.Module) -> tuple[list[Tensor], list[Tensor], list[torch.d
     return [p for p in params if p.requires_grad], statistics, list(dict.fromkeys(p.device for p in params))
 
 
-def finite(which: str, loss: Tensor, *others: Tensor) -> list[float]:
-    """The numbers on the host, fetched at once; ValueError unless they are finite."""
-    values = torch.stack([value.reshape(()).to(loss) for value in (loss, *others)]).tolist()
-    if not all(map(math.isfinite, values)):
-        what = f"{which} loss is {values[0]}" if not math.isfinite(values[0]) else f"{which} gradient is not finite"
-        raise ValueError(f"the {what}; parameters are left as they were. Look at the batch, or lower the learning rate")
+def finite(*numbers: tuple[str, Tensor]) -> list[float]:
+    """Named numbers on the host, fetched at once; ValueError for the first that is not finite."""
+    first = numbers[0][1]
+    values = torch.stack([number.reshape(()).to(first) for _, number in numbers]).tolist()
+    for (name, _), value in zip(numbers, values, strict=True):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the {name} is {value}; parameters are left as they were. Look at the batch, or lower the learning "
+                "rate"
+            )
     return values
 
 
@@ -182,7 +175,7 @@ def isolated(model: nn.Module, seed: int = 0, watch: Any = None) -> Iterator[Non
     try:
         for p in trained:
             p.grad = None  # backward would add to it in place
-        with private_streams(seed, devices), nullcontext() if watch is None else watch.away():
+        with private_streams(seed, devices), nullcontext() if watch is None else watch.paused():
             yield
     finally:
         assign(before)
@@ -215,10 +208,10 @@ def undone_on_error(
     with torch.no_grad():
         grads = [(p, _copied(p.grad)) for p in trained]
         kept = [_kept(optimizer) for optimizer in optimizers]
-    wrappers = [wrapper for optimizer in optimizers for wrapper in chain(optimizer)]
+    wrappers = [wrapper for optimizer in optimizers for wrapper in wrappers_of(optimizer)]
     sources = [source for one in wrappers if (source := getattr(one, "_source", None)) is not None]
-    marks = [source.mark() for source in sources]
-    seen = None if watch is None else watch.seen()
+    snapshots = [source.snapshot() for source in sources]
+    seen = None if watch is None else watch.snapshot()
     try:
         yield
     except BaseException:
@@ -228,11 +221,11 @@ def undone_on_error(
         for optimizer, one in zip(optimizers, kept, strict=True):
             _bring_back(optimizer, *one)
         for loader, position in positions:
-            loader.go_back(position)
-        for source, mark in zip(sources, marks, strict=True):
-            source.go_back(*mark)
+            loader.restore(position)
+        for source, snapshot in zip(sources, snapshots, strict=True):
+            source.restore(*snapshot)
         if watch is not None:
-            watch.go_back(seen)
+            watch.restore(seen)
         streams.restore()
         raise
 
@@ -241,14 +234,14 @@ def _kept(optimizer: Optimizer) -> tuple[Any, Any, Any]:
     """Copies of an optimizer's state and groups and of what its wrappers keep."""
     # Not its state_dict(), whose loading rounds moments to the parameters' type.
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    return _copied((dict(optimizer.state), groups, [wrapper.method_state() for wrapper in chain(optimizer)]))
+    return _copied((dict(optimizer.state), groups, [wrapper.method_state() for wrapper in wrappers_of(optimizer)]))
 
 
 def _bring_back(optimizer: Optimizer, state: Any, groups: Any, methods: Any) -> None:
     _make_equal(optimizer.state, state)
     for group, kept in zip(optimizer.param_groups, groups, strict=True):
         _make_equal(group, {**kept, "params": group["params"]})
-    for wrapper, own in zip(chain(optimizer), methods, strict=True):
+    for wrapper, own in zip(wrappers_of(optimizer), methods, strict=True):
         if own:
             wrapper.load_method_state(own)
 

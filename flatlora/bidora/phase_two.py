@@ -11,14 +11,12 @@ from torch.optim import Optimizer
 
 from .. import checks
 from ..streams import derived_seed
-from ..wrapper import OptimizerWrapper, chain, load_base
+from ..wrapper import OptimizerWrapper, load_base, wrappers_of
 from .data import Batches, check_position
 from .levels import TwoLevels, check_optimizer_state, shapes_of
 from .loop import LoopWatch
 from .parameters import direction_parameters, reset_directions
 from .passes import assign, copies, finite, parameters_of, together, undone_on_error
-
-__all__ = ["TwoPhases"]
 
 
 class TwoPhases(TwoLevels):
@@ -26,16 +24,13 @@ class TwoPhases(TwoLevels):
 
     The method sets what is declared here and overrides `retrain_gradients`. After a load the second phase waits for
     `retrain`, which gets an optimizer and a dataloader to go on with.
-
-    Attributes:
-        phase: 1, or 2 once `retrain` has begun.
     """
 
     model: nn.Module
     adapter: str | Iterable[str] | None
     _seed: int
     _watch: LoopWatch | None
-    phase = 1
+    phase = 1  # 2 once `retrain` has begun
     _batches: Batches | None = None
     _optimizer: Optimizer | None = None
     _loaded: dict[str, Any] | None = None
@@ -77,28 +72,28 @@ class TwoPhases(TwoLevels):
                 "direction_parameters(model)"
             )
         losses: list[float] = []
-        lifted = together(wrapper.unperturbed() for wrapper in self._not_of(optimizer))
-        with self._begun(losses), lifted:
-            batches = self._take_up(dataloader, optimizer)
+        lifted = together(wrapper.unperturbed() for wrapper in self._others_than(optimizer))
+        with self._phase_two(losses), lifted:
+            batches = self._resumed(dataloader, optimizer)
             for _ in range(steps):
                 with undone_on_error(self.model, [optimizer], [batches]):
                     optimizer.zero_grad()
-                    loss = finite("training", self.retrain_gradients(batches.next()))
+                    loss = finite(("training loss", self.retrain_gradients(batches.next())))
                     optimizer.step()
                     if scheduler is not None:
                         scheduler.step()
                 losses += loss
         return losses
 
-    def _not_of(self, optimizer: Optimizer) -> list[OptimizerWrapper]:
-        """The wrappers of `lower` whose perturbations are no concern of `optimizer`."""
-        own, trained = {id(wrapper) for wrapper in chain(optimizer)}, set(parameters_of(optimizer))
-        others = (wrapper for wrapper in chain(self.lower) if id(wrapper) not in own)
+    def _others_than(self, optimizer: Optimizer) -> list[OptimizerWrapper]:
+        """The wrappers of `lower` whose perturbations `optimizer` neither makes nor trains."""
+        own, trained = {id(wrapper) for wrapper in wrappers_of(optimizer)}, set(parameters_of(optimizer))
+        others = (wrapper for wrapper in wrappers_of(self.lower) if id(wrapper) not in own)
         return [wrapper for wrapper in others if trained.isdisjoint(wrapper.perturbation_parameters())]
 
     @contextmanager
-    def _begun(self, losses: list[float]) -> Iterator[None]:
-        """Begins the phase, unless it has; if its very first step fails, it has not begun."""
+    def _phase_two(self, losses: list[float]) -> Iterator[None]:
+        """Begins the phase unless it has begun; undone if its very first step fails."""
         if self.phase == 2:
             yield
             return
@@ -124,8 +119,8 @@ class TwoPhases(TwoLevels):
         if self._watch is not None:
             self._watch.on = phase == 1
 
-    def _take_up(self, dataloader: Any, optimizer: Optimizer) -> Batches:
-        """Goes on with these where it stopped; the first time, from the first batch."""
+    def _resumed(self, dataloader: Any, optimizer: Optimizer) -> Batches:
+        """The batches where phase two stopped, or from the first; `optimizer` gets a loaded state."""
         batches = self._batches
         if batches is None or batches.loader is not dataloader:
             batches = Batches(dataloader, "dataloader", self._seed)
@@ -136,8 +131,6 @@ class TwoPhases(TwoLevels):
             load_base(optimizer, self._loaded["optimizer"])
         self._batches, self._optimizer, self._loaded = batches, optimizer, None
         return batches
-
-    # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def phase_state(self) -> dict[str, Any] | None:
         """What the second phase goes on with; None in phase one."""

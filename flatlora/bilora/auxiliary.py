@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,20 +11,15 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..layers.adapter import Adapter
-from ..layers.view import LoRALayer, lora_layers
-from ..perturbation.attachment import AttachedModules, Attachment, attachments
+from ..layers.base import full_tensor
+from ..layers.stack import chunks
+from ..layers.tangent import product_sq
+from ..layers.view import LoRALayer, lora_layers, plain_name, seen_through
+from ..perturbation.attachment import AttachedModules, Attachment, attachments, remove_attached_modules
 from ..perturbation.source import Source
 from ..streams import shared_seed
 
-__all__ = [
-    "GRAD_SCALE",
-    "Auxiliary",
-    "AuxiliarySource",
-    "attach_auxiliary",
-    "attached_auxiliaries",
-    "auxiliaries_of",
-    "detach_auxiliary",
-]
+Triple = tuple[Tensor, Tensor, float]  # A (r, n), B (m, r) and the scaling of their product
 
 # An auxiliary is registered in its layer, where FSDP2 shards and gathers it with the layer's adapters. Its name begins
 # like those of the adapters: PEFT does not freeze such parameters, and loops over `named_parameters` that send merged
@@ -41,17 +36,13 @@ class Auxiliary(nn.Module):
     """The adapter that ascends: ``A`` (r, n) Kaiming-uniform, ``B`` (m, r) zero, ``scaling`` = alpha / r.
 
     It is left out of the model's `state_dict`, and is in the optimizer's.
-
-    Attributes:
-        layer: the layer that it is registered in.
-        attachment: what applies it until an optimizer takes it over; that of all layers.
     """
 
-    attachment: Attachment | None = None
+    attachment: Attachment | None = None  # what applies it, with all others, until an optimizer takes it over
 
     def __init__(self, layer: LoRALayer, r: int, alpha: float, generator: torch.Generator):
         super().__init__()
-        self.layer = layer
+        self.layer = layer  # that it is registered in
         m, n = layer.shape
         like = layer.all_adapters()[0].A
         a = torch.empty(r, n, dtype=torch.float32, device="cpu")
@@ -71,18 +62,13 @@ def auxiliaries_of(model: nn.Module) -> list[Auxiliary]:
 
 
 class AuxiliarySource(Source):
-    """Gives each layer its auxiliary.
-
-    Attributes:
-        scale_grads: whether gradients are scaled by `GRAD_SCALE`, for an optimizer that undoes it.
-        grad_scale: what the gradients of the last forward pass are multiplied by.
-    """
+    """Gives each layer its auxiliary; `scale_grads`: with gradients times `GRAD_SCALE`, which an optimizer undoes."""
 
     def __init__(self, auxiliaries: Iterable[Auxiliary], scale_grads: bool = False):
         self.auxiliaries = {auxiliary.layer.name: auxiliary for auxiliary in auxiliaries}
         super().__init__(auxiliary.layer for auxiliary in self.auxiliaries.values())
         self.scale_grads = scale_grads and all(one.A.dtype != torch.float16 for one in self.auxiliaries.values())
-        self.grad_scale = GRAD_SCALE if self.scale_grads else 1.0
+        self.grad_scale = GRAD_SCALE if self.scale_grads else 1.0  # of the last forward pass
 
     def draw(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Adapter:
         auxiliary = self.auxiliaries[layer.name]
@@ -166,8 +152,7 @@ def attach_auxiliary(
 def _refuse_unfit(model: nn.Module, layers: list[LoRALayer]) -> None:
     """ValueError if adapters are merged, or if DDP or FSDP2, which would not reduce new parameters, wraps the model."""
     for layer in layers:
-        if layer.merged:
-            merged = sorted(layer.merged)
+        if merged := sorted(layer.merged):
             raise ValueError(f"layer {layer.name!r} has merged adapters {merged}; call model.unmerge_adapter() first")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("attach the auxiliary before DistributedDataParallel wraps the model, or it is never reduced")
@@ -181,12 +166,8 @@ def _refuse_unfit(model: nn.Module, layers: list[LoRALayer]) -> None:
 
 def _without_frozen(layers: list[LoRALayer]) -> list[LoRALayer]:
     """The layers with adapters that require a gradient, which a reference policy's do not; all if none does."""
-    found = []
-    for layer in layers:
-        trained = {adapter.name for adapter in layer.all_adapters() if adapter.trained}
-        if trained:
-            found.append(LoRALayer(layer.name, layer.module, layer.base, frozenset(trained)))
-    return found or layers
+    trained = [frozenset(adapter.name for adapter in layer.all_adapters() if adapter.trained) for layer in layers]
+    return [seen_through(layer, names) for layer, names in zip(layers, trained, strict=True) if names] or layers
 
 
 def detach_auxiliary(model: nn.Module) -> None:
@@ -200,11 +181,51 @@ def detach_auxiliary(model: nn.Module) -> None:
                 attachment.remove()
         if isinstance(module, Auxiliary) and module.attachment is not None:
             module.attachment.remove()
-        for name, child in list(module.named_children()):
-            if isinstance(child, AttachedModules):
-                delattr(module, name)
+        remove_attached_modules(module)
 
 
-def attached_auxiliaries(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float]]:
+def attached_auxiliaries(model: nn.Module) -> dict[str, Triple]:
     """(A, B, scaling) of every auxiliary on the model, by its layer's name."""
     return {one.layer.name: (one.A, one.B, one.scaling) for one in auxiliaries_of(model)}
+
+
+def named_triples(model: nn.Module, triples: Sequence[Triple]) -> dict[str, Triple]:
+    """A user's triples by the names of their A in the model; ValueError for another model's, or unfit shapes."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {}
+    for i, triple in enumerate(triples):
+        A, B, scaling = triple
+        if id(A) not in names or id(B) not in names:
+            raise ValueError(f"auxiliary[{i}]: A and B must be parameters of the model, which has neither or only one")
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+            raise ValueError(
+                f"auxiliary[{i}]: A {tuple(A.shape)} and B {tuple(B.shape)} do not multiply; expected (r, n) and (m, r)"
+            )
+        found[plain_name(names[id(A)])] = (A, B, float(scaling))
+    return found
+
+
+def total_norm(triples: dict[str, Triple]) -> Tensor:
+    """``sqrt(Σ ‖s·B·A‖_F²)``, without products larger than r×r, and with few launches: alike layers are stacked."""
+    alike: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    for A, B, scaling in triples.values():
+        a, b = full_tensor(A), full_tensor(B)
+        alike.setdefault((scaling, a.shape, b.shape, a.dtype, b.dtype, a.device), []).append((a, b))
+    squares = []
+    for (scaling, *_), group in alike.items():
+        first = group[0]
+        for part in chunks(group, first[0].numel() + first[1].numel(), first[0].device):
+            a, b = (torch.stack(same) for same in zip(*part, strict=True))
+            squares.append(scaling**2 * product_sq(b, a))
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().clamp_(min=0.0).sqrt_()
+
+
+def shapes_of(layers: Any) -> dict[str, Any]:
+    """The shapes of A and B of a checkpoint's layers, their scaling, and the ranks of the adapters beside them."""
+    try:
+        return {
+            name: {"A": tuple(one["A"].shape), "B": tuple(one["B"].shape)} | {k: one[k] for k in ("scaling", "ranks")}
+            for name, one in layers.items()
+        }
+    except (AttributeError, KeyError, TypeError) as reason:
+        raise ValueError("the state_dict's Bi-LoRA part has no A, B, scaling and ranks for each layer") from reason

@@ -15,11 +15,17 @@ from .. import checks
 from ..perturbation.bypass import held_ids
 from ..perturbation.optimizer import PerturbingOptimizer, trainable, trained_by
 from ..perturbation.rise import check_rise
-from ..wrapper import chain, saved_groups
-from .auxiliary import AuxiliarySource, attach_auxiliary, attached_auxiliaries, auxiliaries_of, detach_auxiliary
-from .triples import named_triples, shapes_of, total_norm
-
-__all__ = ["BiLoRAOptimizer"]
+from ..wrapper import saved_groups, wrappers_of
+from .auxiliary import (
+    AuxiliarySource,
+    attach_auxiliary,
+    attached_auxiliaries,
+    auxiliaries_of,
+    detach_auxiliary,
+    named_triples,
+    shapes_of,
+    total_norm,
+)
 
 logger = logging.getLogger("flatlora")
 
@@ -72,10 +78,10 @@ class BiLoRAOptimizer(PerturbingOptimizer):
         perturb_no_grad: bool = False,
     ):
         super().__init__(optimizer)
-        self._settings = {"rho": checks.number("rho", rho, above=0)}
+        self._rho = checks.number("rho", rho, above=0)
         self._model, self._no_grad = checks.module(model), perturb_no_grad
         self._triples = None if auxiliary is None else named_triples(model, auxiliary)
-        self._turned: tuple[list[Tensor], float] = [], 1.0
+        self._negated: tuple[list[Tensor], float] = [], 1.0  # gradients, and the factor that undoes it
         self._clips: list[Tensor | int] = [0, 0]  # steps that ρ clipped, counted on the device, and all
         self._check_groups()
         if auxiliary is None:
@@ -106,11 +112,11 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     @property
     def rho(self) -> float:
         """ρ; a change is felt at the next step."""
-        return self._settings["rho"]
+        return self._rho
 
     @rho.setter
     def rho(self, value: float) -> None:
-        self._settings["rho"] = checks.number("rho", value, above=0)
+        self._rho = checks.number("rho", value, above=0)
 
     @classmethod
     def for_model(
@@ -152,41 +158,37 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             detach_auxiliary(model)
             raise
 
-    # --- the method: turn the ascending gradients, step, turn them back, clip all auxiliaries together ------------
-
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """As the base optimizer's; gradients are as they were for everyone but its update, whatever it raises."""
 
         def evaluate() -> Any:  # the gradients are new at each evaluation
             assert closure is not None
-            self._turn_back()
+            self._undo_negation()
             loss = closure()
-            self._turn()
+            self._negate()
             return loss
 
         if self._triples is not None and not self._clips[1]:
-            self.look_at_first_step()
-        self._look_at_ascent()
-        handles = self._turn_within_hooks() if closure is None else []
+            self.check_first_step()
+        held, ours = {id(p) for p in self._ascending()}, {id(p) for p in self.perturbation_parameters()}
+        if self._attached and held != ours and not self._watch.holds_foreign_tensors():
+            self._check_groups()  # or the auxiliary would not ascend
+        handles = self._negate_within_hooks() if closure is None else []
         try:
             return super().step(None if closure is None else evaluate, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-            self._turn_back()
+            self._undo_negation()
 
-    def _look_at_ascent(self) -> None:
-        """ValueError if the auxiliary is no longer in the ascent groups, so that it would descend, or stay."""
-        held = {id(p) for group in self.param_groups if group.get("ascent") for p in group["params"]}
-        ours = {id(p) for p in self.perturbation_parameters()}
-        if self._attached and held != ours and not self._watch.holds_foreign_tensors():
-            self._check_groups()
+    def _ascending(self) -> list[Tensor]:
+        return [p for group in self.param_groups if group.get("ascent") for p in group["params"]]
 
-    def _turn_within_hooks(self) -> list[Any]:
-        """Has the base's update see turned gradients, and the step hooks that others put around it not."""
-        base: Any = next(reversed([self, *chain(self.base_optimizer)])).base_optimizer
+    def _negate_within_hooks(self) -> list[Any]:
+        """Negates the ascent gradients for the base's update alone, not for step hooks that others put around it."""
+        base: Any = next(reversed([self, *wrappers_of(self.base_optimizer)])).base_optimizer
         if not getattr(type(base).step, "hooked", False):  # it has no step hooks
-            self._turn()
+            self._negate()
             return []
         depth = 0  # a class whose `step` calls its parent's runs the hooks around both
 
@@ -194,13 +196,13 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             nonlocal depth
             depth += 1
             if depth == 1:
-                self._turn()
+                self._negate()
 
         def after(*_: Any) -> None:
             nonlocal depth
             depth -= 1
             if depth == 0:
-                self._turn_back()
+                self._undo_negation()
 
         last_before, first_after = base.register_step_pre_hook(before), base.register_step_post_hook(after)
         base._optimizer_step_post_hooks.move_to_end(first_after.id, last=False)
@@ -209,7 +211,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def before_step(self) -> None:
         super().before_step()
         if self._attached and self._source.passes and all(p.grad is None for p in self.perturbation_parameters()):
-            self._watch.tell(
+            self._watch.warn_once(
                 "auxiliary",
                 "step() found no gradient of the auxiliary, which stays as it is: gradients were taken of others, "
                 "as by torch.autograd.grad or backward(inputs=...)",
@@ -217,7 +219,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        self._turn_back()
+        self._undo_negation()
         if self._source is not None:
             super().after_step()
         triples = self._auxiliaries()
@@ -233,20 +235,19 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             torch._foreach_mul_([p for p in factors if p.device == device], factor.to(device))
 
     @torch.no_grad()
-    def _turn(self) -> None:
-        grads = [p.grad for group in self.param_groups if group.get("ascent") for p in group["params"]]
-        found = [grad for grad in grads if grad is not None]
+    def _negate(self) -> None:
+        grads = [p.grad for p in self._ascending() if p.grad is not None]
         scale = 1.0 if self._source is None else self._source.grad_scale
-        self._turned = found, -scale
-        if found:
-            torch._foreach_mul_(found, -1 / scale)
+        self._negated = grads, -scale
+        if grads:
+            torch._foreach_mul_(grads, -1 / scale)
 
     @torch.no_grad()
-    def _turn_back(self) -> None:
-        turned, factor = self._turned
-        self._turned = [], 1.0
-        if turned:
-            torch._foreach_mul_(turned, factor)
+    def _undo_negation(self) -> None:
+        grads, factor = self._negated
+        self._negated = [], 1.0
+        if grads:
+            torch._foreach_mul_(grads, factor)
 
     @torch.no_grad()
     def perturbation_norm(self) -> float:
@@ -304,16 +305,15 @@ class BiLoRAOptimizer(PerturbingOptimizer):
             return {name: (one.A, one.B, one.scaling) for name, one in self._source.auxiliaries.items()}
         return attached_auxiliaries(self._model)
 
-    def look_at_groups(self) -> None:
+    def groups_changed(self) -> None:
         if self._triples is not None or self._attached:  # or it goes on as its base
             self._check_groups()
         if self._watch is not None:
-            self._watch.look_at_groups(all_trained=True)
+            self._watch.note_groups(all_trained=True)
 
-    def let_go(self, params: set[int]) -> None:
-        """Nothing to undo: the layers with an auxiliary do not depend on the groups."""
+    def drop_parameters(self, params: set[int]) -> None: ...  # its layers do not depend on the groups
 
-    def look_at_first_step(self) -> None:
+    def check_first_step(self) -> None:
         ours = {id(p) for p in self.perturbation_parameters()}
         foreign = self._watch is None or self._watch.holds_foreign_tensors()
         if foreign and not ours <= held_ids(True, self.base_optimizer):
@@ -333,7 +333,7 @@ class BiLoRAOptimizer(PerturbingOptimizer):
                 f"none of the {len(self.param_groups)} parameter groups ascends; put the auxiliary's parameters in one "
                 'with "ascent": True: optimizer_cls([{"params": primary}, {"params": aux, "ascent": True}])'
             )
-        held = {id(p): tuple(p.shape) for group in ascent for p in group["params"]}
+        held = {id(p): tuple(p.shape) for p in self._ascending()}
         if foreign := [shape for key, shape in held.items() if key not in ours]:
             raise ValueError(
                 f"the ascent groups hold {len(foreign)} parameters of no auxiliary (first shape: {foreign[0]}); only "
@@ -353,9 +353,8 @@ class BiLoRAOptimizer(PerturbingOptimizer):
                 "same, as the auxiliary's gradients are turned in any case"
             )
 
-    # --- checkpoints: a saved adapter leaves the auxiliary out, so the optimizer's state carries it ---------------
-
     def method_state(self) -> dict[str, Any]:
+        # With the auxiliary, as a saved adapter leaves it out.
         ours = auxiliaries_of(self._model) if self._triples is None else []
         ranks = {one.layer.name: one.layer.ranks() for one in ours}
         layers = {

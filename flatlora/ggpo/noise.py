@@ -21,10 +21,8 @@ from ..perturbation.passes import would_perturb
 from ..perturbation.source import Source
 from ..streams import derived_seed
 
-__all__ = ["RowNoise"]
-
-# What a layer's standard deviations were computed from, they (m,), the same as they are drawn with, and the gradient
-# term (m,) within them.
+# What a layer's standard deviations were computed from, they (m,), the `std` of its draw, and the gradient term (m,)
+# within them.
 Deviations = tuple[Any, Tensor, Tensor, Tensor]
 
 
@@ -64,7 +62,7 @@ class RowNoise(Source):
         seed = derived_seed(self.seed, self.step, layer.name, *sorted(layer.names))
         return Draw(self.kind, self._deviations(layer, adapters)[2], seed, self.rank)
 
-    def form(self, layer: LoRALayer) -> Any:
+    def graph_kind(self, layer: LoRALayer) -> Any:
         m, n = layer.shape
         return "gaussian" if self.kind == "gaussian" else ((m, self.rank), (self.rank, n))
 
@@ -127,9 +125,11 @@ class RowNoise(Source):
             self._stds.update((name, (keys[name], *row)) for name, *row in rows)
 
     def _as_drawn(self, stds: Tensor, stack: Stack) -> Tensor:
-        """Where each cast is a launch, deviations are cast for all layers together, and not in every layer and pass."""
+        """`Draw.std` of a stack's layers: made for all together, and not by launches in every layer and pass."""
+        if self.kind == "low_rank":
+            stds = stds * self.rank**-0.5
         wide = any(adapter.A.dtype == torch.float64 for adapters in stack.adapters for adapter in adapters)
-        return stds if stds.device.type == "cpu" or wide or self.kind != "gaussian" else stds.float()
+        return stds if stds.device.type == "cpu" or wide else stds.float()
 
     def _is_ready(self, layer: LoRALayer, adapters: list[Adapter], device: torch.device) -> bool:
         return self.sigma > 0 and would_perturb(self, layer, adapters) and _at_hand(layer, adapters, device)
@@ -140,7 +140,7 @@ class RowNoise(Source):
         return torch.stack([self.grad_sq[name].to(like.device) if name in self.grad_sq else zero for name in names])
 
     @contextmanager
-    def looking(self) -> Iterator[None]:
+    def keeping_stds(self) -> Iterator[None]:
         """Within the context standard deviations may be asked for without a trace: layers that are asked for in another
         order are computed in other company, and differ in the last bits."""
         kept = dict(self._stds)

@@ -16,8 +16,6 @@ from ..perturbation.rise import check_rise
 from ..streams import shared_seed
 from .noise import RowNoise
 
-__all__ = ["GGPOOptimizer"]
-
 logger = logging.getLogger("flatlora")
 
 
@@ -101,8 +99,6 @@ class GGPOOptimizer(PerturbingOptimizer):
         self._source.no_grad = perturb_no_grad
         self.reattach()
 
-    # --- the method: a step looks at the gradients, moves the parameters, and goes on to the next ε ---------------
-
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """As the base optimizer's. All evaluations of a `closure` see one ε, wherever they move the parameters."""
         with nullcontext() if closure is None else self._source.keeping():
@@ -112,7 +108,7 @@ class GGPOOptimizer(PerturbingOptimizer):
     def _reads_gradients(self) -> bool:
         return self._attached and self._source.sigma > 0 and self._source.beta > 0
 
-    def look_at_first_step(self) -> None:
+    def check_first_step(self) -> None:
         if self._reads_gradients:  # by their size, which is another where a scale is still on them
             self.refuse_replaced("GGPOOptimizer(beta=0), which needs no gradients")
 
@@ -123,7 +119,7 @@ class GGPOOptimizer(PerturbingOptimizer):
 
     def row_std(self) -> dict[str, Tensor]:
         """The standard deviation of each row's noise at present, per element: ``{layer name: (m,) tensor}``."""
-        with self._source.looking():
+        with self._source.keeping_stds():
             return {name: self._source.std(layer).clone() for name, layer in self._source.layers.items()}
 
     def metrics(self) -> dict[str, Tensor]:
@@ -160,17 +156,14 @@ class GGPOOptimizer(PerturbingOptimizer):
     def beta(self, value: float) -> None:
         self._source.beta = checks.number("beta", value)
 
-    # --- checkpoints ----------------------------------------------------------------------------------------------
-
     def method_state(self) -> dict[str, Any]:
         noise = self._source
         layers: dict[str, Any] = self.layer_identities()
         for name, layer in layers.items():
             grad_sq = noise.grad_sq.get(name)
             layer["grad_sq"] = None if grad_sq is None else grad_sq.clone()  # of a tensor of many layers
-        form = [noise.kind, noise.rank]
         numbers = {"seed": noise.seed, "step": noise.step, "sigma": noise.sigma, "beta": noise.beta}
-        return {**numbers, "form": form, "layers": layers, "rise": noise.rise.state()}
+        return {**numbers, "form": [noise.kind, noise.rank], "layers": layers, "rise": noise.rise.state()}
 
     def check_method_state(self, state: dict[str, Any]) -> None:
         checks.state_fields("GGPO", state, "seed", "step", "sigma", "beta", "form", "layers")

@@ -1,9 +1,11 @@
-"""What a model with GraLoRA holds: its layers, its modules that are trained whole, and what of both is saved."""
+"""What a model with GraLoRA holds and saves: its layers, and the modules that are trained whole."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,10 +13,9 @@ from torch import Tensor, nn
 from .. import checks
 from ..layers.base import full_tensor
 from ..layers.view import plain_name
+from .disk import write_adapter, write_weights
 from .layer import GraLoRALinear
 from .targets import inside
-
-__all__ = ["PREFIX", "Before", "adapter", "gralora_layers", "records", "saved_modules", "settings_of", "shapes"]
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 
@@ -32,7 +33,7 @@ def gralora_layers(model: nn.Module) -> dict[str, GraLoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, GraLoRALinear)}
 
 
-def records(model: nn.Module) -> dict[str, tuple[nn.Module, Before]]:
+def applied(model: nn.Module) -> dict[str, tuple[nn.Module, Before]]:
     """The modules that `apply_gralora` was given, by name in `model`, which may be a wrapper around them."""
     return {
         name: (module, module.__dict__["_before_gralora"])
@@ -42,10 +43,10 @@ def records(model: nn.Module) -> dict[str, tuple[nn.Module, Before]]:
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The original modules in whose place copies are trained whole, by full name."""
+    """The original modules, by full name, of which copies are trained whole."""
     return {
         f"{prefix}.{name}" if prefix else name: module
-        for prefix, (_, before) in records(model).items()
+        for prefix, (_, before) in applied(model).items()
         for name, module in before.modules.items()
     }
 
@@ -65,15 +66,11 @@ def settings_of(layer: GraLoRALinear) -> dict[str, Any]:
     return {**numbers, "gralora_dropout": dropout}
 
 
-def adapter(model: nn.Module, state_dict: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def adapter_of(model: nn.Module, state_dict: dict[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the weights of a model's adapters, as PEFT's two files hold them.
 
-    The weights are full tensors on the CPU that share no memory, as safetensors asks. They are taken from `state_dict`,
-    the model's, if it is given. Otherwise a sharded model is gathered, on every rank.
-
-    Raises:
-        ValueError: the model has no GraLoRA layers, or layers of different settings, which the format can't hold;
-            `state_dict` lacks some.
+    The weights are full tensors on the CPU that share no memory, as safetensors asks. They are taken from the model's
+    `state_dict` if it is given; otherwise a sharded model is gathered, on every rank.
     """
     found = gralora_layers(checks.module(model))
     if not found:
@@ -118,3 +115,68 @@ def _config(model: nn.Module, layers: dict[str, GraLoRALinear], saved: list[str]
         "inference_mode": True,
         **dict.fromkeys(["layers_to_transform", "layers_pattern", "revision", "task_type"]),
     }
+
+
+# --- a transformers model: the Trainer trains it, quantised too, and saves its adapters alone ------------------------
+#
+# transformers marks a model that PEFT put adapters into by `_hf_peft_config_loaded`. With it the Trainer takes a
+# quantised model, and gradient checkpointing has the embeddings' output require a gradient; both are right for GraLoRA.
+# To save such a model, transformers looks for PEFT's own layers, so the model gets a `save_pretrained` of its own.
+
+_FLAG, _HOOK = "_hf_peft_config_loaded", "_quiet_about_frozen"
+
+
+def add_save_pretrained(model: nn.Module) -> None:
+    """Marks a transformers model as one with adapters, and has it save them; does nothing to other modules."""
+    if hasattr(type(model), _FLAG):
+        hook = model.register_load_state_dict_post_hook(_quiet_about_frozen)
+        model.__dict__.update({_FLAG: True, "save_pretrained": partial(_save_pretrained, model), _HOOK: hook})
+
+
+def remove_save_pretrained(model: nn.Module) -> None:
+    """Undoes `add_save_pretrained`."""
+    if _HOOK in model.__dict__:
+        model.__dict__.pop(_HOOK).remove()
+        del model.__dict__[_FLAG], model.__dict__["save_pretrained"]
+
+
+def _quiet_about_frozen(model: nn.Module, keys: Any) -> None:
+    """Keeps the Trainer from listing the frozen base as missing from a checkpoint of all that is trained."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    if set(keys.missing_keys) == frozen:
+        keys.missing_keys.clear()
+
+
+def _save_pretrained(
+    model: Any,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Writes the adapters alone, as `save_gralora` does; options for a whole model's files are ignored.
+
+    The Trainer resumes, and loads its best model, from a ``model.safetensors``. So a folder that is one of its
+    checkpoints gets one too, with all that training changes.
+    """
+    if not is_main_process and state_dict is not None:
+        return  # where nothing is saved it may be empty
+    folder = Path(save_directory)
+    config, weights = adapter_of(model, state_dict)
+    trained = _trained(model, state_dict) if re.fullmatch(r"checkpoint-\d+", folder.name) else {}
+    if not is_main_process:
+        return
+    write_adapter(folder, config, weights)
+    if trained:
+        own = {key.removeprefix(PREFIX): value for key, value in weights.items()}
+        write_weights(folder / "model.safetensors", {**trained, **own})
+    if push_to_hub:
+        model.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
+
+
+def _trained(model: nn.Module, state_dict: dict[str, Any] | None) -> dict[str, Tensor]:
+    """All that a step may change, such as an unfrozen norm's weight and its buffers."""
+    state = model.state_dict(keep_vars=True) if state_dict is None else state_dict
+    names = {name for name, p in model.named_parameters() if p.requires_grad} | {n for n, _ in model.named_buffers()}
+    return {name: full_tensor(state[name].detach()).cpu().clone().contiguous() for name in state if name in names}

@@ -34,8 +34,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["read_adapter", "write_adapter", "write_weights"]
-
 logger = logging.getLogger("flatlora")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -52,16 +50,8 @@ def _safetensors() -> Any:
     return safetensors
 
 
-# --- writing --------------------------------------------------------------------------------------------------------
-
-
 def write_adapter(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Puts an adapter into `folder`, made if it is not there, in place of the one that may be in it.
-
-    Raises:
-        OSError: the disk is full, a limit is reached, or the like; the old adapter or the new one is whole.
-        ImportError: safetensors is missing.
-    """
+    """Puts an adapter into `folder`, in place of one that is there; after an OSError the old or the new is whole."""
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     # "format" is what transformers asks for.
     weights = _safetensors().torch.save(tensors, metadata={"format": "pt", _CARRIED: text})
@@ -127,16 +117,10 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
     """The configuration, the weights, and the file that the configuration is from.
 
-    Raises:
-        FileNotFoundError: there is no adapter in `folder`.
-        ValueError: a file that is not whole or not of its format, or two files of different adapters.
-        ImportError: safetensors is missing.
+    FileNotFoundError without an adapter; ValueError for a broken file, or two files of different adapters.
     """
     config_file, weights_file = folder / CONFIG, folder / WEIGHTS
     if not weights_file.is_file():
@@ -184,8 +168,7 @@ def _parsed(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def _check_pair(config: dict[str, Any], carried: dict[str, Any], folder: Path) -> None:
-    odd = {key: (config.get(key), carried.get(key)) for key in _DECISIVE if config.get(key) != carried.get(key)}
-    if odd:
+    if odd := {key: (config.get(key), carried.get(key)) for key in _DECISIVE if config.get(key) != carried.get(key)}:
         said = ", ".join(f"{key} is {one!r} in one and {other!r} in the other" for key, (one, other) in odd.items())
         raise ValueError(
             f"{CONFIG} and {WEIGHTS} in {folder} are of two adapters: {said}. If it is being saved to now, load again; "

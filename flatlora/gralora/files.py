@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from .. import checks
 from ..layers.bases import linear_base
 from ..layers.view import plain_name
-from .contents import PREFIX, adapter, gralora_layers, saved_modules, settings_of, shapes
+from .contents import PREFIX, adapter_of, gralora_layers, saved_modules, settings_of, shapes
 from .disk import read_adapter, write_adapter
 from .layer import GraLoRALinear
 from .targets import check_blocks, check_numbers, find_saved, inside
 from .transform import check_fresh, install
-
-__all__ = ["load_gralora", "save_gralora"]
 
 logger = logging.getLogger("flatlora")
 
@@ -42,7 +40,7 @@ def save_gralora(model: nn.Module, dir: str | Path) -> None:
         TypeError: `model` is not a module.
         ImportError: safetensors is missing.
     """
-    write_adapter(Path(dir), *adapter(model))
+    write_adapter(Path(dir), *adapter_of(model))
 
 
 @torch.no_grad()
@@ -95,8 +93,7 @@ def _check_config(config: dict[str, Any], source: Path) -> dict[str, Any]:
     """The arguments of `GraLoRALinear` that a configuration stands for."""
     if config.get("peft_type") != "GRALORA":
         raise ValueError(f"{source} is of a {config.get('peft_type')} adapter; expected GRALORA")
-    missing = [key for key in _NUMBERS if key not in config]
-    if missing:
+    if missing := [key for key in _NUMBERS if key not in config]:
         raise ValueError(f"the configuration in {source} lacks {', '.join(missing)}")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{source} has bias={config['bias']!r}; only 'none' can be loaded")

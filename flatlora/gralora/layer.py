@@ -17,8 +17,6 @@ from ..layers.bases import linear_base
 from ..layers.bnb import hold_training_layout
 from .targets import check_blocks, check_numbers
 
-__all__ = ["GraLoRALinear"]
-
 
 class GraLoRALinear(nn.Module):
     """A frozen linear layer whose weight (m, n) has a low-rank adapter in each of its k×k blocks.

@@ -13,8 +13,6 @@ from torch import nn
 from .. import checks
 from ..layers.bases import linear_base
 
-__all__ = ["check_blocks", "check_numbers", "find_saved", "find_targets", "inside"]
-
 
 def check_numbers(r: int, k: int, alpha: float, hybrid_r: int, dropout: float) -> dict[str, Any]:
     """The numbers of `GraLoRALinear` as Python's own, by name; ValueError for one that is out of its range."""
@@ -108,7 +106,7 @@ def _in_list(model: nn.Module, targets: Iterable[str], free: dict[str, nn.Module
 
 
 def _listed(model: nn.Module, argument: str, entries: Iterable[str]) -> dict[str, list[str]]:
-    """The modules that each entry of a list names; ValueError if it is no list of names or one names none."""
+    """The modules that each entry of a list names; ValueError for no list of names, or a name without modules."""
     given = list(entries) if isinstance(entries, Iterable) and not isinstance(entries, str) else None
     if given is None or not all(isinstance(entry, str) for entry in given):
         raise ValueError(f"{argument} must be a list of module names, got {entries if given is None else given!r}")

@@ -14,12 +14,9 @@ from torch import nn
 
 from .. import checks
 from ..perturbation.attachment import remove_perturbation
-from .contents import Before, gralora_layers, records, saved_modules
+from .contents import Before, add_save_pretrained, applied, gralora_layers, remove_save_pretrained, saved_modules
 from .layer import GraLoRALinear
-from .pretrained import declare, withdraw
 from .targets import check_blocks, check_numbers, find_saved, find_targets
-
-__all__ = ["apply_gralora", "merge_gralora", "unload_gralora"]
 
 logger = logging.getLogger("flatlora")
 
@@ -101,11 +98,11 @@ def install(model: nn.Module, targets: dict[str, nn.Module], saved: list[str], *
     for name, module in [*layers.items(), *copies.items()]:
         model.set_submodule(name, module)
     model._before_gralora = before  # type: ignore[assignment]
-    declare(model)
+    add_save_pretrained(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    told = f"GraLoRA on {len(targets)} layers: {trained:,} trainable parameters of {total:,} ({trained / total:.2%})"
-    logger.info(told)
+    message = f"GraLoRA on {len(targets)} layers: {trained:,} trainable parameters of {total:,} ({trained / total:.2%})"
+    logger.info(message)
     return model
 
 
@@ -150,8 +147,7 @@ def merge_gralora(model: nn.Module) -> nn.Module:
         if layer.base.kind == "opaque":
             kind = type(layer.base_layer).__name__
             raise ValueError(f"layer {name!r}: the weight of a {kind} can't be merged into; merge into the float model")
-    quantised = sum(layer.base.kind != "float" for layer in layers.values())
-    if quantised:
+    if quantised := sum(layer.base.kind != "float" for layer in layers.values()):
         warnings.warn(
             f"{quantised} quantised layers are dequantised, merged and quantised again: their outputs change by the "
             "quantisation error. To merge exactly, load the adapter on the float model",
@@ -173,11 +169,10 @@ def merge_gralora(model: nn.Module) -> nn.Module:
 
 
 def _adapted(model: nn.Module) -> dict[str, GraLoRALinear]:
-    layers = gralora_layers(checks.module(model))
+    layers, name = gralora_layers(checks.module(model)), type(model).__name__
     if "" in layers:
         raise ValueError("model is a GraLoRALinear itself; pass the module that holds it")
     if not layers:
-        name = type(model).__name__
         raise ValueError(f"{name} has no GraLoRA layers; call apply_gralora(model, target_modules) first")
     return layers
 
@@ -196,10 +191,10 @@ def _take_off(model: nn.Module, name: str, layer: GraLoRALinear) -> None:
 
 def _forget(model: nn.Module) -> nn.Module:
     """Restores what was trainable before, once the layers are off."""
-    for module, before in records(model).values():
+    for module, before in applied(model).values():
         _set_trainable(module, before.trainable)
         del module._before_gralora
-        withdraw(module)
+        remove_save_pretrained(module)
     return model
 
 

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from .low_rank import compute_dtype, product_of, without_autocast
 
-__all__ = ["AddBlocks", "BlockOptions", "add_blocks"]
-
 
 @dataclass(frozen=True)
 class BlockOptions:
@@ -35,15 +33,15 @@ def add_blocks(
     A: Tensor,
     B: Tensor,
     out: Tensor,
-    watch: Callable[[Tensor], Tensor] | None = None,
+    recorded: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """``out + s·x·ΔWᵀ`` in plain operations.
 
-    The reference for `AddBlocks`, and what `torch.compile` gets, which can't trace the other's writes. `watch` returns
-    the product of x and A (k, T, r), of which it may look at the gradient.
+    The reference for `AddBlocks`, and what `torch.compile` gets, which can't trace the other's writes. `recorded` gets
+    the product of x and A (k, T, r) and returns it, or a copy whose gradient it records.
     """
     h = _regroup(torch.bmm(_columns(x, A.shape[0]).to(how.dtype), A.to(how.dtype)))
-    h = h if watch is None else watch(h)
+    h = h if recorded is None else recorded(h)
     update = torch.bmm(h, B.to(how.dtype)).transpose(0, 1).reshape(out.shape)
     return out + (how.scaling * update).to(out.dtype)
 

@@ -22,8 +22,6 @@ from torch import Tensor
 
 from .low_rank import cast
 
-__all__ = ["Draw", "draw_gaussian", "draw_low_rank", "refuse_capture", "rise_of", "use_triton"]
-
 _BLOCK = 1 << 24  # elements drawn at a time
 _CPU_BLOCK = 1 << 16  # on a CPU, in whose cache they stay
 _TINY = 1 << 12  # elements for which setting up the table takes longer than drawing
@@ -33,8 +31,8 @@ _TINY = 1 << 12  # elements for which setting up the table takes longer than dra
 class Draw:
     """One ε of a layer: everything needed to form it again, and nothing of its size.
 
-    Row i of ε has standard deviation ``std[i]`` per element. ``"gaussian"`` draws every element independently;
-    ``"low_rank"`` is ``diag(std)·U·V/√rank`` with standard normal U (m, rank) and V (rank, n), whose covariance is the
+    ``"gaussian"`` draws every element independently, in row i with standard deviation ``std[i]``. ``"low_rank"`` is
+    ``diag(std)·U·V`` with standard normal U (m, rank) and V (rank, n): with std smaller by √rank, its covariance is the
     same.
     """
 
@@ -62,12 +60,8 @@ def _generator(draw: Draw) -> torch.Generator | None:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """In what noise is drawn: half precision would cost it its tails, so it is rounded once, after scaling."""
+    """The dtype that noise is drawn in: half precision would cut its tails, so it is rounded once, after scaling."""
     return dtype if dtype == torch.float64 else torch.float32
-
-
-def _normal(shape: tuple[int, ...], draw: Draw, generator: torch.Generator | None, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=_wide(dtype), device=draw.std.device).normal_(generator=generator)
 
 
 def _quadruples() -> Tensor:
@@ -180,8 +174,11 @@ class _Quadruples:
 def draw_low_rank(draw: Draw, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Factors ``(B, A)`` of ``ε = B·A``, shapes (m, rank) and (rank, n)."""
     m, rank = draw.std.shape[0], draw.rank
-    u, v = _normal(((m + n) * rank,), draw, _generator(draw), dtype).split([m * rank, n * rank])
-    u = u.view(m, rank).mul_((draw.std * rank**-0.5).to(u.dtype).unsqueeze(1))
+    normals = torch.empty((m + n) * rank, dtype=_wide(dtype), device=draw.std.device).normal_(
+        generator=_generator(draw)
+    )
+    u, v = normals.split([m * rank, n * rank])
+    u = u.view(m, rank).mul_(cast(draw.std, u.dtype).unsqueeze(1))
     return u.to(dtype), v.view(rank, n).to(dtype)
 
 

@@ -12,19 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Added",
-    "AddedTerms",
-    "add_low_rank",
-    "added",
-    "autocasts",
-    "base_product",
-    "cast",
-    "compute_dtype",
-    "product_of",
-    "without_autocast",
-]
-
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """`dtype`, or autocast's where it is on, which leaves float64 alone."""
@@ -76,9 +63,9 @@ class AddedTerms:
         weight: makes W (m, n), such as W0 + ε, from the stored weight or from None; None if there is no such product.
             It is called in forward and again in backward, so that W lives during each of its two products alone.
         in_place: whether the output that is given may be written to.
-        queries: of each term, the `GraphQuery` that is told ``⟨G, s_k·B_k·A_k⟩`` in backward, or None; empty for none.
-        noise: whom the same is told of a noise in `weight`, and what makes it of x (T, n) and ∂L/∂out (T, m).
-        for_telling: whether x requires a gradient for these alone, and gets none.
+        handles: of each term, the `LayerHandle` that records ``⟨G, s_k·B_k·A_k⟩`` in backward, or None; empty for none.
+        noise: the handle of each noise in `weight`, and what makes the same of x (T, n) and ∂L/∂out (T, m).
+        skip_input_grad: x requires a gradient only so that backward runs and records, and gets none.
     """
 
     dtype: torch.dtype
@@ -87,28 +74,28 @@ class AddedTerms:
     grad_scale: tuple[float, ...] = ()
     weight: Callable[[Tensor | None], Tensor] | None = None
     in_place: bool = False
-    queries: tuple[Any, ...] = ()
+    handles: tuple[Any, ...] = ()
     noise: tuple[tuple[Any, Callable[[Tensor, Tensor], Tensor]], ...] = ()
-    for_telling: bool = False
+    skip_input_grad: bool = False
 
     @property
-    def tells(self) -> bool:
-        return any(query is not None for query in self.queries)
+    def records(self) -> bool:
+        return any(handle is not None for handle in self.handles)
 
-    def tell(self, h: Tensor, g: Tensor, learned: Sequence[int]) -> None:
-        """Tells of each term that is asked for the traces that add up to ``⟨G, s·B·A⟩``: of ``hᵀ·g``, its columns."""
-        if self.tells and h.dtype == torch.float16:  # in which a scaled loss's sum would overflow
+    def record(self, h: Tensor, g: Tensor, learned: Sequence[int]) -> None:
+        """Records ``⟨G, s·B·A⟩`` of each term with a handle: as ``hᵀ·g`` of its columns, whose trace it is."""
+        if self.records and h.dtype == torch.float16:  # in which a scaled loss's sum would overflow
             h, g = h.float(), g.float()
         start = 0
-        for query, rank in zip(self.queries, self.ranks(learned), strict=False):
-            if query is not None:
-                query.tell(h.narrow(1, start, rank).t() @ g.narrow(1, start, rank))
+        for handle, rank in zip(self.handles, self.ranks(learned), strict=False):
+            if handle is not None:
+                handle.record(h.narrow(1, start, rank).t() @ g.narrow(1, start, rank))
             start += rank
 
-    def tell_of_noise(self, x: Tensor, g: Tensor) -> None:
+    def record_noise(self, x: Tensor, g: Tensor) -> None:
         """The same of Gaussian draws, each by a product of its own."""
-        for query, rise in self.noise:
-            query.tell(rise(x.reshape(-1, x.shape[-1]), g))
+        for handle, rise in self.noise:
+            handle.record(rise(x.reshape(-1, x.shape[-1]), g))
 
     def factors(self, learned: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """All terms as one, but for their scalings: the factors A (R, n) and B (m, R), the learned ones first."""
@@ -148,9 +135,9 @@ def added(
         ranks = plan.ranks(_ranks(learned))
         b = torch.cat([B * s for B, s in zip(b.split(ranks, 1), plan.scalings, strict=True)], 1)
         h = x.to(plan.dtype) @ a.t()
-        if plan.tells:
-            parts = zip(h.split(ranks, -1), plan.queries, strict=True)
-            h = torch.cat([part if query is None else query.watched(part) for part, query in parts], -1)
+        if plan.records:
+            parts = zip(h.split(ranks, -1), plan.handles, strict=True)
+            h = torch.cat([part if handle is None else handle.recorded(part) for part, handle in parts], -1)
         out = out + (h @ b.t()).to(out.dtype)
     return out
 
@@ -198,7 +185,7 @@ class Added(torch.autograd.Function):
             ctx.mark_dirty(out)
         # The adapters' own parameters are kept to be looked at: autograd refuses them if they have moved since.
         trained = any(ctx.needs_input_grad[5:])
-        kept = (x if trained or plan.noise else None, h if trained or plan.tells else None)
+        kept = (x if trained or plan.noise else None, h if trained or plan.records else None)
         ctx.save_for_backward(weight, a, b, *kept, *learned)
         return result
 
@@ -207,14 +194,14 @@ class Added(torch.autograd.Function):
         if torch.is_grad_enabled():  # `create_graph`
             return _differentiable(ctx, grad)
         weight, a, b, x, h, *learned = ctx.saved_tensors
-        plan, of_x = ctx.plan, ctx.needs_input_grad[2] and not ctx.plan.for_telling
+        plan, of_x = ctx.plan, ctx.needs_input_grad[2] and not ctx.plan.skip_input_grad
         g = grad.reshape(-1, grad.shape[-1])
         grad_x = None
         grads: list[Tensor | None] = [None] * (2 * len(ctx.ranks))
         with without_autocast(grad.device):
             grad_bias = g.sum(0) if ctx.needs_input_grad[4] else None
             if plan.noise:
-                plan.tell_of_noise(x, g)
+                plan.record_noise(x, g)
             if of_x and plan.weight is not None:
                 W = plan.weight(weight)
                 grad_x = cast(g, W.dtype) @ W
@@ -222,7 +209,7 @@ class Added(torch.autograd.Function):
             if a is not None:
                 g = cast(g, a.dtype)
                 gh = g @ b
-                plan.tell(h, gh, ctx.ranks)
+                plan.record(h, gh, ctx.ranks)
                 plan.scale(gh, ctx.ranks)
                 if of_x and grad_x is None:
                     grad_x = gh @ a
@@ -251,15 +238,15 @@ def _differentiable(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     with torch.no_grad(), without_autocast(grad.device):
         g = grad.reshape(-1, grad.shape[-1])
         if ctx.plan.noise:
-            ctx.plan.tell_of_noise(x, g)
-        if ctx.plan.tells:
-            ctx.plan.tell(h, cast(g, a.dtype) @ b, ctx.ranks)
+            ctx.plan.record_noise(x, g)
+        if ctx.plan.records:
+            ctx.plan.record(h, cast(g, a.dtype) @ b, ctx.ranks)
     if x is None:  # of whose values its own gradient does not depend
         x = torch.zeros(ctx.x_shape, dtype=ctx.x_dtype, device=grad.device, requires_grad=True)
     places = [i for i, needed in enumerate(ctx.needs_input_grad) if needed and i not in (1, 3, 4)]
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     with without_autocast(grad.device):
-        out = added(replace(ctx.plan, queries=()), torch.zeros_like(grad), x, weight, None, *learned)
+        out = added(replace(ctx.plan, handles=()), torch.zeros_like(grad), x, weight, None, *learned)
         inputs = [x if i == 2 else learned[i - 5] for i in places]
         found = torch.autograd.grad(out, inputs, grad.to(out.dtype), create_graph=True) if inputs else ()
     for i, one in zip(places, found, strict=True):

@@ -14,8 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["noisy_weight"]
-
 _LANES = 256  # counters of a program; ε does not depend on it
 
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from .base import BaseWeight, full_tensor
 
-__all__ = ["Adapter", "NotLinear", "Reader", "block_factors", "stored_blocks"]
-
 
 @dataclass(frozen=True)
 class Adapter:
@@ -55,10 +53,10 @@ class Adapter:
     @property
     def has_grads(self) -> bool:
         """Whether A or B has a gradient of this layer alone, and neither lacks one that it requires."""
-        return any(self.told) and all(param.grad is not None or not param.requires_grad for param in self.params)
+        return any(self.has_own_grads) and all(p.grad is not None or not p.requires_grad for p in self.params)
 
     @property
-    def told(self) -> tuple[bool, bool]:
+    def has_own_grads(self) -> tuple[bool, bool]:
         """Whether A, and B, has a gradient that is this layer's alone."""
         A, B = self.A_param, self.B_param
         if A is None or B is None:
@@ -126,9 +124,7 @@ class Reader(ABC):
     def of(self, module: Any) -> Reader:
         """The reader of this one layer, where layers of the kind differ; the methods below are called on it.
 
-        Raises:
-            NotLinear: its adapters are of another kind.
-            ValueError: it looks like a layer of this kind but computes something else.
+        `NotLinear` if its adapters are of another kind; ValueError if it computes something else than it should.
         """
         return self
 

@@ -13,18 +13,6 @@ from torch import Tensor, nn
 
 from ..kernels.low_rank import autocasts
 
-__all__ = [
-    "OFFLOADED",
-    "BaseWeight",
-    "FloatBase",
-    "OpaqueBase",
-    "corner",
-    "full_tensor",
-    "hooked",
-    "stacked_row_sq",
-    "sum_dtype",
-]
-
 _BLOCK = 1 << 22  # elements of a base weight that are upcast at a time
 _CPU_BLOCK = 1 << 18  # on a CPU, in whose cache they stay
 OFFLOADED = (
@@ -77,20 +65,14 @@ def corner(tensor: Tensor) -> bytes | None:
 
 def hooked(module: nn.Module) -> bool:
     """Whether a module has forward or backward hooks, or a `forward` of its own on the instance."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    in_forward = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return bool(in_forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def stacked_row_sq(bases: Sequence[BaseWeight]) -> Tensor:
     """``‖W0_i‖²`` (L, m) of bases of one shape on one device, in `sum_dtype`.
 
-    A CPU widens its weights block by block, in cache. Elsewhere launches are what counts: one for each base, and two
-    for all of them.
+    A CPU widens its weights block by block, in cache. Elsewhere launches count: one for each base, two for all.
     """
     device = bases[0].device
     if device.type == "cpu":
@@ -104,14 +86,13 @@ class BaseWeight(ABC):
     `flatlora.layers.bases.base_weight` chooses the class for a layer. Call it whenever the weight is needed and do not
     keep the result: bitsandbytes quantises a weight on the first `.to()`, and torchao replaces the tensor.
 
-    Attributes:
-        kind: ``"float"``, ``"4bit"`` or ``"8bit"`` (bitsandbytes), or ``"opaque"`` for a layer that can only be called.
+    Args:
         module: the layer.
         shape: (m, n).
         transposed: whether the layer stores its weight as (n, m), as `Conv1D` does.
     """
 
-    kind: ClassVar[Literal["float", "4bit", "8bit", "opaque"]]
+    kind: ClassVar[Literal["float", "4bit", "8bit", "opaque"]]  # opaque: it can only be called
 
     def __init__(self, module: nn.Module, shape: tuple[int, int], transposed: bool):
         self.module: Any = module
@@ -186,10 +167,7 @@ class BaseWeight(ABC):
     def write(self, weight: Tensor) -> None:
         """Makes `weight` (m, n) the layer's weight, stored as the old one: transposed, rounded or quantised.
 
-        The layer gets a new parameter; other holders keep the old one.
-
-        Raises:
-            ValueError: `weight` has another shape, or this kind of weight can't be written; nothing has changed.
+        The layer gets a new parameter; other holders keep the old one. A ValueError changes nothing.
         """
         if tuple(weight.shape) != tuple(self.shape):
             raise ValueError(
@@ -231,7 +209,7 @@ class BaseWeight(ABC):
 
     def _row_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Consecutive blocks of rows in `dtype`, none larger than a fixed number of elements."""
-        weight = self.dense(torch.float32)
+        weight = self.dense(self.stored_dtype or torch.float32)
         for rows in self._row_slices():
             yield weight[rows].to(dtype)
 
@@ -280,12 +258,10 @@ class FloatBase(BaseWeight):
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
-        dtype: torch.dtype = self.module.weight.dtype
-        return dtype
+        return self.module.weight.dtype
 
     def float_weight(self) -> Tensor:
-        weight: Tensor = self.module.weight
-        return weight.t() if self.transposed else weight
+        return self.module.weight.t() if self.transposed else self.module.weight
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return full_tensor(self.float_weight().detach()).to(dtype)
@@ -306,11 +282,6 @@ class FloatBase(BaseWeight):
             return super().apply_rows(x, columns)
         factors = self.dense(x.dtype)[:, columns], x.t()
         return torch.mm(*factors, out_dtype=torch.float32) if self.mixes else torch.mm(*factors)
-
-    def _row_blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        weight = full_tensor(self.float_weight().detach())
-        for rows in self._row_slices():
-            yield weight[rows].to(dtype)
 
 
 class OpaqueBase(BaseWeight):
@@ -348,10 +319,9 @@ class OpaqueBase(BaseWeight):
         )
 
     def row_sq(self) -> Tensor:
-        dtype = sum_dtype(self.device)
-        total = torch.zeros(self.shape[0], dtype=dtype, device=self.device)
+        total = torch.zeros(self.shape[0], dtype=sum_dtype(self.device), device=self.device)
         for columns in self._columns():
-            total += columns.to(dtype).square().sum(1)
+            total += columns.to(total.dtype).square().sum(1)
         return total
 
     def apply_rows(self, x: Tensor, columns: slice = slice(None)) -> Tensor:
@@ -368,7 +338,7 @@ class OpaqueBase(BaseWeight):
             yield self.apply_rows(units)
 
     def _dtype(self) -> torch.dtype | None:
-        """The dtype that the layer computes in, if its tensors or its `compute_dtype` (HQQ) tell."""
+        """The dtype that the layer computes in, if its tensors or its `compute_dtype` (HQQ) say so."""
         for tensor in self._tensors():
             if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
                 return tensor.dtype

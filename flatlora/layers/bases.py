@@ -12,9 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .base import BaseWeight, FloatBase, OpaqueBase
 from .bnb import Bnb4bitBase, Bnb8bitBase
-from .probe import at_hand, orientation
-
-__all__ = ["BASES", "Known", "base_weight", "linear_base"]
+from .probe import orientation, readable
 
 # The first class that recognises a weight reads it.
 BASES: tuple[type[BaseWeight], ...] = (Bnb4bitBase, Bnb8bitBase, FloatBase, OpaqueBase)
@@ -47,7 +45,7 @@ def base_weight(
 
 
 def _trusted(module: Any, weight: Any) -> bool:
-    """Whether the layer multiplies by its weight, as far as its class tells.
+    """Whether the layer multiplies by its weight, as far as its class says.
 
     bitsandbytes' layers can't be tried before they are quantised, nor any layer whose values are elsewhere (FSDP).
     """
@@ -55,7 +53,7 @@ def _trusted(module: Any, weight: Any) -> bool:
         return True
     if not FloatBase(module, (0, 0), False).plain:
         return False
-    return not ("forward" in module.__dict__ or module._forward_pre_hooks) or not at_hand(weight)
+    return not ("forward" in module.__dict__ or module._forward_pre_hooks) or not readable(weight)
 
 
 def linear_base(module: Any) -> BaseWeight | None:

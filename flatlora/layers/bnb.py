@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from .base import BaseWeight
 
-__all__ = ["Bnb4bitBase", "Bnb8bitBase", "TrainingLayout", "hold_training_layout"]
-
 
 def _loaded() -> Any:
     """`bitsandbytes.nn` if it has been imported, else None: then no layer is of its kind."""
@@ -46,8 +44,7 @@ class Bnb4bitBase(BaseWeight):
 
     @property
     def stored_dtype(self) -> torch.dtype | None:
-        dtype: torch.dtype = _quant_state(self.module, self.module.weight).dtype
-        return dtype
+        return self._state.dtype
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
@@ -88,10 +85,8 @@ class Bnb8bitBase(BaseWeight):
 
     @staticmethod
     def reads(module: nn.Module, weight: Any) -> bool:
-        if not isinstance(weight, Tensor) or weight.dtype != torch.int8:
-            return False
-        bnb = _loaded()
-        return bnb is not None and isinstance(module, bnb.Linear8bitLt)
+        is_int8 = isinstance(weight, Tensor) and weight.dtype == torch.int8
+        return is_int8 and (bnb := _loaded()) is not None and isinstance(module, bnb.Linear8bitLt)
 
     @property
     def plain(self) -> bool:
@@ -117,8 +112,6 @@ class Bnb8bitBase(BaseWeight):
         scale = state.SCB if getattr(state, "SCB", None) is not None else self.module.weight.SCB
         return scale.float() / 127
 
-
-# --- the layout of 4-bit weights ----------------------------------------------------------------------------------
 
 _REPACKS = "support_avx512bf16_for_cpu"  # the attribute by which bitsandbytes decides
 

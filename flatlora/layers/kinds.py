@@ -16,8 +16,6 @@ from .base import BaseWeight, full_tensor
 from .bases import base_weight, linear_base
 from .plain import PlainLoRA
 
-__all__ = ["READERS", "OwnGraLoRA", "PeftGraLoRA", "PeftLoRA", "reader_of"]
-
 
 class _Peft(Reader):
     """What all of PEFT's layers have in common."""

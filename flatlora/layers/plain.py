@@ -15,10 +15,8 @@ from .adapter import Adapter, NotLinear, Reader
 from .base import BaseWeight
 from .bases import linear_base
 from .bnb import Bnb4bitBase
-from .forms import SWITCHES, Form, child_of, factor_of, fitting, is_switch, own_base, place_of, scale_of
-from .probe import at_hand
-
-__all__ = ["PlainLoRA"]
+from .probe import readable
+from .specs import SWITCHES, LayerSpec, child_of, factor_of, is_switch, matching_spec, own_base, place_of, scale_of
 
 _PAIRS = (("lora_A", "lora_B"), ("lora_a", "lora_b"), ("lora_down", "lora_up"))
 _BRANCH_PAIRS = (*_PAIRS, ("A", "B"))  # of a child with "lora" in its name
@@ -33,8 +31,8 @@ _READ: WeakKeyDictionary[nn.Module, tuple[Any, PlainLoRA]] = WeakKeyDictionary()
 class PlainLoRA(Reader):
     """Modules with one pair of factors, parameters or `nn.Linear` modules, or with a child that holds the pair."""
 
-    def __init__(self, form: Any = None):
-        self.form: Form = form  # None in the table of readers
+    def __init__(self, spec: Any = None):
+        self.spec: LayerSpec = spec  # None in the table of readers
         self._number: tuple[int, int, float] | None = None
 
     def reads(self, module: nn.Module) -> bool:
@@ -47,21 +45,21 @@ class PlainLoRA(Reader):
         factors = [_stored(holder, factor) for factor in pair]
         base_name = _base_name(module, holder)
         base = child_of(module, base_name)
-        look = [tuple(factor.shape) for factor in factors], getattr(getattr(base, "weight", None), "shape", None)
+        shapes = [tuple(factor.shape) for factor in factors], getattr(getattr(base, "weight", None), "shape", None)
         known = _READ.get(module)
-        if known is not None and known[0] == look:
+        if known is not None and known[0] == shapes:
             return known[1]
-        forms = _forms(module, name, pair, factors, base_name)
-        if not at_hand(*factors, *base.parameters()):
-            return PlainLoRA(forms[0])  # it can't be called: as the shapes have it
-        form = fitting(module, forms)
-        down = getattr(holder, form.down)
+        specs = _specs(module, name, pair, factors, base_name)
+        if not readable(*factors, *base.parameters()):
+            return PlainLoRA(specs[0])  # it can't be called, so its shapes decide
+        spec = matching_spec(module, specs)
+        down = getattr(holder, spec.down)
         if isinstance(down, nn.Linear) and down.bias is not None:
             raise ValueError(
-                f"its {form.down} has a bias, which adds to the gradient of {form.up}; build it with bias=False"
+                f"its {spec.down} has a bias, which adds to the gradient of {spec.up}; build it with bias=False"
             )
-        reader = PlainLoRA(form)
-        _READ[module] = look, reader
+        reader = PlainLoRA(spec)
+        _READ[module] = shapes, reader
         return reader
 
     def parts(self, module: Any) -> Iterable[nn.Module]:
@@ -69,7 +67,7 @@ class PlainLoRA(Reader):
         return (child_of(module, holder),) if holder else ()
 
     def base(self, module: Any) -> BaseWeight:
-        return own_base(module, self.form)
+        return own_base(module, self.spec)
 
     def enabled(self, module: Any) -> bool:
         own, cls = module.__dict__, type(module)  # faster than getattr for attributes that a module does not have
@@ -84,11 +82,11 @@ class PlainLoRA(Reader):
         return ("default",) if is_switch(merged) and merged else ()
 
     def adapters(self, module: Any, name: str, shape: tuple[int, int]) -> list[Adapter]:
-        form = self.form
-        holder = child_of(module, form.holder)
-        params = factor_of(holder, form.down), factor_of(holder, form.up)
-        A, B = (param.t() if turned else param for param, turned in zip(params, form.turned, strict=True))
-        scaling = self._scaling(scale_of(module, form)) / A.shape[0] ** form.scale[2]
+        spec = self.spec
+        holder = child_of(module, spec.holder)
+        params = factor_of(holder, spec.down), factor_of(holder, spec.up)
+        A, B = (p.t() if transposed else p for p, transposed in zip(params, spec.factors_transposed, strict=True))
+        scaling = self._scaling(scale_of(module, spec)) / A.shape[0] ** spec.scale[2]
         return [Adapter(name, A, B, scaling, None, None, *params)]
 
     def _scaling(self, value: Any) -> float:
@@ -100,9 +98,6 @@ class PlainLoRA(Reader):
         if self._number is None or value.device.type == "cpu" or self._number[:2] != (id(value), value._version):
             self._number = id(value), value._version, float(value.detach())
         return self._number[2]
-
-
-# --- the parts of a layer --------------------------------------------------------------------------------------------
 
 
 def _pair(module: Any, pairs: Iterable[tuple[str, str]]) -> tuple[str, str] | None:
@@ -174,21 +169,19 @@ def _stored(holder: Any, name: str) -> Tensor:
     return store[key]
 
 
-# --- the ways to read a layer ----------------------------------------------------------------------------------------
-
-
 def _shapes(module: Any, name: str) -> list[tuple[tuple[int, int], bool]]:
     """What (m, n) of the base may be, and whether it is stored as (n, m)."""
     base = child_of(module, name)
     if isinstance(base, _ConvNd | nn.Embedding):
         raise NotLinear(f"a {type(base).__name__}")
     weight: Any = getattr(base, "weight", None)
-    readable = isinstance(weight, Tensor) and weight.dim() == 2 and not Bnb4bitBase.reads(base, weight)
+    stored = isinstance(weight, Tensor) and weight.dim() == 2 and not Bnb4bitBase.reads(base, weight)
     m, n = getattr(base, "out_features", None), getattr(base, "in_features", None)
     if m is not None and n is not None:
-        turned = [False, True] if readable and m == n and not name else [readable and tuple(weight.shape) != (m, n)]
-        return [((m, n), each) for each in turned]
-    if not readable:
+        if stored and m == n and not name:
+            return [((m, n), False), ((m, n), True)]
+        return [((m, n), stored and tuple(weight.shape) != (m, n))]
+    if not stored:
         raise NotLinear(f"a base, a {type(base).__name__}, that does not say its in_features and out_features")
     known = linear_base(base) if name and _linear_class(base) else None
     if known is not None:
@@ -197,7 +190,7 @@ def _shapes(module: Any, name: str) -> list[tuple[tuple[int, int], bool]]:
 
 
 def _scales(module: Any, holder: str) -> list[tuple[str, str, float]]:
-    """The attributes that may be the scale, as in `Form`."""
+    """The attributes that may be the scale, as in `LayerSpec`."""
     found = []
     for name, powers in _SCALES.items():
         for owner in dict.fromkeys((holder, "")):
@@ -208,18 +201,18 @@ def _scales(module: Any, holder: str) -> list[tuple[str, str, float]]:
     return found
 
 
-def _forms(module: Any, holder: str, pair: tuple[str, str], factors: list[Tensor], base_name: str) -> list[Form]:
+def _specs(module: Any, holder: str, pair: tuple[str, str], factors: list[Tensor], base_name: str) -> list[LayerSpec]:
     """All ways to read it that its shapes allow, the likely ones first; ValueError if there is none."""
     shapes = _shapes(module, base_name)
     scales = _scales(module, holder)
     sized = dict(zip(pair, (tuple(factor.shape) for factor in factors), strict=True))
-    turns = list(product((False, True), repeat=2))
+    orders = list(product((False, True), repeat=2))
     fits = []
-    for ((m, n), transposed), (down, up), turned in product(shapes, (pair, pair[::-1]), turns):
-        r, width = sized[down][::-1] if turned[0] else sized[down]
-        height, q = sized[up][::-1] if turned[1] else sized[up]
+    for ((m, n), transposed), (down, up), factors_transposed in product(shapes, (pair, pair[::-1]), orders):
+        r, width = sized[down][::-1] if factors_transposed[0] else sized[down]
+        height, q = sized[up][::-1] if factors_transposed[1] else sized[up]
         if (width, height, r) == (n, m, q):
-            fits.append((holder, down, up, turned, base_name, transposed, (m, n)))
+            fits.append((holder, down, up, factors_transposed, base_name, transposed, (m, n)))
     if not fits:
         (m, n), _ = shapes[0]
         found = " and ".join(f"{name} {shape}" for name, shape in sized.items())
@@ -229,4 +222,4 @@ def _forms(module: Any, holder: str, pair: tuple[str, str], factors: list[Tensor
             f"it holds {pair[0]} and {pair[1]} but does not say how they are scaled; give it a number as attribute "
             "`scaling` (or `alpha`, for alpha / r)"
         )
-    return [Form(*fit, scale) for scale in scales for fit in fits]
+    return [LayerSpec(*fit, scale) for scale in scales for fit in fits]

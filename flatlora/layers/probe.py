@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from ..kernels.low_rank import without_autocast
 from .bnb import hold_training_layout
 
-__all__ = ["asked", "at_hand", "inputs", "linear_part", "misses", "numbers", "orientation"]
-
 _ROWS = 3  # of random numbers in `inputs`
 
 
-def at_hand(*tensors: Any) -> bool:
+def readable(*tensors: Any) -> bool:
     """Whether all values can be read: no tensor is on the meta device, sharded (FSDP, ZeRO) or fake."""
     return not any(
         t.is_meta or hasattr(t, "full_tensor") or not t.numel() or type(t).__name__ == "FakeTensor" for t in tensors
@@ -52,8 +50,8 @@ def misses(found: Tensor, expected: Tensor) -> float:
 
 
 @contextmanager
-def asked(module: nn.Module) -> Iterator[None]:
-    """Within the context a layer computes as in evaluation; its attributes and random streams are restored after it."""
+def probing(module: nn.Module) -> Iterator[None]:
+    """Within the context a layer computes as in evaluation; attributes and random streams are restored after it."""
     device = next((t.device for t in chain(module.parameters(), module.buffers())), torch.device("cpu"))
     on_cpu = device.type in ("cpu", "meta")
     streams = torch.random.fork_rng(
@@ -74,8 +72,6 @@ def asked(module: nn.Module) -> Iterator[None]:
         layout.release()
 
 
-# --- a base's weight -------------------------------------------------------------------------------------------------
-
 _ORIENTATIONS: WeakKeyDictionary[nn.Module, tuple[Any, bool | None]] = WeakKeyDictionary()
 
 
@@ -85,12 +81,12 @@ def orientation(module: nn.Module, weight: Tensor) -> bool | None:
     None where it computes something else (it scales, unpacks or rounds what it stores) or its values are elsewhere.
     A module is called once for each class, shape and dtype of its weight.
     """
-    form = type(module), weight.shape, weight.dtype, "forward" in module.__dict__
+    key = type(module), weight.shape, weight.dtype, "forward" in module.__dict__
     known = _ORIENTATIONS.get(module)
-    if known is None or known[0] != form:
-        if not at_hand(weight):
+    if known is None or known[0] != key:
+        if not readable(weight):
             return None
-        known = _ORIENTATIONS[module] = form, _find_orientation(module, weight)
+        known = _ORIENTATIONS[module] = key, _find_orientation(module, weight)
     return known[1]
 
 
@@ -100,7 +96,7 @@ def _find_orientation(module: Any, weight: Tensor) -> bool | None:
     for transposed, stored in ((False, weight), (True, weight.t())):
         x = inputs(stored.shape[1]).to(weight.device, weight.dtype)
         try:
-            with asked(module):
+            with probing(module):
                 y, expected = module(x), x @ stored.t()
         except Exception:  # whatever its forward raises for inputs that it does not expect
             continue

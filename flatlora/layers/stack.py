@@ -21,8 +21,6 @@ from .adapter import Adapter
 from .base import BaseWeight, full_tensor, stacked_row_sq
 from .view import LoRALayer
 
-__all__ = ["BaseNorms", "Stack", "by_block", "chunks", "row_dot", "stacks", "weight_sq"]
-
 _T = TypeVar("_T")
 
 _MOST = 1 << 24  # elements of the adapters that are computed together
@@ -31,7 +29,7 @@ _CPU_MOST = 1 << 19  # on a CPU, in whose cache they stay
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers of one form, and the adapters of each: the same number, of the same shapes and scalings."""
+    """Alike layers, and the adapters of each: the same number, of the same shapes and scalings."""
 
     layers: list[LoRALayer]
     adapters: list[list[Adapter]]
@@ -48,18 +46,19 @@ def chunks(group: list[_T], elements: int, device: torch.device) -> Iterator[lis
 
 
 def stacks(layers: Iterable[LoRALayer], known: Mapping[str, list[Adapter]] | None = None) -> Iterator[Stack]:
-    """Layers of one form together, in `chunks`; with the adapters in `known` by layer, else those they add now."""
+    """Alike layers together, in `chunks`; with the adapters in `known` by layer, else those they add now."""
     alike: dict[tuple, list[tuple[LoRALayer, list[Adapter]]]] = {}
     read = [(layer, layer.adapters() if known is None else known[layer.name]) for layer in layers]
     for layer, adapters in _with_shared(read):
-        forms = tuple(
-            (a.name, a.k, a.rank, a.scaling, a.A.dtype, a.magnitude is None, a.has_grads, a.told) for a in adapters
+        kinds = tuple(
+            (a.name, a.k, a.rank, a.scaling, a.A.dtype, a.magnitude is None, a.has_grads, a.has_own_grads)
+            for a in adapters
         )
         device = adapters[0].A.device if adapters else layer.base.device
-        alike.setdefault((layer.shape, device, layer.names, forms), []).append((layer, adapters))
-    for (shape, device, _, forms), group in alike.items():
+        alike.setdefault((layer.shape, device, layer.names, kinds), []).append((layer, adapters))
+    for (shape, device, _, kinds), group in alike.items():
         refuse_capture(device)
-        for part in chunks(group, sum(shape) * sum(rank for _, _, rank, *_ in forms), device):
+        for part in chunks(group, sum(shape) * sum(rank for _, _, rank, *_ in kinds), device):
             yield Stack([layer for layer, _ in part], [adapters for _, adapters in part])
 
 
@@ -93,7 +92,7 @@ class BaseNorms:
         return torch.stack([row for row in rows if row is not None])
 
     def _look_up(self, layer: LoRALayer, base: BaseWeight) -> Tensor | None:
-        """What is known and still so."""
+        """What is known and has not changed."""
         former, known = self._known.pop(layer.name, (None, None))
         version = base.version or former  # a sharded weight has one within its own forward alone
         written = former is not None and version != former

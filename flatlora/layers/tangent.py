@@ -11,8 +11,6 @@ from torch import Tensor
 from .base import sum_dtype
 from .stack import BaseNorms, Stack, by_block, row_dot, stacked_blocks, weight_sq
 
-__all__ = ["Factors", "Projection", "product_sq", "project", "update_sq"]
-
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -86,7 +84,7 @@ def project(stack: Stack, norms: BaseNorms) -> Projection | None:
         c_k, d_k = (
             grad.to(dtype).view_as(factor).div_(same[0].scaling) for grad, factor in zip(grads, (a_k, b_k), strict=True)
         )
-        has_c, has_d = same[0].told
+        has_c, has_d = same[0].has_own_grads
         if not has_c:
             b_k, c_k = torch.zeros_like(b_k), torch.zeros_like(c_k)
         if not has_d:

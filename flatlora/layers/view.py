@@ -19,9 +19,7 @@ from .adapter import Adapter, NotLinear, Reader
 from .base import OFFLOADED, BaseWeight, hooked
 from .bases import base_weight
 from .kinds import reader_of
-from .probe import at_hand
-
-__all__ = ["LoRALayer", "fusable", "lora_layers", "plain_name", "refuse_fsdp1"]
+from .probe import readable
 
 logger = logging.getLogger("flatlora")
 
@@ -46,8 +44,7 @@ class LoRALayer:
     """
 
     def __init__(self, name: str, module: nn.Module, base: BaseWeight, names: frozenset[str]):
-        # A module's kind does not change, and finding it takes longer than the rest of `adapters()`.
-        reader = reader_of(module)
+        reader = reader_of(module)  # once, as it takes longer than the rest of `adapters()`
         if reader is None:
             raise ValueError(f"module {name!r}, a {type(module).__name__}, holds no adapters that can be read")
         self.name = name
@@ -57,7 +54,7 @@ class LoRALayer:
         self.is_peft = reader.is_peft
         self._reader = reader.of(module)
         # An opaque base whose values are elsewhere could not be tried yet.
-        untried = base.kind == "opaque" and not at_hand(*base.module.parameters())
+        untried = base.kind == "opaque" and not readable(*base.module.parameters())
         self._known = None if untried else (type(base.module).forward, base.kind == "float")
         self._base = base.module, base.shape, base.transposed
 
@@ -117,6 +114,11 @@ class LoRALayer:
         return f"LoRALayer({self.name!r}, {n} -> {m}, {self.base.kind} base, adapters {sorted(self.names)})"
 
 
+def seen_through(layer: LoRALayer, names: Iterable[str]) -> LoRALayer:
+    """The same layer, with these names for the adapters asked for."""
+    return LoRALayer(layer.name, layer.module, layer.base, frozenset(names))
+
+
 def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) -> list[LoRALayer]:
     """Finds every adapted linear layer of a model.
 
@@ -135,7 +137,7 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
     - says so while its adapter is off, by `enabled` = False, `disable_adapters` = True or `disabled` = True, and while
       it is folded into the base weight, by `merged` = True. It is left alone for as long.
 
-    Each such layer is called once with random numbers for A and B, which tells the order of the factors and what is
+    Each such layer is called once with random numbers for A and B, which shows the order of the factors and what is
     stored transposed. It is then as before.
 
     The gradient of a factor that several layers share is a sum over them; GGPO and LoRASAM use the other factor's.
@@ -153,10 +155,18 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
             model between passes, a model that FSDP1 or DeepSpeed's ZeRO stage 3 shards.
     """
     refuse_fsdp1(checks.module(model))
-    wanted = None if adapter is None else {adapter} if isinstance(adapter, str) else set(adapter)
-    found, skipped, known = _search(model, wanted)
-    if wanted is not None and not wanted <= known:
-        raise ValueError(f"unknown adapter {sorted(wanted - known)}; the model has {sorted(known) or 'no adapters'}")
+    modules = _adapter_modules(model)
+    wanted = checks.adapters(adapter, {name for _, module, reader in modules for name in reader.names(module)})
+    found, skipped = [], []
+    for name, module, reader in modules:
+        if names := wanted.intersection(reader.names(module)):
+            try:
+                found.append(_read(name, module, reader.of(module), names))
+            except NotLinear as reason:
+                skipped.append(f"{name} ({reason})")
+            except ValueError as error:
+                raise ValueError(f"layer {name!r}, a {type(module).__name__}: {error}") from error.__cause__
+    _refuse_shared(found)
     if not found:
         others = f" (adapters that are not linear layers: {checks.some(skipped)})" if skipped else ""
         raise ValueError(
@@ -164,7 +174,7 @@ def lora_layers(model: nn.Module, adapter: str | Iterable[str] | None = None) ->
             "peft.get_peft_model(model, LoraConfig(target_modules='all-linear'))"
         )
     if skipped:
-        _tell_once(f"left alone, as their adapters are not linear layers: {checks.some(skipped)}")
+        _warn_once(f"left alone, as their adapters are not linear layers: {checks.some(skipped)}")
     return found
 
 
@@ -179,35 +189,16 @@ def refuse_fsdp1(model: nn.Module) -> None:
         )
 
 
-def _search(model: nn.Module, wanted: set[str] | None) -> tuple[list[LoRALayer], list[str], set[str]]:
-    """The layers with a wanted adapter, descriptions of those that are left out, and all adapters' names."""
-    found: list[LoRALayer] = []
-    skipped: list[str] = []
-    known: set[str] = set()
-    taken: set[str] = set()
+def _adapter_modules(model: nn.Module) -> list[tuple[str, nn.Module, Reader]]:
+    """The adapter layers by name, with their readers."""
+    found: dict[str, tuple[nn.Module, Reader]] = {}
     parts: set[nn.Module] = set()
     for raw_name, module in model.named_modules():
-        reader = None if module in parts else reader_of(module)
-        if reader is None:
-            continue
-        parts.update(reader.parts(module))
-        name, available = plain_name(raw_name), set(reader.names(module))
-        name = raw_name if name in taken else name  # `module.fc` beside `fc`
-        taken.add(name)
-        known |= available
-        names = available if wanted is None else available & wanted
-        if not names:
-            continue
-        try:
-            layer = _read(name, module, reader.of(module), names)
-        except NotLinear as reason:
-            skipped.append(f"{name} ({reason})")
-            continue
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}, a {type(module).__name__}: {error}") from error.__cause__
-        found.append(layer)
-    _refuse_shared(found)
-    return found, skipped, known
+        if module not in parts and (reader := reader_of(module)) is not None:
+            parts.update(reader.parts(module))
+            name = plain_name(raw_name)
+            found[raw_name if name in found else name] = module, reader  # `module.fc` beside `fc`
+    return [(name, *pair) for name, pair in found.items()]
 
 
 def _read(name: str, module: nn.Module, reader: Reader, names: set[str]) -> LoRALayer:
@@ -249,7 +240,7 @@ def _refuse_shared(layers: list[LoRALayer]) -> None:
 
 
 @functools.cache
-def _tell_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     logger.warning(message)
 
 

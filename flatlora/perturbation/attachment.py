@@ -1,12 +1,12 @@
-"""What perturbs a model, how it is put on layers, and how it is taken off.
+"""How a source is put on layers, and taken off again.
 
-`PerturbedForward` stands in for a layer's `forward` on the instance: it asks which of the attached sources act on this
-pass (`passes.py`), and adds the ε that they give to the layer's product (`products.py`). No weight is ever written to.
+`PerturbedForward` stands in for a layer's `forward` on the instance. It finds which of the attached sources perturb
+this pass (`passes.py`), and adds their ε to the layer's product (`products.py`). No weight is ever written to.
 
-Compiled. `torch.compile` traces it like any forward, into plain operations in place of this library's autograd
-functions; whether a layer is perturbed is a matter of its mode and its adapters, on which the graph has guards. What
-changes from step to step is asked for by operators when the graph runs, and so is, in a graph that records no
-gradients, whether a checkpoint runs it. torch.func's transforms take the same path.
+`torch.compile` traces it like any forward, into plain operations in place of this library's autograd functions. Whether
+a layer is perturbed depends on its mode and its adapters, which the graph guards. What changes from step to step comes
+from operators when the graph runs; in a graph that records no gradients, so does whether a checkpoint runs it.
+torch.func's transforms take the same path.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .. import checks
 from ..kernels import operators
 from ..kernels.draw import Draw, refuse_capture
-from ..kernels.operators import GraphNoise, GraphQuery, in_functorch, is_tracing
+from ..kernels.operators import GraphNoise, LayerHandle, in_functorch, is_tracing
 from ..layers.adapter import Adapter
 from ..layers.base import sum_dtype
 from ..layers.bnb import hold_training_layout
@@ -34,28 +34,21 @@ from .passes import records_gradients, runs_again_with_gradients, would_perturb
 from .products import Term, Terms, beside_output, fused_output
 from .source import Source
 
-__all__ = ["AttachedModules", "Attachment", "attachments", "forget_replaced", "remove_perturbation"]
-
 logger = logging.getLogger("flatlora")
 
 
 class Attachment:
     """The layers that a source perturbs, from now until `remove` or until nobody holds the attachment any more.
 
-    Whoever perturbs a model owns its attachment, and layers have no more than a weak reference to it: a perturbation
-    lives as long as its optimizer. A copy of an attachment is None, so that no copy of a model is perturbed.
-
-    Attributes:
-        source: what decides the ε.
-        layers: those that are perturbed; none once it is removed.
-        used: whether a step has been taken with it.
-        superseded: whether another optimizer took its layers over.
+    The optimizer owns it, and layers refer to it weakly, so that a perturbation lives as long as its optimizer. A copy
+    of an attachment is None, so that no copy of a model is perturbed.
     """
 
     def __init__(self, model: nn.Module, source: Source):
         self.source = source
-        self.used = self.superseded = False
-        self.layers: list[LoRALayer] = []
+        self.used = False  # whether a step has been taken with it
+        self.superseded = False  # whether another optimizer took its layers over
+        self.layers: list[LoRALayer] = []  # those that are perturbed; none once it is removed
         self._forwards: list[PerturbedForward] = []
         self._layout = hold_training_layout(model)
         for layer in source.layers.values():
@@ -63,14 +56,11 @@ class Attachment:
 
     def add(self, layer: LoRALayer) -> None:
         forward = _perturbed_forward(layer.module) or PerturbedForward(layer.module)
-        ref = weakref.ref(self, forward.leave_out)
-        ask, tell = functools.partial(_asked, ref, layer), functools.partial(_told, ref, layer)
-        forward.entries.append((ref, layer, GraphQuery(ask, tell, functools.partial(_measures, ref, layer))))
+        forward.entries.append(_AttachedLayer(weakref.ref(self, forward.leave_out), layer))
         self._forwards.append(forward)
         self.layers.append(layer)
 
     def drop(self, layer: LoRALayer) -> None:
-        """Undoes `add`."""
         if (forward := _perturbed_forward(layer.module)) in self._forwards:
             forward.leave_out(self)
             self._forwards.remove(forward)
@@ -87,12 +77,35 @@ class Attachment:
         return type(None), ()
 
 
+class _AttachedLayer(LayerHandle):
+    """A layer with the attachment that it is of."""
+
+    def __init__(self, attachment: weakref.ref[Attachment], layer: LoRALayer):
+        super().__init__()
+        self.attachment, self.layer = attachment, layer
+
+    def perturbation(self, unrecorded: bool) -> Draw | tuple[Tensor, Tensor] | None:
+        if (attachment := self.attachment()) is None or (unrecorded and not runs_again_with_gradients()):
+            return None
+        source, adapters = attachment.source, self.layer.adapters()
+        source.note_pass(self.layer, adapters)
+        extra = source.given(self.layer, adapters)
+        return (extra.B * extra.scaling, extra.A) if isinstance(extra, Adapter) else extra
+
+    def measures(self) -> bool:
+        return (attachment := self.attachment()) is not None and attachment.source.measures(self.layer)
+
+    def record(self, part: Tensor) -> None:
+        if (attachment := self.attachment()) is not None:
+            attachment.source.rise.record(self.layer.name, part)
+
+
 class PerturbedForward:
     """Stands in for a module's `forward` while anything is attached to it."""
 
     def __init__(self, module: nn.Module):
         self.module: Any = module
-        self.entries: list[tuple[weakref.ref[Attachment], LoRALayer, GraphQuery]] = []
+        self.entries: list[_AttachedLayer] = []
         forward = module.__dict__.get("forward")
         # Another library's patch; or, in a copy of a perturbed model, the class's own, which is none.
         self.patch = None if forward == MethodType(type(module).forward, module) else forward
@@ -108,30 +121,31 @@ class PerturbedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         extras: list[Term] = []
         adapters: list[Adapter] | None = None
-        for ref, layer, site in self.entries:
-            if (attachment := ref()) is None or not (layer.module.training or attachment.source.always):
+        for entry in self.entries:
+            layer = entry.layer
+            if (attachment := entry.attachment()) is None or not (layer.module.training or attachment.source.always):
                 continue
             adapters = layer.adapters() if adapters is None else adapters
             source = attachment.source
             if would_perturb(source, layer, adapters):
                 tracing = is_tracing()
-                extra = _in_graph(source, layer, site) if tracing else _in_pass(source, layer, adapters)
-                watched = torch.is_grad_enabled() and (not in_functorch() if tracing else source.measures(layer))
-                extras += [] if extra is None else [(extra, site if watched else None)]
+                extra = _in_graph(source, entry) if tracing else _in_pass(source, layer, adapters)
+                recorded = torch.is_grad_enabled() and (not in_functorch() if tracing else source.measures(layer))
+                extras += [] if extra is None else [(extra, entry if recorded else None)]
         if not extras or adapters is None:
             return self.original(*args, **kwargs)
         x = args[0] if args else kwargs.get(self._input, next(iter(kwargs.values())))
         refuse_capture(x.device)
         if len(args) + len(kwargs) > 1 and not layer.is_peft and not is_tracing():
-            _tell_of_arguments(layer.name)
+            _warn_of_arguments(layer.name)
         base = layer.base
         if self.patch is None and len(args) + len(kwargs) == 1 and fusable(layer, base, adapters, x):
             return fused_output(layer, base, x, adapters, extras)
         return beside_output(base, self.original(*args, **kwargs), x, Terms(extras))
 
     def leave_out(self, gone: Attachment | weakref.ref[Attachment]) -> None:
-        """Does without an attachment from now on, and leaves the module alone where it was the last."""
-        self.entries = [entry for entry in self.entries if entry[0] is not gone and entry[0]() is not gone]
+        """Drops an attachment, and restores the module's forward if it was the last."""
+        self.entries = [one for one in self.entries if one.attachment is not gone and one.attachment() is not gone]
         self.go_if_idle()
 
     def go_if_idle(self) -> None:
@@ -169,10 +183,17 @@ class _NoReplica:
 
 
 class AttachedModules(nn.ModuleList):
-    """Modules that a perturbation keeps in the model it is on. Called, it does nothing, as in an `nn.Sequential`."""
+    """Modules that a perturbation keeps in the model. It returns its input, as an `nn.Sequential` may call it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
+
+
+def remove_attached_modules(module: nn.Module) -> None:
+    """Takes the `AttachedModules` out of a module."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, AttachedModules):
+            delattr(module, name)
 
 
 def _perturbed_forward(module: nn.Module) -> PerturbedForward | None:
@@ -182,17 +203,15 @@ def _perturbed_forward(module: nn.Module) -> PerturbedForward | None:
 
 
 def forget_replaced(module: nn.Module) -> None:
-    """Has the next attachment stand in for the forward that others put in the place of ours."""
-    forward = _perturbed_forward(module)
-    if forward is not None and module.__dict__.get("forward") is not forward:
+    """Has the next attachment replace the forward that others put in the place of ours."""
+    if (forward := _perturbed_forward(module)) is not None and module.__dict__.get("forward") is not forward:
         del module.__dict__["_replicate_for_data_parallel"]
 
 
 def attachments(module: nn.Module) -> list[tuple[Attachment, LoRALayer]]:
     """What is attached to a module at present, with the layer as each sees it."""
-    forward = _perturbed_forward(module)
-    entries = [] if forward is None else forward.entries
-    return [(attachment, layer) for ref, layer, _ in entries if (attachment := ref()) is not None]
+    entries = [] if (forward := _perturbed_forward(module)) is None else forward.entries
+    return [(attachment, one.layer) for one in entries if (attachment := one.attachment()) is not None]
 
 
 def remove_perturbation(model: nn.Module) -> None:
@@ -205,16 +224,10 @@ def remove_perturbation(model: nn.Module) -> None:
             attachment.remove()
         if (forward := _perturbed_forward(module)) is not None:
             forward.go_if_idle()
-        for name, child in list(module.named_children()):
-            if isinstance(child, AttachedModules):
-                delattr(module, name)
-
-
-# --- what a pass is given, and what a graph is told -----------------------------------------------------------------
+        remove_attached_modules(module)
 
 
 def _in_pass(source: Source, layer: LoRALayer, adapters: list[Adapter]) -> Draw | Adapter | None:
-    """The ε of this pass of a layer."""
     if not records_gradients(source):
         source.skipped.add(layer.name)
         return None
@@ -223,12 +236,12 @@ def _in_pass(source: Source, layer: LoRALayer, adapters: list[Adapter]) -> Draw 
     extra = source.given(layer, adapters)
     if layer.name in source.skipped and extra is not None and not source.always:
         source.skipped.clear()
-        _tell_of_two_passes(source)
+        _warn_of_two_passes(source)
     return extra
 
 
 @functools.cache
-def _tell_of_arguments(layer: str) -> None:
+def _warn_of_arguments(layer: str) -> None:
     logger.warning(
         "layer %r is called with more than its input. It is perturbed as it computes without: if the rest scales, "
         "masks or switches its update, keep that in a module around it, or in its attributes `scaling` and `enabled`",
@@ -236,9 +249,9 @@ def _tell_of_arguments(layer: str) -> None:
     )
 
 
-def _tell_of_two_passes(source: Source) -> None:
-    if not source.told_of_two_passes:
-        source.told_of_two_passes = True
+def _warn_of_two_passes(source: Source) -> None:
+    if not source.warned_of_two_passes:
+        source.warned_of_two_passes = True
         logger.warning(
             "passes in train mode came first without gradients, which are not perturbed, and now with them, which are. "
             "That is right for old log-probabilities and the like. Where both make up one loss (GradCache, Cached... "
@@ -246,37 +259,17 @@ def _tell_of_two_passes(source: Source) -> None:
         )
 
 
-def _in_graph(source: Source, layer: LoRALayer, site: GraphQuery) -> Draw | GraphNoise | Adapter | None:
+def _in_graph(source: Source, entry: _AttachedLayer) -> Draw | GraphNoise | Adapter | None:
     """`source.given` for a graph that runs at many steps."""
+    layer, number = entry.layer, entry.number
     unrecorded = not (torch.is_grad_enabled() or source.no_grad or source.always)
-    form, like = source.form(layer), layer.all_adapters()[0].A
-    if form is None:
+    kind, like = source.graph_kind(layer), layer.all_adapters()[0].A
+    if kind is None:
         extra = source.given(layer)
         if not (unrecorded and isinstance(extra, Adapter)):
             return extra
-        form, like = (extra.B.shape, extra.A.shape), extra.A
-    if form == "gaussian":
-        return GraphNoise(
-            *operators.row_noise(site.number, unrecorded, layer.shape[0], like.device, sum_dtype(like.device))
-        )
-    B, A = operators.low_rank_factors(site.number, unrecorded, *form, like.device, like.dtype)
+        kind, like = (extra.B.shape, extra.A.shape), extra.A
+    if kind == "gaussian":
+        return GraphNoise(*operators.row_noise(number, unrecorded, layer.shape[0], like.device, sum_dtype(like.device)))
+    B, A = operators.low_rank_factors(number, unrecorded, *kind, like.device, like.dtype)
     return Adapter("", A, B, 1.0)
-
-
-def _asked(ref: weakref.ref[Attachment], layer: LoRALayer, unrecorded: bool) -> Draw | tuple[Tensor, Tensor] | None:
-    """What a graph that runs now is told by its `GraphQuery`."""
-    if (attachment := ref()) is None or (unrecorded and not runs_again_with_gradients()):
-        return None
-    source, adapters = attachment.source, layer.adapters()
-    source.note_pass(layer, adapters)
-    extra = source.given(layer, adapters)
-    return (extra.B * extra.scaling, extra.A) if isinstance(extra, Adapter) else extra
-
-
-def _told(ref: weakref.ref[Attachment], layer: LoRALayer, part: Tensor) -> None:
-    if (attachment := ref()) is not None:
-        attachment.source.rise.note(layer.name, part)
-
-
-def _measures(ref: weakref.ref[Attachment], layer: LoRALayer) -> bool:
-    return (attachment := ref()) is not None and attachment.source.measures(layer)

@@ -1,7 +1,7 @@
-"""What goes past a method that is on a model, noticed before a step is taken without it.
+"""Notices what bypasses a method, before a step is taken without it.
 
-Passes that compute with the adapters and never call their layers, steps of the base optimizer that the wrapper did not
-start, parameters that came or went by hand: each looks as if all were well, and trains as if there were no method.
+That is: passes that compute with the adapters and never call their layers, steps of the base optimizer that the wrapper
+did not start, and parameters that came or went by hand. Each would train as if there were no method.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..layers.view import LoRALayer, lora_layers
-from ..wrapper import chain, only_initialises
+from ..wrapper import only_initialises, wrappers_of
 from .attachment import Attachment, forget_replaced
-
-__all__ = ["Watch", "held_ids"]
 
 logger = logging.getLogger("flatlora")
 
@@ -28,42 +26,32 @@ _EVERY = 32  # steps after which the adapters are compared again with what the o
 
 
 class Watch:
-    """Looks after one attachment of an optimizer's source, from when it is attached.
-
-    Attributes:
-        stepping: whether the wrapper's own step is running.
-        looked: whether the step that runs has had a look at its gradients.
-        seen: identities of the parameters that the groups held when they were looked at last.
-        known: of those that the user gave to the optimizer.
-    """
+    """Checks that steps and passes go through one attachment of an optimizer's source."""
 
     def __init__(self, kind: str, model: nn.Module, optimizer: Optimizer, attachment: Attachment, all_trained: bool):
         self.kind, self.model, self.optimizer, self.attachment = kind, model, optimizer, attachment
-        self.stepping = self.looked = False
+        self.stepping = False  # whether the wrapper's own step is running
+        self.checked = False  # whether `check_passes` has been called in it
         self._steps = 0
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._acted: set[str] = set()  # layers that any pass has gone through
-        self._left: dict[str, Any] = {}  # gradients of layers that no pass of the last step went through, weakly
-        self.look_at_groups(all_trained)
-        self.known = self.seen
+        self._left: dict[str, Any] = {}  # weak references to gradients of layers without a pass in the last step
+        self.note_groups(all_trained)
+        self.known = self.seen  # identities of the parameters that the user gave to the optimizer
         for base in _bases(optimizer):
             if getattr(type(base).step, "hooked", False):  # else it knows no step hooks
                 refuse = functools.partial(_refuse_step, weakref.ref(self), weakref.ref(base))
                 base.register_step_pre_hook(refuse)
 
-    def tell(self, what: str, message: str, *values: object) -> None:
-        """A warning, once for each `what`."""
-        if what not in self._told:
-            self._told.add(what)
-            logger.warning(message, *values)
+    def warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            logger.warning("%s", message)
 
-    # --- parameters ---------------------------------------------------------------------------------------------------
-
-    def look_at_groups(self, all_trained: bool) -> None:
-        """Notes the parameters in the groups, and, where `all_trained` of them are to be perturbed, the adapters that
-        are frozen at present and therefore are not."""
+    def note_groups(self, all_trained: bool) -> None:
+        """Notes the parameters in the groups and, if `all_trained` adapters are to be perturbed, those that are not."""
         self.seen = held_ids(True, self.optimizer)
-        # Gradients that are there already tell nothing of passes under this perturbation.
+        # Gradients that are there already are of earlier passes.
         self._excused = any(_gradients(layer) for layer in self.attachment.layers)
         self._frozen: list[tuple[str, nn.Parameter]] = list(self._left_out()) if all_trained else []
 
@@ -76,129 +64,102 @@ class Watch:
                     yield adapter.name, factor
 
     def found_new_parameters(self) -> bool:
-        """Whether parameters of the model have come into the groups since they were looked at last, by whatever way."""
+        """Whether parameters of the model have come into the groups, in whatever way, since this was asked last."""
         held = held_ids(True, self.optimizer)
         new, self.seen = held - self.seen, held
         return bool(new) and not new.isdisjoint(map(id, self.model.parameters()))
 
     def holds_foreign_tensors(self) -> bool:
-        """Whether the groups hold tensors that the user did not give, and that are no parameters of the model: copies,
-        which others train in their place."""
+        """Whether the groups hold copies that others train, neither given by the user nor parameters of the model."""
         ours = {id(p) for p in self.model.parameters()}
         return not held_ids(True, self.optimizer) <= self.known | ours
 
-    def look_at_parameters(self) -> None:
-        """Tells of adapters that are trained unperturbed, or perturbed and trained by nobody."""
+    def check_parameters(self) -> None:
+        """Warns of adapters that are trained unperturbed, or perturbed and trained by nobody."""
         if trained := {name for name, p in self._frozen if p.grad is not None}:
-            self.tell(
+            self.warn_once(
                 "frozen",
-                "adapters %s are trained but not perturbed: they were frozen, or not there, when the %s was built. "
-                "Build it again, or name them as adapter=...",
-                sorted(trained),
-                self.kind,
+                f"adapters {sorted(trained)} are trained but not perturbed: they were frozen, or not there, when the "
+                f"{self.kind} was built. Build it again, or name them as adapter=...",
             )
         self._steps += 1
         if self._steps % _EVERY != 1 or self.holds_foreign_tensors():
             return
-        held = held_ids(True, self.optimizer)
-        new = [layer.name for layer in self.attachment.layers if not held.issuperset(map(id, _trained(layer)))]
-        if new:
-            self.tell(
+        held, layers = held_ids(True, self.optimizer), self.attachment.layers
+        if new := [one.name for one in layers if any(p.requires_grad and id(p) not in held for p in _factors(one))]:
+            self.warn_once(
                 "replaced",
-                "adapters of %d layers (first: %r) hold parameters that the %s does not, so nobody trains them: they "
-                "were replaced after it was built, as by initialize_lora_eva_weights or by deleting and adding an "
-                "adapter, or were left out of its groups. Build the optimizer again",
-                len(new),
-                new[0],
-                self.kind,
+                f"adapters of {len(new)} layers (first: {new[0]!r}) hold parameters that the {self.kind} does not, so "
+                "nobody trains them: they were replaced after it was built, as by initialize_lora_eva_weights or by "
+                "deleting and adding an adapter, or were left out of its groups. Build the optimizer again",
             )
 
-    # --- passes -------------------------------------------------------------------------------------------------------
-
-    def look_at_passes(self) -> None:
-        """Called once a step's gradients are there: did they come through the layers?
-
-        Raises:
-            RuntimeError: in the first step, if none did. Later, and where some did, it is said once.
-        """
-        self.looked = True
+    def check_passes(self) -> None:
+        """Warns of gradients that did not come through the layers; RuntimeError in the first step, if none did."""
+        self.checked = True
         if self._excused:
             self._excused = False
             return
         source, layers = self.attachment.source, self.attachment.layers
         self._acted |= source.passes.keys()
-        silent = [layer for layer in layers if not source.acts_on(layer)]
-        none_acted = len(silent) == len(layers)
-        if not none_acted:  # a layer may well be out of use for a step, as an expert is
-            new = self._new_gradients(silent)
-            silent = [layer for layer in silent if layer.name not in self._acted or layer.name in new]
-            silent = [layer for layer in silent if not _used_elsewhere(layer, source)]
-        if not silent:
+        unused = [layer for layer in layers if not source.acts_on(layer)]
+        none_used = len(unused) == len(layers)
+        if not none_used:  # a layer may well be out of use for a step, as an expert is
+            new = self._new_gradients(unused)
+            unused = [layer for layer in unused if layer.name not in self._acted or layer.name in new]
+            unused = [layer for layer in unused if not _used_elsewhere(layer, source)]
+        if not unused:
             return
-        if gone := [layer.name for layer in silent if not layer.all_adapters()]:
-            self.tell(
+        if missing := [layer.name for layer in unused if not layer.all_adapters()]:
+            self.warn_once(
                 "gone",
-                "the adapters that the %s perturbs are no longer in %d layers (first: %r); build it again over those "
-                "that took their place",
-                self.kind,
-                len(gone),
-                gone[0],
+                f"the adapters that the {self.kind} perturbs are no longer in {len(missing)} layers (first: "
+                f"{missing[0]!r}); build it again over those that took their place",
             )
-        if not any(layer.module.training for layer in silent):
-            how = f"all {len(silent)} adapted" if none_acted else f"{len(silent)} adapted"
-            if none_acted or any(_gradients(layer) for layer in silent):
-                self._tell_of_mode(how)
+        if not any(layer.module.training for layer in unused):
+            how = f"all {len(unused)} adapted" if none_used else f"{len(unused)} adapted"
+            if none_used or any(_gradients(layer) for layer in unused):
+                self.warn_once(
+                    "mode",
+                    f"{self.kind}.step() found {how} layers in eval mode, in which none is perturbed; call "
+                    "model.train() before the passes that train",
+                )
             return
-        if past := [layer for layer in silent if _gradients(layer)]:
-            for layer in past:
+        if bypassed := [layer for layer in unused if _gradients(layer)]:
+            for layer in bypassed:
                 forget_replaced(layer.module)
-            self._refuse_or_tell_of([layer.name for layer in past], refuse=none_acted and self._steps == 1)
+            self._refuse_or_warn_of([layer.name for layer in bypassed], refuse=none_used and self._steps == 1)
 
-    def _new_gradients(self, silent: list[LoRALayer]) -> set[str]:
-        """Of layers without a pass in this step and the last, those whose gradient is another one than it was: those of
-        an expert out of use may be left from before."""
-        grads = {layer.name: next(iter(_grads(layer)), None) for layer in silent}
+    def _new_gradients(self, unused: list[LoRALayer]) -> set[str]:
+        """The layers without a pass in this step and the last whose gradient is a new one."""
+        grads = {layer.name: next(iter(_grads(layer)), None) for layer in unused}
         former, self._left = self._left, {name: weakref.ref(grad) for name, grad in grads.items() if grad is not None}
         return {name for name in former.keys() & self._left.keys() if former[name]() is not grads[name]}
 
-    def _tell_of_mode(self, layers: str) -> None:
-        self.tell(
-            "mode",
-            "%s.step() found %s layers in eval mode, in which none is perturbed; call model.train() before the passes "
-            "that train",
-            self.kind,
-            layers,
-        )
-
-    def _refuse_or_tell_of(self, past: list[str], refuse: bool) -> None:
+    def _refuse_or_warn_of(self, bypassed: list[str], refuse: bool) -> None:
         message = (
-            f"{self.kind}.step(): the adapters of {len(past)} layers (first: {past[0]!r}) have gradients, and no pass "
-            "that trains has gone through these layers' forward: something computes with their weights and never "
-            "calls them, so they were not perturbed, or it ran before this optimizer was built. Fused kernels do so, "
-            "and terms of a loss on the weights themselves. For axolotl set lora_mlp_kernel, "
-            "lora_qkv_kernel and lora_o_kernel to false; for Unsloth give its get_peft_model bias='lora_only', or "
+            f"{self.kind}.step(): the adapters of {len(bypassed)} layers (first: {bypassed[0]!r}) have gradients, and "
+            "no pass that trains has gone through these layers' forward: something computes with their weights and "
+            "never calls them, so they were not perturbed, or it ran before this optimizer was built. Fused kernels do "
+            "so, and terms of a loss on the weights themselves. For axolotl set lora_mlp_kernel, lora_qkv_kernel and "
+            "lora_o_kernel to false; for Unsloth give its get_peft_model bias='lora_only', or "
             "lora_dropout > 0 with UNSLOTH_FUSED_LORA_DROPOUT=0 in the environment (read in its source, not run); code "
             "of your own has to call the layers. Gradients that were set by hand: call optimizer.remove() to go on "
             "without the method"
         )
         if refuse:
             raise RuntimeError(message)
-        self.tell("passes", "%s", message)
+        self.warn_once("passes", message)
 
 
 def held_ids(adapter: Any, optimizer: Optimizer) -> set[int]:
-    """Identities of the parameters in the groups: all, or, with a falsy `adapter`, those that require a gradient."""
+    """Identities of the parameters in the groups: all, or, without an `adapter`, those that require a gradient."""
     return {id(p) for group in optimizer.param_groups for p in group["params"] if adapter or p.requires_grad}
 
 
 def _factors(layer: LoRALayer) -> list[nn.Parameter]:
     """The factors of the layer's adapters that have gradients, though they may be frozen by now."""
-    factors = [p for adapter in layer.all_adapters() for p in (adapter.A_param, adapter.B_param)]
-    return [p for p in factors if p is not None and p.grad is not None]
-
-
-def _trained(layer: LoRALayer) -> list[nn.Parameter]:
-    return [p for p in _factors(layer) if p.requires_grad]
+    return [p for adapter in layer.all_adapters() for p in adapter.params if p.grad is not None]
 
 
 def _grads(layer: LoRALayer) -> list[Any]:
@@ -206,15 +167,16 @@ def _grads(layer: LoRALayer) -> list[Any]:
 
 
 def _gradients(layer: LoRALayer) -> bool:
-    """Whether a factor of the layer's adapters has a gradient that is not zero. The host waits for the device, but only
-    where something is wrong already."""
+    """Whether a factor has a gradient that is not zero. Waits for the device, but only where something is wrong."""
     local = [getattr(grad, "_local_tensor", grad) for grad in _grads(layer)]
     return any(bool(grad.any()) for grad in local if not grad.is_meta)
 
 
 def _used_elsewhere(layer: LoRALayer, source: Any) -> bool:
-    """Whether another process may have used a layer that this one did not, as an expert's: if layers called the same
-    are used here. Fused kernels leave out all that are called the same."""
+    """Whether another process may have used the layer, such as an expert's: if layers of its name are used here.
+
+    Fused kernels leave out all layers of one name.
+    """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_world_size() == 1:
         return False
@@ -224,7 +186,7 @@ def _used_elsewhere(layer: LoRALayer, source: Any) -> bool:
 
 def _bases(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizer beneath all wrappers, and those that it keeps itself, as Lookahead and SAM do."""
-    inner = list(chain(optimizer))
+    inner = list(wrappers_of(optimizer))
     found = [inner[-1].base_optimizer if inner else optimizer]
     for base in found:
         kept = [value for value in vars(base).values() if isinstance(value, Optimizer)]

@@ -12,18 +12,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .. import checks
-from ..layers.view import LoRALayer, lora_layers, refuse_fsdp1
-from ..wrapper import OptimizerWrapper, chain
+from ..layers.view import LoRALayer, lora_layers, refuse_fsdp1, seen_through
+from ..wrapper import OptimizerWrapper, wrappers_of
 from .attachment import AttachedModules, Attachment, attachments
 from .bypass import Watch, held_ids
 from .passes import would_perturb
 from .source import Source
 
-__all__ = ["PerturbingOptimizer", "claim", "held_layers", "trainable", "trained_by"]
-
 logger = logging.getLogger("flatlora")
 
-SAMPLES = 50  # steps after which the user is told of a perturbation that does nothing to the loss, or much
+SAMPLES = 50  # steps after which a warning says that the perturbation does nothing to the loss, or much
 NOTHING, MUCH = 2e-3, 0.5  # in the units of the loss
 
 _P = TypeVar("_P", bound="PerturbingOptimizer")
@@ -35,9 +33,8 @@ class PerturbingOptimizer(OptimizerWrapper):
     A copy of the optimizer, made together with its model, is attached to the copy of the model. An optimizer built over
     adapters that another of its kind has trained takes them over; the other one's next step raises.
 
-    A method whose source perturbs all layers that the base optimizer trains sets `_model`, `_adapter` and `_source`,
-    which is over `trained_by`, in its constructor, and calls `reattach`. Another one overrides `reattach` and
-    `look_at_groups`.
+    A method's constructor sets `_model`, `_adapter` and `_source`, over the layers of `trained_by`, and calls
+    `reattach`. A method with other layers overrides `reattach` and `groups_changed`.
     """
 
     _strength = "rho"  # the name of the number that says how large ε is
@@ -77,15 +74,14 @@ class PerturbingOptimizer(OptimizerWrapper):
             >>> optimizer = GGPOOptimizer.for_model(model, torch.optim.AdamW, lr=3e-4, sigma=0.2)
         """
         checks.optimizer_cls(optimizer_cls)
-        own = {name: kwargs.pop(name) for name in list(kwargs) if name in inspect.signature(cls).parameters}
+        own = {name: kwargs.pop(name) for name in inspect.signature(cls).parameters if name in kwargs}
         method: Any = cls  # whose constructor takes the model
         return method(optimizer_cls(trainable(model) if params is None else params, **kwargs), model, **own)
 
     def attach(self, source: Source, all_trained: bool = True) -> None:
-        """Attaches `source` to its layers; `all_trained`: they stand for every adapter that the optimizer is to train.
+        """Attaches `source` to its layers; `all_trained`: they are all that the optimizer is to train.
 
-        Raises:
-            ValueError: as `claim`; nothing is attached then.
+        A ValueError of `claim` leaves nothing attached.
         """
         claim(source, list(source.layers.values()), self.base_optimizer)
         self._source, self._attachment = source, Attachment(self._model, source)
@@ -103,37 +99,37 @@ class PerturbingOptimizer(OptimizerWrapper):
         """
         super().add_param_group(param_group)
         try:
-            self.look_at_groups()
+            self.groups_changed()
         except ValueError:
             refused = self.param_groups.pop()["params"]
-            for inner in chain(self.base_optimizer):
+            for inner in wrappers_of(self.base_optimizer):
                 if isinstance(inner, PerturbingOptimizer):
-                    inner.let_go({id(p) for p in refused})
+                    inner.drop_parameters({id(p) for p in refused})
             raise
         if self._watch is not None:
             self._watch.known = self._watch.known | held_ids(True, self.base_optimizer)
 
-    def let_go(self, params: set[int]) -> None:
-        """Undoes `look_at_groups` for parameters, by identity, that are no longer in the groups."""
+    def drop_parameters(self, params: set[int]) -> None:
+        """Undoes `groups_changed` for parameters, by identity, that are no longer in the groups."""
         if not self._attached:
             return
         known = self._source.layers
         for layer in list(known.values()):
-            gone = {a.name for a in layer.all_adapters() if {id(a.A_param), id(a.B_param)} & params}
+            gone = {a.name for a in layer.all_adapters() if any(id(p) in params for p in a.params)}
             layer.names -= gone
             if not layer.names:
                 self._attachment.drop(known.pop(layer.name))
         self._watch.known = self._watch.known - params
-        self._watch.look_at_groups(all_trained=self._adapter is None)
+        self._watch.note_groups(all_trained=self._adapter is None)
 
-    def look_at_groups(self) -> None:
-        """Called when parameters have come into the groups, by whatever way; ValueError refuses them."""
+    def groups_changed(self) -> None:
+        """Called when parameters have come into the groups; ValueError refuses them."""
         if not self._attached:
             return
         known, new = self._source.layers, []
         for layer in held_layers(lora_layers(self._model, self._adapter), self._adapter, self.base_optimizer):
             if names := layer.names - (known[layer.name].names if layer.name in known else set()):
-                new.append(LoRALayer(layer.name, layer.module, layer.base, names))
+                new.append(seen_through(layer, names))
         claim(self._source, new, self.base_optimizer)
         for layer in new:
             if layer.name in known:
@@ -141,9 +137,7 @@ class PerturbingOptimizer(OptimizerWrapper):
             else:
                 known[layer.name] = layer
                 self._attachment.add(layer)
-        self._watch.look_at_groups(all_trained=self._adapter is None)
-
-    # --- a step, and what it looks at before anything moves -----------------------------------------------------------
+        self._watch.note_groups(all_trained=self._adapter is None)
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         attachment, watch = self._attachment, self._watch
@@ -156,44 +150,42 @@ class PerturbingOptimizer(OptimizerWrapper):
         if not attachment.used:
             # Both may have come after this optimizer.
             refuse_fsdp1(self._model)
-            self.look_at_first_step()
+            self.check_first_step()
         if watch.found_new_parameters():
-            self.look_at_groups()
+            self.groups_changed()
         attachment.used = watch.stepping = True
-        watch.looked = False
+        watch.checked = False
         try:
             loss = super().step(closure, **kwargs)
         finally:
             watch.stepping = False
-        if closure is not None and not watch.looked:
+        if closure is not None and not watch.checked:
             name = type(self.base_optimizer).__name__
-            watch.tell("closure", "%s did not call its closure, so the %s saw no gradients", name, self._kind)
+            watch.warn_once("closure", f"{name} did not call its closure, so the {self._kind} saw no gradients")
         return loss
 
-    def look_at_first_step(self) -> None:
+    def check_first_step(self) -> None:
         """Called when the first step begins; an error refuses it."""
 
     def before_step(self) -> None:
         if self._attached:
-            self._watch.look_at_parameters()
-            self._watch.look_at_passes()
+            self._watch.check_parameters()
+            self._watch.check_passes()
             self._source.read_rise()
 
     def after_step(self) -> None:
         self._source.next_step()
-        rise = self._source.rise
-        if rise.samples == SAMPLES and self._attached:
-            mean, error = map(float, rise.mean())  # the one time that the host waits for it
+        if self._source.rise.samples == SAMPLES and self._attached:
+            mean, error = map(float, self._source.rise.mean())  # the one time that the host waits for it
             if mean == error == 0:  # no step's rise was finite
                 return
             much = abs(mean) - 2 * error > MUCH
             if much or (abs(mean) + 2 * error < NOTHING and not self._source.relative):
                 what = "much: training may suffer, and a smaller" if much else "next to nothing on this model: a larger"
-                self._watch.tell(
+                self._watch.warn_once(
                     "rise",
-                    "over %d steps the perturbation raised the loss by %.1g ± %.1g; for a loss near 1 that is %s %s is "
-                    'worth a try (watch metrics()["loss_rise"])',
-                    *(SAMPLES, mean, error, what, self._strength),
+                    f"over {SAMPLES} steps the perturbation raised the loss by {mean:.1g} ± {error:.1g}; for a loss "
+                    f'near 1 that is {what} {self._strength} is worth a try (watch metrics()["loss_rise"])',
                 )
 
     def zero_grad(self, set_to_none: bool = True, **kwargs: Any) -> None:
@@ -202,18 +194,14 @@ class PerturbingOptimizer(OptimizerWrapper):
             self._source.rise.forget()  # as the gradients of a step that was skipped
 
     def miss_gradients(self, effect: str) -> None:
-        """A step came without adapter gradients: said once, with its `effect`, or refused where none will ever come.
-
-        Raises:
-            RuntimeError: others' tensors have taken the adapters' place in the groups.
-        """
+        """Warns of a step without adapter gradients and its `effect`; RuntimeError where none will ever come."""
         self.refuse_replaced()
-        self._watch.tell("gradients", "step() found no adapter gradients: %s", effect)
+        self._watch.warn_once("gradients", f"step() found no adapter gradients: {effect}")
 
     def refuse_replaced(self, *ways_out: str) -> None:
         """RuntimeError if the groups hold others' tensors and no perturbed adapter."""
-        layers, base = list(self._source.layers.values()), self.base_optimizer
-        if self._watch.holds_foreign_tensors() and not held_layers(layers, True, base):
+        layers = list(self._source.layers.values())
+        if self._watch.holds_foreign_tensors() and not held_layers(layers, True, self.base_optimizer):
             self.refuse_foreign_tensors(*ways_out)
 
     def refuse_foreign_tensors(self, *ways_out: str) -> None:
@@ -237,17 +225,13 @@ class PerturbingOptimizer(OptimizerWrapper):
             )
         return super().__getattr__(name)
 
-    # --- what others are told of the perturbation ---------------------------------------------------------------------
-
     def current_perturbation(self) -> Any:
         """The ε that each layer sees in this step, by layer name; None where it sees none."""
         if self._attachment is None:
             return {}
-        source, found = self._source, {}
-        for layer in self._attachment.layers:
-            adapters = layer.adapters()
-            found[layer.name] = source.given(layer, adapters) if would_perturb(source, layer, adapters) else None
-        return found
+        source = self._source
+        seen = [(layer, layer.adapters()) for layer in self._attachment.layers]
+        return {one.name: source.given(one, a) if would_perturb(source, one, a) else None for one, a in seen}
 
     @contextmanager
     def perturbed_as(self, perturbation: Any) -> Iterator[None]:
@@ -266,8 +250,6 @@ class PerturbingOptimizer(OptimizerWrapper):
     def unperturbed(self) -> AbstractContextManager[None]:
         return self.perturbed_as({})
 
-    # --- checkpoints --------------------------------------------------------------------------------------------------
-
     def layer_identities(self) -> dict[str, dict[str, Any]]:
         """What must be so of each layer in a checkpoint's model and in this one."""
         return {a.name: {"shape": list(a.shape), "ranks": a.ranks()} for a in self._source.layers.values()}
@@ -285,7 +267,7 @@ class PerturbingOptimizer(OptimizerWrapper):
             checks.state_fields(method, layer, *fields)
 
     def take_over(self, state: dict[str, Any], *settings: str) -> None:
-        """Sets settings to the checkpoint's, as a learning rate is, and tells of those that were others here."""
+        """Sets settings to the checkpoint's, as a learning rate is, with a warning for those that change."""
         for name in settings:
             if (ours := getattr(self, name)) != state[name]:
                 logger.warning("resumed with the checkpoint's %s = %g, not %g", name, state[name], ours)
@@ -306,23 +288,19 @@ class PerturbingOptimizer(OptimizerWrapper):
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require a gradient; those of an auxiliary, which an earlier optimizer left, are not among
-    them. ValueError if there are none."""
-    companions = [module for module in model.modules() if isinstance(module, AttachedModules)]
-    left = {id(p) for module in companions for p in module.parameters()}
-    found = [p for p in model.parameters() if p.requires_grad and id(p) not in left]
-    if not found:
-        raise ValueError(f"no parameter of the {type(model).__name__} requires a gradient; {checks.UNFREEZE}")
-    return found
+    """The parameters that require a gradient, but for an earlier optimizer's auxiliary; ValueError without any."""
+    left = {p for module in model.modules() if isinstance(module, AttachedModules) for p in module.parameters()}
+    if found := [p for p in model.parameters() if p.requires_grad and p not in left]:
+        return found
+    raise ValueError(f"no parameter of the {type(model).__name__} requires a gradient; {checks.UNFREEZE}")
 
 
 def claim(source: Source, layers: list[LoRALayer], optimizer: Optimizer) -> None:
     """Takes adapters that `source` is to perturb from other sources of its kind, whose optimizers can't step then.
 
-    Raises:
-        ValueError: one of them is in use: by an optimizer that `optimizer` wraps, or by one that has not stepped yet.
+    ValueError if an optimizer that `optimizer` wraps, or one that has not stepped yet, perturbs one of them.
     """
-    inner = [wrapper._attachment for wrapper in chain(optimizer) if isinstance(wrapper, PerturbingOptimizer)]
+    inner = [wrapper._attachment for wrapper in wrappers_of(optimizer) if isinstance(wrapper, PerturbingOptimizer)]
     others: list[Attachment] = []
     for layer in layers:
         for other, theirs in attachments(layer.module):
@@ -351,16 +329,13 @@ def trained_by(model: nn.Module, adapter: str | Iterable[str] | None, optimizer:
     """The adapted layers of `model`, seen through the adapters that the optimizer trains.
 
     Those are the adapters that it holds parameters of; with ``adapter=None`` they must require a gradient too, which
-    leaves out frozen ones, such as a reference policy's, that were handed over with ``model.parameters()``.
-
-    Raises:
-        ValueError: there are none, or as `lora_layers`.
+    leaves out frozen ones, such as a reference policy's, that came with ``model.parameters()``. ValueError without any.
     """
     layers = lora_layers(model, adapter)
     found, held = held_layers(layers, adapter, optimizer), held_ids(adapter, optimizer)
     if not found:
         adapters = [a for layer in layers for a in layer.all_adapters()]
-        if not any(p.requires_grad for a in adapters for p in (a.A_param, a.B_param) if p is not None):
+        if not any(adapter.trained for adapter in adapters):
             raise ValueError(f"the adapters of all {len(layers)} adapted layers are frozen; {checks.UNFREEZE}")
         raise ValueError(
             f"{type(optimizer).__name__} holds {len(held)} parameters and none of them is an adapter's lora_A or "
@@ -371,10 +346,7 @@ def trained_by(model: nn.Module, adapter: str | Iterable[str] | None, optimizer:
 
 
 def held_layers(layers: list[LoRALayer], adapter: Any, optimizer: Optimizer) -> list[LoRALayer]:
-    """The layers with adapters that the optimizer trains at present, seen through these; maybe none."""
-    held, found = held_ids(adapter, optimizer), []
-    for layer in layers:
-        names = {a.name for a in layer.all_adapters() if id(a.A_param) in held or id(a.B_param) in held}
-        if names:
-            found.append(LoRALayer(layer.name, layer.module, layer.base, frozenset(names)))
-    return found
+    """The layers with adapters that the optimizer trains at present, seen through these."""
+    held = held_ids(adapter, optimizer)
+    trained = [{a.name for a in layer.all_adapters() if any(id(p) in held for p in a.params)} for layer in layers]
+    return [seen_through(layer, names) for layer, names in zip(layers, trained, strict=True) if names]

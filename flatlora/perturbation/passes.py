@@ -6,11 +6,11 @@ again with gradients and make up one loss with the second run:
 
 - The first pass of a reentrant checkpoint, whoever wrote it. It runs within `torch.autograd.Function.apply`, of a
   function that autograd will call backward: its context has edges into the graph, which that of a checkpoint under
-  `torch.no_grad()` has not. A function with `setup_context` has no context yet; there, what is asked is whether an
-  input requires a gradient, as nothing tells of an outer `torch.no_grad()`. (Code of a checkpointed region that
-  itself switches gradients off can't be told apart from it there; such layers are perturbed in the first pass.)
-- The first pass of sentence-transformers' cached losses (GradCache, arXiv:2101.06983). Of other implementations nothing
-  tells it from a pass that is no part of the loss, such as one for old log-probabilities.
+  `torch.no_grad()` has not. A function with `setup_context` has no context yet; there the criterion is whether an input
+  requires a gradient, as an outer `torch.no_grad()` can't be seen. (Nor can `torch.no_grad()` within the checkpointed
+  region; such layers are perturbed in the first pass.)
+- The first pass of sentence-transformers' cached losses (GradCache, arXiv:2101.06983). That of other implementations
+  can't be told from a pass that is no part of the loss, such as one for old log-probabilities.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from torch.autograd.function import FunctionCtx
 from ..layers.adapter import Adapter
 from ..layers.view import LoRALayer
 from .source import Source
-
-__all__ = ["records_gradients", "runs_again_with_gradients", "would_perturb"]
 
 _APPLY: Any = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 

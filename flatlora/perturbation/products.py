@@ -18,52 +18,42 @@ from ..kernels import operators
 from ..kernels.blocks import BlockOptions, add_blocks
 from ..kernels.draw import Draw, draw_gaussian, draw_low_rank, rise_of
 from ..kernels.low_rank import Added, AddedTerms, added, autocasts, cast, compute_dtype
-from ..kernels.operators import GraphNoise, GraphQuery, is_tracing
+from ..kernels.operators import GraphNoise, LayerHandle, is_tracing
 from ..layers.adapter import Adapter, stored_blocks
 from ..layers.base import BaseWeight
 from ..layers.view import LoRALayer
 
-__all__ = ["Term", "Terms", "beside_output", "fused_output"]
-
-Term = tuple[Draw | GraphNoise | Adapter, GraphQuery | None]
+Term = tuple[Draw | GraphNoise | Adapter, LayerHandle | None]
 
 
 class Terms:
     """What is added to a layer's weight in one pass, sorted once by how it is multiplied.
 
-    Each term stands with whom backward tells ``⟨G, ε⟩`` of it, or with None.
-
-    Attributes:
-        gaussian: noise that is added to the weight (m, n) itself.
-        in_graph: the same in a graph, its seed in a tensor.
-        learned: low-rank adapters that get gradients.
-        low_rank: noise in two factors.
-        constant: low-rank adapters that get no gradients.
-        blocks: grids of them.
+    Each term stands with the handle that records ``⟨G, ε⟩`` of it in backward, or with None.
     """
 
     def __init__(self, terms: Iterable[Term]):
-        self.gaussian: list[tuple[Draw, GraphQuery | None]] = []
-        self.in_graph: list[tuple[GraphNoise, GraphQuery | None]] = []
-        self.learned: list[tuple[Adapter, GraphQuery | None]] = []
-        self.low_rank: list[tuple[Draw, GraphQuery | None]] = []
-        self.constant: list[tuple[Adapter, GraphQuery | None]] = []
-        self.blocks: list[tuple[Adapter, GraphQuery | None]] = []
-        for term, query in terms:
+        self.gaussian: list[tuple[Draw, LayerHandle | None]] = []  # noise that is added to the weight (m, n) itself
+        self.in_graph: list[tuple[GraphNoise, LayerHandle | None]] = []  # the same in a graph, its seed in a tensor
+        self.learned: list[tuple[Adapter, LayerHandle | None]] = []  # low-rank adapters that get gradients
+        self.low_rank: list[tuple[Draw, LayerHandle | None]] = []  # noise in two factors
+        self.constant: list[tuple[Adapter, LayerHandle | None]] = []  # low-rank adapters that get no gradients
+        self.blocks: list[tuple[Adapter, LayerHandle | None]] = []  # grids of them
+        for term, handle in terms:
             if isinstance(term, GraphNoise):
-                self.in_graph.append((term, query))
+                self.in_graph.append((term, handle))
             elif isinstance(term, Draw):
-                (self.gaussian if term.kind == "gaussian" else self.low_rank).append((term, query))
+                (self.gaussian if term.kind == "gaussian" else self.low_rank).append((term, handle))
             elif term.A.dim() == 4:
-                self.blocks.append((term, query))
+                self.blocks.append((term, handle))
             else:
                 learned = term.A.requires_grad or term.B.requires_grad
-                (self.learned if learned else self.constant).append((term, query))
+                (self.learned if learned else self.constant).append((term, handle))
 
     def plan(
         self, n: int, dtype: torch.dtype, weight: Callable[[Any], Tensor] | None, in_place: bool
     ) -> tuple[AddedTerms, list[Tensor]]:
-        """What `Added` is told of the low-rank terms, and the factors that it learns."""
+        """The plan of `Added` for the low-rank terms, and the factors that it learns."""
         scalings = (
             *(a.scaling for a, _ in self.learned),
             *(1.0 for _ in self.low_rank),
@@ -75,13 +65,13 @@ class Terms:
         )
         grad_scale = tuple(adapter.grad_scale for adapter, _ in self.learned)
         factors = [factor for adapter, _ in self.learned for factor in (adapter.A, adapter.B)]
-        queries = tuple(query for _, query in (*self.learned, *self.low_rank, *self.constant))
-        noise = tuple((query, partial(rise_of, draw)) for draw, query in self.gaussian if query is not None)
-        return AddedTerms(dtype, scalings, constant, grad_scale, weight, in_place, queries, noise), factors
+        handles = tuple(handle for _, handle in (*self.learned, *self.low_rank, *self.constant))
+        noise = tuple((handle, partial(rise_of, draw)) for draw, handle in self.gaussian if handle is not None)
+        return AddedTerms(dtype, scalings, constant, grad_scale, weight, in_place, handles, noise), factors
 
 
 def fused_output(layer: LoRALayer, base: BaseWeight, x: Tensor, adapters: list[Adapter], extras: list[Term]) -> Tensor:
-    """The output of a layer that `fusable` admits, its base's product and all low-rank terms in one function."""
+    """The output of a `fusable` layer: its base's product and all low-rank terms in one function."""
     # `add_update` adds adapters to whatever base output; dropout acts on an adapter's own input.
     add_update = layer.module.add_update if hasattr(type(layer.module), "add_update") else None
     undropped = [] if add_update else [adapter for adapter in adapters if isinstance(adapter.dropout, nn.Identity)]
@@ -99,7 +89,7 @@ def fused_output(layer: LoRALayer, base: BaseWeight, x: Tensor, adapters: list[A
 
 
 def beside_output(base: BaseWeight, out: Tensor, x: Tensor, terms: Terms) -> Tensor:
-    """`out`, which the layer's own forward made of x, and `terms` beside it."""
+    """`terms` added to `out`, which the layer's own forward made of x."""
     dtype = compute_dtype(x, out.dtype)
     return _add(base, _plus_noise(out, base, x, terms, dtype), x, terms, _noisy(base, terms, dtype, alone=True))
 
@@ -127,7 +117,7 @@ def _base_output(base: BaseWeight, x: Tensor, terms: Terms) -> Tensor:
 def _noisy(
     base: BaseWeight, terms: Terms, dtype: torch.dtype, alone: bool = False
 ) -> Callable[[Tensor | None], Tensor] | None:
-    """What makes W0 + ε, or ε `alone`, from the stored weight or, without one, from the quantised; None without ε."""
+    """A function of the stored weight, or of None for a quantised one, to W0 + ε or to ε `alone`; None without ε."""
 
     def make(weight: Tensor | None) -> Tensor:
         if weight is None and not alone:
@@ -144,11 +134,11 @@ def _plus_noise(
     out: Any, base: BaseWeight, x: Tensor, terms: Terms, dtype: torch.dtype, weight: Tensor | None = None
 ) -> Any:
     """``out + x·(weight + Σ ε)ᵀ`` over the noises of a graph, in `dtype`; each part may be missing."""
-    for noise, query in terms.in_graph:
+    for noise, handle in terms.in_graph:
         noised = weight, noise.std, noise.seed, base.shape[1]
         if not operators.in_functorch():
-            site = None if query is None else query.number
-            product = operators.noisy_product(x.to(dtype), *noised, False, site, None)
+            number = None if handle is None else handle.number
+            product = operators.noisy_product(x.to(dtype), *noised, False, number, None)
         else:
             product = x.to(dtype) @ operators.noisy_weight(*noised, dtype).t()
         out, weight = product if out is None else out + product.to(out.dtype), None
@@ -165,18 +155,18 @@ def _add(
     bias: Tensor | None = None,
     in_place: bool = False,
 ) -> Tensor:
-    """`Added` of the low-rank `terms`, and of grids of blocks; `make_weight` makes W out of the others."""
+    """`Added` of the low-rank `terms`, and `add_blocks` of the grids; `make_weight` makes W out of the others."""
     like = terms.learned[0][0].A if terms.learned else x if out is None else out
     dtype = compute_dtype(x, like.dtype)
     if out is None or make_weight or terms.learned or terms.low_rank or terms.constant:
         plan, factors = terms.plan(base.shape[1], dtype, make_weight, in_place)
         given = (out, x, bias, *factors)
-        tells = (plan.tells or plan.noise) and torch.is_grad_enabled() and not is_tracing()
-        if tells and not any(tensor is not None and tensor.requires_grad for tensor in given):
-            # A model's first layers, under dropout: backward has to come by, to be told of ε.
-            plan, x = replace(plan, for_telling=True), x.detach().requires_grad_()
+        records = (plan.records or plan.noise) and torch.is_grad_enabled() and not is_tracing()
+        if records and not any(tensor is not None and tensor.requires_grad for tensor in given):
+            # A model's first layers, under dropout: backward has to come by, to record ⟨G, ε⟩.
+            plan, x = replace(plan, skip_input_grad=True), x.detach().requires_grad_()
         out = (added if is_tracing() else Added.apply)(plan, out, x, weight, bias, *factors)
-    for block, query in terms.blocks:
-        watch = None if query is None else query.watched
-        out = add_blocks(BlockOptions(block.scaling, dtype), x, *stored_blocks(block.A, block.B), out, watch)
+    for block, handle in terms.blocks:
+        recorded = None if handle is None else handle.recorded
+        out = add_blocks(BlockOptions(block.scaling, dtype), x, *stored_blocks(block.A, block.B), out, recorded)
     return out

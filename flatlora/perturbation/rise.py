@@ -12,8 +12,6 @@ from torch import Tensor
 from .. import checks
 from ..layers.base import sum_dtype
 
-__all__ = ["LossRise", "check_rise"]
-
 MEMORY = 0.98  # what a step keeps of the running mean's weight: fifty steps
 _SCALER_STEP: Any = torch.amp.GradScaler.step.__code__
 
@@ -22,26 +20,22 @@ class LossRise:
     """To first order, what ε adds to the loss of a step, at the perturbed point and in the units of that loss.
 
     G is the gradient of a layer's weight. A layer's low-rank term computes ``h = s·x·Aᵀ`` in forward and
-    ``g = (∂L/∂out)·B`` in backward; then ``⟨G, s·B·A⟩ = Σ h∘g``, the trace of ``hᵀ·g``. `AddedTerms.tell` hands
-    `note` one such small matrix for each layer, summed over micro-batches, and a step adds up their diagonals: one
+    ``g = (∂L/∂out)·B`` in backward; then ``⟨G, s·B·A⟩ = Σ h∘g``, the trace of ``hᵀ·g``. `AddedTerms.record` hands
+    `record` one such small matrix for each layer, summed over micro-batches, and a step adds up their diagonals: one
     launch more for a layer, before clipping, and no wait for the device.
-
-    Attributes:
-        value: of the last step, on its device, and of this rank alone: a step that asks the others would wait for ranks
-            that have no more data.
-        samples: the steps that the running mean is of.
     """
 
     def __init__(self) -> None:
+        # Of the last step and this rank alone: a step that asks the others would wait for ranks without more data.
         self.value = torch.zeros((), dtype=torch.float32, device="cpu")
-        self.samples = 0
+        self.samples = 0  # steps that the running mean is of
         self._parts: dict[Any, Tensor] = {}
         # Sums over steps, newer ones of more weight: of the weights, of their squares, of the rise, of its square.
         self._sums = torch.zeros(4, dtype=torch.float32, device="cpu")
         self._new = False  # whether `value` is not in the mean yet
 
-    def note(self, layer: str, part: Tensor) -> None:
-        """Takes what a backward pass tells of a layer: square matrices, of whose traces ``⟨G, ε⟩`` is the sum."""
+    def record(self, layer: str, part: Tensor) -> None:
+        """Takes a backward pass's part of a layer: square matrices, of whose traces ``⟨G, ε⟩`` is the sum."""
         key = layer, part.shape
         if (former := self._parts.get(key)) is not None:
             # In float32 at least: sums of many micro-batches would stop growing in half precision.
@@ -49,16 +43,16 @@ class LossRise:
         self._parts[key] = part
 
     def forget(self) -> None:
-        """Has what backward passes told since the last step count no more, as their gradients do not."""
+        """Drops what backward passes have recorded since the last step."""
         self._parts.clear()
 
     @torch.no_grad()
     def read(self, factor: float = 1.0) -> None:
-        """Adds up what the backward passes told since the last step, times `factor`."""
-        parts, self._parts = list(self._parts.values()), {}
+        """Adds up what backward passes have recorded since the last step, times `factor`."""
         alike: dict[Any, list[Tensor]] = {}
-        for part in parts:
+        for part in self._parts.values():
             alike.setdefault((part.device, part.dtype, part.shape), []).append(part)
+        self._parts = {}
         # Three launches, whatever the number of layers.
         sums = [
             torch.stack(same).diagonal(dim1=-2, dim2=-1).sum(dtype=sum_dtype(device))
@@ -91,17 +85,14 @@ class LossRise:
         variance = (total_sq / weight - mean.square()).clamp(min=0.0) / (independent - 1)
         return mean.nan_to_num(0.0), variance.sqrt().nan_to_num(0.0, posinf=0.0)
 
-    # --- copies and checkpoints ---------------------------------------------------------------------------------------
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_parts": {}}
 
-    def mark(self) -> dict[str, Any]:
-        """See `Source.mark`."""
+    def snapshot(self) -> dict[str, Any]:
         return {**self.__dict__, "_parts": dict(self._parts)}
 
-    def go_back(self, mark: dict[str, Any]) -> None:
-        self.__dict__.update(mark, _parts=dict(mark["_parts"]))
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        self.__dict__.update(snapshot, _parts=dict(snapshot["_parts"]))
 
     def state(self) -> dict[str, Any]:
         return {"samples": self.samples, "sums": self._sums.clone()}
@@ -123,7 +114,7 @@ def check_rise(method_state: dict[str, Any]) -> None:
 
 
 def _loss_scale() -> Tensor | None:
-    """What a GradScaler has multiplied the loss by, if one calls `step()` now; it does not tell optimizers."""
+    """What a GradScaler has multiplied the loss by, if one calls `step()` now; optimizers can't ask it."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is _SCALER_STEP:

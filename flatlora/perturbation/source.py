@@ -11,8 +11,6 @@ from ..layers.adapter import Adapter
 from ..layers.view import LoRALayer
 from .rise import LossRise
 
-__all__ = ["Source", "held_names"]
-
 Names = tuple[str, ...]
 
 
@@ -24,13 +22,13 @@ class Source:
         always: perturb in eval mode, in passes without gradients and under merged adapters too: for measuring.
         no_grad: perturb passes in train mode that record no gradients too.
         relative: whether ε grows with what the adapters have learnt, and begins at nothing.
-        replaying: perturb beside adapters that require no gradient at present: someone runs a pass again as it was.
-        fixed: what layers get, by name, instead of what `draw` gives them; None for `draw`'s.
-        passes: by layer, then by the names in `LoRALayer.names` that a pass added: the scaling of every adapter which
-            it added, as some models change that for the pass alone. Of passes with gradients since the last step.
+        replaying: perturb beside adapters that require no gradient now, as a pass is run again as it was.
+        fixed: by layer, the ε that it gets instead of `draw`'s; None for `draw`'s.
+        passes: of the passes with gradients since the last step, by layer, then by the names in `LoRALayer.names` that
+            a pass added: the scaling of every adapter that it added, as some models change that for a pass alone.
         acted: the layers that the last step's passes went through.
-        skipped: layers of which a pass in train mode has gone unperturbed since the last step, without gradients.
-        told_of_two_passes: whether the user knows that such a pass was followed by one that is perturbed.
+        skipped: layers with a pass in train mode since the last step that had no gradients and no perturbation.
+        warned_of_two_passes: whether the user was warned that a perturbed pass came after such a one.
         rise: how far ε raises the loss.
     """
 
@@ -45,13 +43,13 @@ class Source:
         self.passes: dict[str, dict[Names, dict[str, float]]] = {}
         self.acted: frozenset[str] = frozenset()
         self.skipped: set[str] = set()
-        self.told_of_two_passes = self._keeping = False
+        self.warned_of_two_passes = self._keeping = False
         self.rise = LossRise()
 
-    def form(self, layer: LoRALayer) -> Literal["gaussian"] | tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """What a graph that runs at many steps may count on: Gaussian noise, or the shapes of an ε's factors B and A.
+    def graph_kind(self, layer: LoRALayer) -> Literal["gaussian"] | tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """What ε is at every step of a compiled graph: Gaussian, or factors B and A of these shapes.
 
-        None where `draw` can be traced instead: it gives the same parameters at every step.
+        None where `draw` can be traced instead, as it gives the same parameters at every step.
         """
         return None
 
@@ -59,7 +57,7 @@ class Source:
         """The ε of this forward of `layer`, random (`Draw`) or not (`Adapter`); None for none. One ε for a whole step.
 
         An adapter whose factors require gradients gets them. One made of a grid of blocks must not require any.
-        `adapters`: what ``layer.adapters()`` has just returned, where the caller has asked.
+        `adapters`: what ``layer.adapters()`` has just returned, if the caller has it.
         """
         raise NotImplementedError
 
@@ -83,53 +81,50 @@ class Source:
             self.fixed, self._keeping = before
 
     def measures(self, layer: LoRALayer) -> bool:
-        """Whether backward is to tell what the layer's ε of this step does to the loss."""
+        """Whether backward is to record what the layer's ε of this step does to the loss."""
         return not (self.always or self.replaying)
-
-    # --- passes and steps -------------------------------------------------------------------------------------------
 
     def note_pass(self, layer: LoRALayer, adapters: list[Adapter]) -> None:
         """Called in each pass that is perturbed and records gradients."""
-        kinds = self.passes.setdefault(layer.name, {})
-        kinds[held_names(layer, adapters)] = {adapter.name: adapter.scaling for adapter in adapters}
+        scalings = {adapter.name: adapter.scaling for adapter in adapters}
+        self.passes.setdefault(layer.name, {})[held_names(layer, adapters)] = scalings
 
     def acts_on(self, layer: LoRALayer) -> bool:
         """Whether a pass that trains has gone through the layer since the last step."""
         return layer.name in self.passes
 
     def with_gradients(self) -> dict[Names, dict[str, list[Adapter]]]:
-        """The adapters of layers with gradients, as the passes of this step added them, by layer name.
+        """By layer, the adapters that this step's passes added to it; of layers with gradients.
 
-        Passes that added other adapters of `layers` stand apart, by these adapters' names: each has a gradient of its
-        own. A layer without a pass, as where gradients were set by hand, stands with all adapters that have one.
+        Passes that added different adapters are kept apart, by these adapters' names, as each has its own gradient. A
+        layer without a pass, whose gradients were set by hand, has all adapters with a gradient.
         """
         found: dict[Names, dict[str, list[Adapter]]] = {}
         for layer in self.layers.values():
-            for kind, scalings in self.passes.get(layer.name, {(): {}}).items():
-                adapters = layer.adapters_named(scalings) if kind else [a for a in layer.all_adapters() if a.has_grads]
+            for names, scalings in self.passes.get(layer.name, {(): {}}).items():
+                adapters = layer.adapters_named(scalings) if names else [a for a in layer.all_adapters() if a.has_grads]
                 if any(a.has_grads and a.name in layer.names for a in adapters):
-                    found.setdefault(kind or held_names(layer, adapters), {})[layer.name] = adapters
+                    found.setdefault(names or held_names(layer, adapters), {})[layer.name] = adapters
         return found
 
     def read_gradients(self) -> bool:
-        """Notes what the next step's ε needs of the gradients at hand; whether there are any."""
+        """Reads what the next step's ε needs of the gradients; returns whether there are any."""
         return True
 
     def read_rise(self) -> None:
         """Takes from the backward passes of this step how far ε raised the loss."""
         self.rise.read()
 
-    def mark(self) -> tuple[Any, ...]:
-        """What `go_back` needs to undo what passes and a step leave here."""
-        passes = {layer: dict(kinds) for layer, kinds in self.passes.items()}
-        return passes, self.acted, set(self.skipped), self.rise.mark()
+    def snapshot(self) -> tuple[Any, ...]:
+        """What `restore` needs to undo what passes and a step leave here."""
+        passes = {layer: dict(scalings) for layer, scalings in self.passes.items()}
+        return passes, self.acted, set(self.skipped), self.rise.snapshot()
 
-    def go_back(self, passes: Any, acted: Any, skipped: Any, rise: Any) -> None:
+    def restore(self, passes: Any, acted: Any, skipped: Any, rise: Any) -> None:
         self.passes, self.acted, self.skipped = passes, acted, skipped
-        self.rise.go_back(rise)
+        self.rise.restore(rise)
 
     def next_step(self) -> None:
-        """Goes on to the ε of the next step."""
         self.rise.advance()
         self.acted = frozenset(name for name, layer in self.layers.items() if self.acts_on(layer))
         self.passes = {}

@@ -14,8 +14,6 @@ from .. import checks
 from ..layers.view import lora_layers
 from .measuring import Losses, LossFn, measuring
 
-__all__ = ["TopEigenvalue", "hessian_top_eigenvalue"]
-
 
 @dataclass(frozen=True)
 class TopEigenvalue:
@@ -95,10 +93,10 @@ def hessian_top_eigenvalue(
 def _trained(model: nn.Module, adapter: str | Iterable[str] | None) -> list[nn.Parameter]:
     adapters = [a for layer in lora_layers(model, adapter) for a in layer.all_adapters()]
     held = [p for a in adapters for p in (a.A_param, a.B_param, a.magnitude)]
-    params = {id(p): p for p in held if isinstance(p, nn.Parameter) and p.requires_grad}
+    params = list(dict.fromkeys(p for p in held if isinstance(p, nn.Parameter) and p.requires_grad))
     if not params:
         raise ValueError(f"none of the {len(held)} parameters of the adapters requires a gradient; {checks.UNFREEZE}")
-    return list(params.values())
+    return params
 
 
 def _hessian_times(v: Tensor, params: list[nn.Parameter], losses: Losses) -> Tensor:

@@ -16,7 +16,7 @@ from .. import checks
 from ..layers.view import lora_layers
 from .measuring import LossFn, RandomDirection, WorstDirection, attached, measuring
 
-__all__ = ["Landscape", "landscape", "plot_landscape"]
+_LABEL = "{} direction, ‖ε‖ / ‖W'‖"
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,6 @@ def _distances(reach: float, points: int) -> list[float]:
     return [reach * (2 * i / (points - 1) - 1) for i in range(points)]
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------
-
-
 def plot_landscape(results: Mapping[str, Landscape], path: str | PathLike[str]) -> Any:
     """Draws landscapes and saves the picture.
 
@@ -154,15 +151,11 @@ def plot_landscape(results: Mapping[str, Landscape], path: str | PathLike[str]) 
     return figure
 
 
-def _label(name: str) -> str:
-    return f"{name} direction, ‖ε‖ / ‖W'‖"
-
-
 def _draw_lines(figure: Any, results: Mapping[str, Landscape], names: Sequence[str]) -> None:
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for model, found in results.items():
             axes.plot(found.at, found.lines[name], label=model)
-        axes.set(xlabel=_label(name), ylabel="loss")
+        axes.set(xlabel=_LABEL.format(name), ylabel="loss")
         axes.legend(fontsize=8)
 
 
@@ -176,4 +169,4 @@ def _draw_plane(figure: Any, model: str, found: Landscape, names: Sequence[str])
     contours = axes.contour(found.at, found.at, columns, levels)
     axes.clabel(contours, fontsize=7)
     axes.plot([0], [0], marker="+", color="black")
-    axes.set(xlabel=_label(names[0]), ylabel=_label(names[1]), title=model)
+    axes.set(xlabel=_LABEL.format(names[0]), ylabel=_LABEL.format(names[1]), title=model)

@@ -19,8 +19,6 @@ from ..layers.view import LoRALayer
 from ..perturbation.attachment import Attachment
 from ..perturbation.source import Source
 
-__all__ = ["LossFn", "Losses", "RandomDirection", "WorstDirection", "attached", "measuring"]
-
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
@@ -40,10 +38,7 @@ class Losses:
 
     def mean(self) -> float:
         """The mean over batches, each counted equally."""
-        total = 0.0
-        for loss in self:
-            total += float(loss)
-        return total / len(self)
+        return sum(map(float, self)) / len(self)
 
 
 @contextmanager

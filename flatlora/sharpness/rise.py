@@ -15,8 +15,6 @@ from ..ggpo.noise import RowNoise
 from ..layers.view import lora_layers
 from .measuring import LossFn, WorstDirection, attached, measuring
 
-__all__ = ["NoiseRise", "WeightNoise", "noise_rise", "weight_noise", "worst_case_rise"]
-
 
 class WeightNoise:
     """What `weight_noise` yields, for changing the noise within the context.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -140,6 +141,19 @@ def test_a_step_that_fails_leaves_everything_as_before(where, kind):
     losses, end = four_steps(kind)
     assert losses[1:] == again
     assert difference(end, everything(model, optimizer)) is None
+
+
+@pytest.mark.parametrize("kind", ["ggpo", "bilora"])
+@pytest.mark.parametrize(("wrong", "which"), enumerate(["training", "training", "validation"]))
+def test_a_loss_that_is_not_finite_leaves_everything_as_before(wrong, which, kind):
+    """Though it is read once both levels have been through their passes, and V has moved along gradients of nan."""
+    model, optimizer, _, _ = faulty(kind, "central")
+    optimizer.step()
+    before, loss_fn, passes = everything(model, optimizer), optimizer.loss_fn, itertools.count()
+    optimizer.loss_fn = lambda model, data: loss_fn(model, data) * (float("nan") if next(passes) == wrong else 1.0)
+    with pytest.raises(ValueError, match=f"the {which} loss is nan"):
+        optimizer.step()
+    assert difference(before, everything(model, optimizer)) is None
 
 
 @pytest.mark.parametrize("kind", ["ggpo", "bilora"])

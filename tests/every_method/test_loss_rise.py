@@ -142,7 +142,7 @@ def test_the_running_mean_and_its_error_are_those_of_the_steps() -> None:
     rise, generator = LossRise(), torch.Generator().manual_seed(0)
     values = 0.3 + torch.randn(400, dtype=torch.float64, generator=generator)
     for value in values:
-        rise.note("layer", value.reshape(1, 1))
+        rise.record("layer", value.reshape(1, 1))
         rise.read()
         rise.advance()
     w = 0.98 ** torch.arange(399, -1, -1, dtype=torch.float64)
@@ -224,6 +224,6 @@ def test_gaussian_noise_is_measured_all_over_the_depth_of_a_model() -> None:
 def test_a_thousand_micro_batches_in_half_precision_add_up() -> None:
     rise = LossRise()
     for _ in range(1000):
-        rise.note("layer", torch.full((1, 1), 0.1, dtype=torch.bfloat16))
+        rise.record("layer", torch.full((1, 1), 0.1, dtype=torch.bfloat16))
     rise.read()
     assert rise.value.item() == pytest.approx(100, rel=2e-3)

@@ -109,6 +109,7 @@ def test_a_step_stays_on_its_device_and_the_host_reads_nothing(method, autocast,
             step(data)
     assert watching.count > 100
     assert reads.places == ({"bidora/passes.py"} if method.name == "BiDoRA" else set())
+    assert reads.count == (2 if method.name == "BiDoRA" else 0)  # one an iteration
     assert watching.mixed == ({("aten._to_copy.default", "cpu", "cuda")} if reads.places else set())
 
 

@@ -14,24 +14,22 @@ from torch import Tensor, nn
 from .adapter import NotLinear
 from .base import BaseWeight, OpaqueBase
 from .bases import base_weight
-from .probe import asked, inputs, linear_part, misses, numbers
+from .probe import inputs, linear_part, misses, numbers, probing
 
-__all__ = ["SWITCHES", "Form", "child_of", "factor_of", "fitting", "is_switch", "own_base", "place_of", "scale_of"]
-
-# Attributes by which a layer tells that its adapter is off, and the value that says so.
+# Attributes by which a layer says that its adapter is off, and the value that says so.
 SWITCHES = {"enabled": False, "disable_adapters": True, "disabled": True}
 _EXACT, _ROUNDED = 1e-2, 3e-2  # the largest relative error that is rounding and no other formula
 
 _Places = list[tuple[dict[str, Any], str, Tensor]]
 
 
-class Form(NamedTuple):
+class LayerSpec(NamedTuple):
     """One way to read a layer: ``W0 + value/r^power · up·down``, with W0 (m, n), up (m, r) and down (r, n)."""
 
     holder: str  # the child that holds the factors; "" for the layer itself
     down: str
     up: str
-    turned: tuple[bool, bool]  # whether down, up are stored transposed
+    factors_transposed: tuple[bool, bool]  # whether down, up are stored transposed
     base: str  # the child that holds W0; "" for the layer itself
     transposed: bool  # whether W0 is stored as (n, m)
     shape: tuple[int, int]
@@ -56,9 +54,9 @@ def place_of(holder: Any, name: str) -> tuple[dict[str, Any], str]:
     return (owner._parameters if key in owner._parameters else owner._buffers), key
 
 
-def scale_of(module: Any, form: Form) -> Any:
+def scale_of(module: Any, spec: LayerSpec) -> Any:
     """The number or tensor by which the layer says its scaling."""
-    owner, attribute, _ = form.scale
+    owner, attribute, _ = spec.scale
     return getattr(child_of(module, owner), attribute)
 
 
@@ -67,19 +65,19 @@ def is_switch(value: Any) -> bool:
     return isinstance(value, int) or type(value).__name__ in ("bool_", "bool") or isinstance(value, Tensor)
 
 
-def own_base(module: Any, form: Form) -> BaseWeight:
+def own_base(module: Any, spec: LayerSpec) -> BaseWeight:
     """The layer's base weight (m, n)."""
-    base = child_of(module, form.base)
+    base = child_of(module, spec.base)
     # A layer that is its own base can't be called without its adapter.
-    known = None if form.base else (type(base).forward, True)
-    found = base_weight(base, form.shape, form.transposed, known)
-    if not form.base and isinstance(found, OpaqueBase):
+    known = None if spec.base else (type(base).forward, True)
+    found = base_weight(base, spec.shape, spec.transposed, known)
+    if not spec.base and isinstance(found, OpaqueBase):
         raise NotLinear("its own weight is not stored as floats, and it can't be called without its adapter")
     return found
 
 
-class Answer(NamedTuple):
-    """What a layer and its base made of the same inputs while random numbers took the place of the factors."""
+class ProbeResult(NamedTuple):
+    """The outputs of a layer and of its base for the same inputs, with random numbers for the factors."""
 
     x: Tensor  # (rows, n)
     found: Tensor  # (rows, m), as are the base's by whether W0 is stored as (n, m)
@@ -88,36 +86,36 @@ class Answer(NamedTuple):
     rounded: bool  # to less than float32
 
 
-def fitting(module: Any, forms: list[Form]) -> Form:
-    """The first form that the layer's output agrees with; ValueError if there is none."""
+def matching_spec(module: Any, specs: list[LayerSpec]) -> LayerSpec:
+    """The first spec that the layer's output agrees with; ValueError if there is none."""
     least = math.inf, 0.0, 0.0
-    answers: dict[int, Answer] = {}
-    for form in forms:
-        n = form.shape[1]
-        if n not in answers:
-            answers[n] = _ask(module, [other for other in forms if other.shape[1] == n])
-        answer = answers[n]
+    results: dict[int, ProbeResult] = {}
+    for spec in specs:
+        n = spec.shape[1]
+        if n not in results:
+            results[n] = _probe(module, [other for other in specs if other.shape[1] == n])
+        result = results[n]
         down, up = (
-            answer.factors[name].t() if turned else answer.factors[name]
-            for name, turned in zip((form.down, form.up), form.turned, strict=True)
+            result.factors[name].t() if transposed else result.factors[name]
+            for name, transposed in zip((spec.down, spec.up), spec.factors_transposed, strict=True)
         )
-        update, found = answer.x @ down.t() @ up.t(), answer.found - answer.bases[form.transposed]
-        scaling = _scaling_of(module, form, down.shape[0])
+        update, found = result.x @ down.t() @ up.t(), result.found - result.bases[spec.transposed]
+        scaling = _scaling_of(module, spec, down.shape[0])
         if not (scaling or found.any()):
-            if len(forms) > 1:
+            if len(specs) > 1:
                 raise ValueError(
                     "its scaling is 0 at present, so that it can't be told which of its factors comes first, or how "
                     "they are scaled; build the optimizer while it is another number"
                 )
-            return form
-        if misses(found, scaling * update) < (_ROUNDED if answer.rounded else _EXACT):
-            return form
+            return spec
+        if misses(found, scaling * update) < (_ROUNDED if result.rounded else _EXACT):
+            return spec
         factor = float((found * update).sum() / update.square().sum())
         least = min(least, (misses(found, factor * update), factor, scaling))
-    raise ValueError(_another_result(*least))
+    raise ValueError(_mismatch(*least))
 
 
-def _another_result(rest: float, factor: float, scaling: float) -> str:
+def _mismatch(rest: float, factor: float, scaling: float) -> str:
     if rest < _ROUNDED and abs(factor) < _EXACT * abs(scaling):
         return (
             "it adds nothing of the product of its factors, though it does not say that its adapter is off; set its "
@@ -135,9 +133,9 @@ def _another_result(rest: float, factor: float, scaling: float) -> str:
     )
 
 
-def _ask(module: Any, forms: list[Form]) -> Answer:
+def _probe(module: Any, specs: list[LayerSpec]) -> ProbeResult:
     """Calls the layer with a dtype, shape and autocast mode that it takes; ValueError if there is none."""
-    (m, n), first = forms[0].shape, forms[0]
+    (m, n), first = specs[0].shape, specs[0]
     holder = child_of(module, first.holder)
     weight = getattr(child_of(module, first.base), "weight", None)
     stored = (weight, factor_of(holder, first.down), factor_of(holder, first.up))
@@ -147,8 +145,8 @@ def _ask(module: Any, forms: list[Form]) -> Answer:
     for autocast, dtype, lead in product((False, True), dtypes, ((), (1,))):
         x = inputs(n).to(stored[1].device, dtype)
         try:
-            with _undisturbed(module), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
-                y, bases, factors = _outputs(module, forms, x, lead)
+            with _adding_adapter(module), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+                y, bases, factors = _outputs(module, specs, x, lead)
         except NotLinear:
             raise
         except Exception as error:  # whatever its forward raises for inputs that it does not expect
@@ -161,7 +159,7 @@ def _ask(module: Any, forms: list[Form]) -> Answer:
             )
         if y.shape == (*lead, len(x), m):
             rounded = autocast or min(one.itemsize for one in (*known, dtype)) < 4
-            return Answer(x[:-1].cpu().double(), linear_part(y), bases, factors, rounded)
+            return ProbeResult(x[:-1].cpu().double(), linear_part(y), bases, factors, rounded)
         complaints.append(f"it makes {tuple(y.shape)} of an input {(*lead, len(x), n)}, expected (..., {m})")
     raise ValueError(
         f"it can't be called with its input as the only argument, one tensor (..., {n}), in any dtype: "
@@ -171,15 +169,15 @@ def _ask(module: Any, forms: list[Form]) -> Answer:
 
 
 def _outputs(
-    module: Any, forms: list[Form], x: Tensor, lead: tuple[int, ...]
+    module: Any, specs: list[LayerSpec], x: Tensor, lead: tuple[int, ...]
 ) -> tuple[Any, dict[bool, Tensor], dict[str, Tensor]]:
-    """The layer's output, `Answer.bases` and `Answer.factors`.
+    """The layer's output, `ProbeResult.bases` and `ProbeResult.factors`.
 
     The factors are sized so that the update is as large as the base's output, for the rounding of neither to matter.
     """
-    first = forms[0]
-    sides = {form.transposed: form for form in reversed(forms)}
-    outputs = {transposed: _base_output(module, form, x, lead) for transposed, form in sides.items()}
+    first = specs[0]
+    sides = {spec.transposed: spec for spec in reversed(specs)}
+    outputs = {transposed: _base_output(module, spec, x, lead) for transposed, spec in sides.items()}
     size = float(outputs[first.transposed].double().square().mean().sqrt()) or 1.0
     holder = child_of(module, first.holder)
     down, up = factor_of(holder, first.down), factor_of(holder, first.up)
@@ -189,30 +187,30 @@ def _outputs(
         first.up: (numbers(2, *up.shape) * size / scaling).to(up.dtype),
     }
     places = [(*place_of(holder, name), factor.to(x.device)) for name, factor in factors.items()]
-    with _put(places + _others(module, first, (down, up))):
+    with _replaced(places + _other_parameters(module, first, (down, up))):
         y = module.forward(x.view(*lead, *x.shape))
     bases = {transposed: linear_part(out) for transposed, out in outputs.items()}
     return y, bases, {name: factor.double() for name, factor in factors.items()}
 
 
-def _base_output(module: Any, form: Form, x: Tensor, lead: tuple[int, ...]) -> Tensor:
-    if form.base:
-        return child_of(module, form.base)(x.view(*lead, *x.shape))
-    out = own_base(module, form).apply_rows(x).t()
+def _base_output(module: Any, spec: LayerSpec, x: Tensor, lead: tuple[int, ...]) -> Tensor:
+    if spec.base:
+        return child_of(module, spec.base)(x.view(*lead, *x.shape))
+    out = own_base(module, spec).apply_rows(x).t()
     bias = getattr(module, "bias", None)
     return out + bias if isinstance(bias, Tensor) else out
 
 
-def _scaling_of(module: Any, form: Form, rank: int) -> float:
-    """What multiplies the product of the factors, by a form."""
-    value = scale_of(module, form)
-    return float(value.detach() if isinstance(value, Tensor) else value) / rank ** form.scale[2]
+def _scaling_of(module: Any, spec: LayerSpec, rank: int) -> float:
+    """What multiplies the product of the factors."""
+    value = scale_of(module, spec)
+    return float(value.detach() if isinstance(value, Tensor) else value) / rank ** spec.scale[2]
 
 
-def _others(module: Any, form: Form, factors: tuple[Tensor, Tensor]) -> _Places:
-    """Numbers for all else that is trained in the layer, a gate or a second adapter, which may be neutral only now."""
-    base = list(child_of(module, form.base).parameters(recurse=bool(form.base)))
-    known = {id(p) for p in (*factors, *base, scale_of(module, form))}
+def _other_parameters(module: Any, spec: LayerSpec, factors: tuple[Tensor, Tensor]) -> _Places:
+    """Random numbers for all else that is trained in the layer, such as a gate, which may be neutral at its start."""
+    base = list(child_of(module, spec.base).parameters(recurse=bool(spec.base)))
+    known = {id(p) for p in (*factors, *base, scale_of(module, spec))}
     return [
         (part._parameters, name, numbers(3, *p.shape).to(p.device, p.dtype))
         for part in module.modules()
@@ -222,16 +220,16 @@ def _others(module: Any, form: Form, factors: tuple[Tensor, Tensor]) -> _Places:
 
 
 @contextmanager
-def _undisturbed(module: Any) -> Iterator[None]:
+def _adding_adapter(module: Any) -> Iterator[None]:
     """Within the context a layer adds its adapter and computes as in evaluation; it is restored afterwards."""
     wanted = {"merged": False} | {name: not off for name, off in SWITCHES.items()}
-    with asked(module):
+    with probing(module):
         module.__dict__.update({name: on for name, on in wanted.items() if is_switch(module.__dict__.get(name))})
         yield
 
 
 @contextmanager
-def _put(places: _Places) -> Iterator[None]:
+def _replaced(places: _Places) -> Iterator[None]:
     """Within the context these dicts hold other tensors under these names."""
     stored = [store[name] for store, name, _ in places]
     try:
