@@ -5,14 +5,11 @@ from __future__ import annotations
 import inspect
 import io
 import os
-import sys
 import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -333,8 +330,9 @@ def applied_weight(module, n):
 
 def noise_of(optimizer, name=None, dtype=torch.float64):
     """This step's dense ε (m, n) of a layer, from its seed; by default of the only layer."""
-    name = name or next(iter(gradient_rows(optimizer)))
-    draw, n = optimizer.current_perturbation()[name], optimizer.method_state()["layers"][name]["shape"][1]
+    layers = optimizer._source.layers
+    name = name or next(iter(layers))
+    draw, n = optimizer.current_perturbation()[name], layers[name].shape[1]
     if draw.kind == "gaussian":
         return draw_gaussian(draw, n, None, dtype)
     b, a = draw_low_rank(draw, n, dtype)
@@ -348,7 +346,7 @@ def gradient_rows(optimizer):
 
 def at_step(optimizer, step):
     """Has a GGPOOptimizer draw the noise of another step."""
-    optimizer.load_method_state({**optimizer.method_state(), "step": step})
+    optimizer._source.step = step
 
 
 def rank_correlation(x, y):
@@ -470,30 +468,6 @@ class Living(TorchDispatchMode):
 RANKS = 2
 
 
-def on_ranks(cases: Callable[[], dict[str, Callable[[int, str], Any]]], folder: Path) -> list[dict[str, Any]]:
-    """What each of the processes reports of each case, called as ``case(rank, folder)``; if it fails, its ``error``.
-
-    `cases` is a function of a module, which each process calls itself.
-    """
-    torch.multiprocessing.spawn(_worker, (cases, str(folder)), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
-
-
-def _worker(rank: int, cases: Callable[[], dict[str, Callable[[int, str], Any]]], folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(minutes=5)
-    )
-    found = {}
-    for name, case in cases().items():
-        try:
-            found[name] = case(rank, folder)
-        except Exception:  # of one case; the others are still told of
-            found[name] = {"error": traceback.format_exc()}
-    torch.save(found, f"{folder}/{rank}.pt")
-    leave_together()
-
-
 def full(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of tensors, gathered where they are sharded."""
     return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for name, p in values.items()}
@@ -506,13 +480,3 @@ def shard(model: nn.Module, *parts: nn.Module, **options: Any) -> None:
     layers = [module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer"]
     for module in (*(parts or layers), model):
         fully_shard(module, **options)
-
-
-def leave_together() -> None:
-    """Waits for every rank and ends the process at once.
-
-    Taking gloo down under DDP's reducer can wait for ever on a rank that has gone already.
-    """
-    torch.distributed.barrier()
-    sys.stdout.flush()
-    os._exit(0)

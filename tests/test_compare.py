@@ -8,8 +8,6 @@ import functools
 import json
 import math
 import random
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -94,20 +92,6 @@ def a_run(files, task, /, method="lora", **changes):
 # --- resuming -------------------------------------------------------------------------------------------------------
 
 
-def children(pid):
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def wait_for(condition, seconds=240):
     end = time.monotonic() + seconds
     while not condition():
@@ -117,37 +101,6 @@ def wait_for(condition, seconds=240):
 
 def without_times(result):
     return {name: value for name, value in result.items() if name != "step_seconds"}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_killed_comparison_goes_on_without_losing_or_repeating_a_run(files, tmp_path, monkeypatch, capsys):
-    wanted = arguments(files, "--runs", "lora", "ggpo", "--seeds", "0-4", "--results")
-    killed, straight = tmp_path / "killed.jsonl", tmp_path / "straight.jsonl"
-    command = [sys.executable, str(EXAMPLES / "compare.py"), *wanted, str(killed), "--processes", "2"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: process.poll() is not None or (killed.exists() and killed.read_bytes().count(b"\n") >= 2))
-        workers = children(process.pid)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL and workers
-    wait_for(lambda: not any(map(is_alive, workers)))
-    before = killed.read_bytes()
-    assert 2 <= before.count(b"\n") < 10
-    killed.write_bytes(before + b'{"run": {"data": "torn')
-
-    ended = subprocess.run(command, check=True, timeout=240, capture_output=True, text=True)
-    assert "LoRA, lr 0.003 | 5 |" in ended.stdout
-    monkeypatch.setattr(sys, "argv", ["compare.py", *wanted, str(straight)])
-    compare.main()
-    assert killed.read_bytes().startswith(before)
-    entries = [json.loads(line) for line in killed.read_text().splitlines()]
-    keys = [json.dumps(entry["run"], sort_keys=True) for entry in entries]
-    assert len(keys) == len(set(keys)) == 10
-    with Store(straight) as whole:
-        assert set(keys) == set(whole.results)
-        for key, entry in zip(keys, entries, strict=True):
-            assert without_times(entry["result"]) == without_times(whole.results[key])
-    assert "LoRA, lr 0.003 | 5 |" in capsys.readouterr().out
 
 
 def test_a_comparison_that_is_complete_makes_no_run(files, task, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What examples/research/compare.py measures of an adapter after its training, on a tiny encoder and a tiny decoder."""
+"""What examples/research/compare.py measures of an adapter after its training, and comparisons that are killed."""
 
 # ruff: noqa: F401, F811  (fixtures are imported)
 
@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from comparing.report import Figure, figures_table, holm, paired_difference  # n
 from comparing.runs import load_task, trained  # noqa: E402
 from comparing.scoring import agreement, auroc, calibration, score, temperature  # noqa: E402
 from comparing.store import Store  # noqa: E402
+from processes import start_script  # noqa: E402
 from test_compare import (  # noqa: E402
     BAD,
     GOOD,
@@ -142,17 +143,61 @@ def test_a_measure_added_later_repeats_no_other(files, second, tmp_path, monkeyp
     assert compared("--runs", "lora", "--then", "sequence", *second, "--report-only") == []
 
 
+def children(pid):
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_killed_comparison_goes_on_without_losing_or_repeating_a_run(files, tmp_path, monkeypatch, capsys):
+    wanted = arguments(files, "--runs", "lora", "ggpo", "--seeds", "0-4", "--results")
+    killed, straight = tmp_path / "killed.jsonl", tmp_path / "straight.jsonl"
+    process = start_script(EXAMPLES / "compare.py", *wanted, killed, "--processes", 2)
+    wait_for(lambda: not process.is_alive() or (killed.exists() and killed.read_bytes().count(b"\n") >= 2))
+    workers = children(process.pid)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and workers
+    wait_for(lambda: not any(map(is_alive, workers)))
+    before = killed.read_bytes()
+    assert 2 <= before.count(b"\n") < 10
+    killed.write_bytes(before + b'{"run": {"data": "torn')
+
+    for path in (killed, straight):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *wanted, str(path)])
+        compare.main()
+        assert "LoRA, lr 0.003 | 5 |" in capsys.readouterr().out
+    assert killed.read_bytes().startswith(before)
+    entries = [json.loads(line) for line in killed.read_text().splitlines()]
+    keys = [json.dumps(entry["run"], sort_keys=True) for entry in entries]
+    assert len(keys) == len(set(keys)) == 10
+    with Store(straight) as whole:
+        assert set(keys) == set(whole.results)
+        for key, entry in zip(keys, entries, strict=True):
+            assert without_times(entry["result"]) == without_times(whole.results[key])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="kills by SIGKILL")
 def test_measures_of_a_killed_comparison_go_on(files, tmp_path, monkeypatch):
     """Whether it dies between two trainings or while it writes a measure of one of them."""
     wanted = arguments(files, "--runs", "lora", "--seeds", "0-4", "--then", "quantise", "detect", "--results")
     path, straight = tmp_path / "killed.jsonl", tmp_path / "straight.jsonl"
-    command = [sys.executable, str(EXAMPLES / "compare.py"), *wanted, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: process.poll() is not None or (path.exists() and path.read_bytes().count(b"\n") >= 3))
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    process = start_script(EXAMPLES / "compare.py", *wanted, path)
+    wait_for(lambda: not process.is_alive() or (path.exists() and path.read_bytes().count(b"\n") >= 3))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     lines = path.read_bytes().splitlines(keepends=True)
     assert 3 <= len(lines) < 15
     path.write_bytes(

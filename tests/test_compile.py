@@ -110,8 +110,9 @@ def test_under_autocast(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_through_inductor(kind):
+@pytest.mark.parametrize("kind", ["gaussian", "Bi-LoRA"])  # noise that operators draw, and factors
+def test_through_inductor(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # where a killed process has left no half of a library
     expected, _ = run(kind)
     found, graphs = run(kind, compile=True, backend="inductor")
     assert graphs == 1
@@ -119,47 +120,43 @@ def test_through_inductor(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_step_has_an_own_perturbation_and_evaluation_none(kind):
+def test_each_step_has_an_own_perturbation_and_passes_that_do_not_train_none(kind):
     model = model_of()
     optimizer = over(kind, model, adamw)
     forward, counter = compiled(model)
     for i in range(2):
         step(forward, model, optimizer, i)
     x = batch(9)
-    first, again = forward(x), forward(x)
-    assert torch.equal(first, again)
+    first, expected, clean = forward(x), model(x), model.eval()(x)
+    model.train()
+    assert torch.equal(first, forward(x))
+    y = x.clone().requires_grad_()
+    with torch.no_grad():
+        assert torch.allclose(forward(y), clean, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(model(x), clean, rtol=1e-5, atol=1e-6)
+    # The same graph within a reentrant checkpoint, whose second pass has gradients.
+    assert torch.allclose(checkpoint(forward, y, use_reentrant=True), expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(first, clean, rtol=1e-5, atol=1e-6)
     with torch.no_grad():  # the weights as they were, the perturbation another one
         before = [p.clone() for p in trainable(model)]
-        forward(x).detach()
     forward(x).square().mean().backward()
     optimizer.step()
     with torch.no_grad():
         for p, value in zip(trainable(model), before, strict=True):
             if kind != "Bi-LoRA":
                 p.copy_(value)
+    graphs = counter.frame_count
     assert not torch.allclose(forward(x), first, rtol=1e-6, atol=0)
+    assert counter.frame_count == graphs
     model.eval()
     clean = model(x)
-    graphs = counter.frame_count
     assert torch.allclose(forward(x), clean, rtol=1e-5, atol=1e-6)
     model.train()
     assert not torch.allclose(forward(x), clean, rtol=1e-6, atol=0)
     assert counter.frame_count == graphs + 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_passes_without_gradients_are_not_perturbed(kind):
-    model = model_of()
-    optimizer = over(kind, model, adamw)
-    forward, _ = compiled(model)
-    for i in range(2):
-        step(forward, model, optimizer, i)
-    with torch.no_grad():
-        assert torch.allclose(forward(batch(9)), model(batch(9)), rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(forward(batch(9)), model.eval()(batch(9)), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["gaussian", "Bi-LoRA"])  # the second with parameters of its own on the model
 def test_a_perturbation_that_is_taken_off_or_put_on_anew(kind):
     model = model_of()
     forward, _ = compiled(model)  # before there is an optimizer
@@ -186,21 +183,6 @@ def test_recomputed_activations_see_the_same_perturbation(kind):
     found, graphs = run(kind, compile=True, recompute=False)
     assert graphs == 1
     assert_near(found, expected, 1e-4)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_compiled_block_within_a_reentrant_checkpoint(kind):
-    """Its first pass records no gradients and is perturbed nevertheless, as it will be run again."""
-    model = model_of()
-    optimizer = over(kind, model, adamw)
-    forward, _ = compiled(model)
-    for i in range(2):
-        step(forward, model, optimizer, i)
-    x = batch(9).requires_grad_()
-    expected = model(x)
-    assert torch.allclose(checkpoint(forward, x, use_reentrant=True), expected, rtol=1e-5, atol=1e-6)
-    with torch.no_grad():
-        assert not torch.allclose(forward(x), expected, rtol=1e-5, atol=1e-6)
 
 
 # --- torch.func -------------------------------------------------------------------------------------------------------

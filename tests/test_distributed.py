@@ -7,8 +7,9 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import RANKS, adamw, adapters, difference, frozen, full, ggpo, on_ranks, outputs, shard
+from helpers import RANKS, adamw, adapters, difference, frozen, full, ggpo, outputs, shard
 from models import lora_mlp
+from processes import on_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 from flatlora.layers.base import FloatBase

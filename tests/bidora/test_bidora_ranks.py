@@ -7,8 +7,9 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import RANKS, on_ranks
+from helpers import RANKS
 from problems import bilevel, net_batch, peft_net, relative
+from processes import on_ranks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 

@@ -173,18 +173,18 @@ def test_ridge_converges_to_the_closed_form(difference):
     b, t = torch.tensor([2.0, -3.0, 1.5]).double(), torch.tensor([1.0, -2.5, 0.5]).double()
     train, val = {"x": x, "y": x @ b, "train": True}, {"x": x, "y": x @ t, "train": False}
 
-    def solve(xi: float) -> Tensor:
+    def solve(xi: float, steps: int) -> Tensor:
         model = Ridge()
         lower, upper = SGD([model.w], lr=0.3), SGD([model.decay], lr=0.3)
         optimizer = BilevelOptimizer(
             lower, upper, model, [train], [val], xi=xi, unroll_steps=3, difference=difference, epsilon=1e-4
         )
-        for _ in range(400):
+        for _ in range(steps):
             optimizer.step()
         return model.decay.detach()
 
-    assert torch.allclose(solve(1.0), b / t - 1, atol=1e-3)
-    assert not torch.allclose(solve(0.0), b / t - 1, atol=0.1)  # alternating first-order updates
+    assert torch.allclose(solve(1.0, 300), b / t - 1, atol=1e-3)
+    assert not torch.allclose(solve(0.0, 50), b / t - 1, atol=0.5)  # alternating first-order updates
 
 
 @pytest.mark.parametrize("difference", ["central", "forward"])

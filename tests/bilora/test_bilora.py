@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import closure_of, on_ranks
+from helpers import closure_of
 from models import MLP, peft, trained
 from peft import LoraConfig
+from processes import on_ranks
 from torch import nn
 
 from flatlora import BiLoRAOptimizer, LoRASAMOptimizer, attach_auxiliary, detach_auxiliary, lora_layers

@@ -7,8 +7,9 @@ import os
 
 import pytest
 import torch.distributed as dist
-from helpers import RANKS, adamw, difference, on_ranks
+from helpers import RANKS, adamw, difference
 from methods import KEEPS_STATE, METHODS, adapted, batch, every_method, weights
+from processes import on_ranks
 
 from flatlora import MethodState
 

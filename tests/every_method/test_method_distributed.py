@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from helpers import difference, full, on_ranks, sgd, shard
+from helpers import difference, full, sgd, shard
 from methods import KEEPS_STATE, METHODS, adapted, base_bits, every_method, logits, train_share, weights
+from processes import on_ranks
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,

@@ -6,15 +6,12 @@ Over float weights by AdamW, and over 4-bit weights by an optimizer whose moment
 from __future__ import annotations
 
 import itertools
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
 from helpers import adamw, difference
 from methods import METHODS, adapted, every_method, load_weights, logits, train, weights
+from processes import context
 from torch.optim.lr_scheduler import OneCycleLR
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
@@ -81,8 +78,10 @@ def folder(tmp_path_factory):
             "rng": torch.get_rng_state(),
         }
         torch.save(state, folder / f"{method.name} {form}.half.pt")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, __file__, str(folder)], check=True, timeout=600, env=environment)
+    process = context().Process(target=resume, args=(folder,))
+    process.start()
+    process.join(600)
+    assert process.exitcode == 0
     return folder
 
 
@@ -94,7 +93,3 @@ def test_a_run_resumed_in_a_new_process_is_the_uninterrupted_one(folder, method,
     go_on(model, optimizer, scheduler, range(6))
     resumed = torch.load(folder / f"{method.name} {form}.end.pt", weights_only=True)
     assert difference(ending(model, optimizer), resumed) is None
-
-
-if __name__ == "__main__":
-    resume(pathlib.Path(sys.argv[1]))

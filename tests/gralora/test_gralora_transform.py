@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import warnings
 
-import ddp_worker
 import pytest
 import torch
-import torch.multiprocessing as mp
 from gralora_models import (
     IDS,
     adapted,
@@ -20,8 +18,11 @@ from gralora_models import (
     randomised,
     state,
 )
+from helpers import RANKS
+from models import trained
 from peft import GraloraConfig, LoraConfig, get_peft_model
 from peft.tuners.gralora.layer import Linear as PeftGraLoRA
+from processes import on_ranks
 from torch import nn
 
 from flatlora import (
@@ -191,14 +192,38 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
         torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-5, atol=1e-7)
 
 
+def two_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8)).double()
+    apply_gralora(model, "all-linear", r=8, k=4, hybrid_r=2)
+    for p in trained(model):
+        nn.init.normal_(p, std=0.3)
+    return model
+
+
+def two_steps(rank, folder, ranks=RANKS):
+    model = two_layers()
+    x, y = torch.randn(8, 16, dtype=torch.float64), torch.randn(8, 8, dtype=torch.float64)
+    wrapped = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
+    optimizer = torch.optim.SGD(trained(model), lr=0.1)
+    for _ in range(2):
+        (wrapped(x.chunk(ranks)[rank]) - y.chunk(ranks)[rank]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def cases():
+    return {"ddp": two_steps}
+
+
 def test_two_processes_train_as_one(tmp_path):
-    mp.spawn(ddp_worker.run, (2, str(tmp_path)), nprocs=2)
-    ddp_worker.run(0, 1, str(tmp_path))
-    expected, found = (torch.load(tmp_path / f"{size}.pt", weights_only=True) for size in (1, 2))
-    start = dict(ddp_worker.build().named_parameters())
-    for name, parameter in expected.items():
-        torch.testing.assert_close(found[name], parameter, rtol=1e-10, atol=1e-12)
-        assert not torch.allclose(parameter, start[name].detach(), rtol=1e-6)
+    found = on_ranks(cases, tmp_path)[0]["ddp"]
+    assert "error" not in found, found["error"]
+    start = dict(two_layers().named_parameters())
+    for name, p in two_steps(0, tmp_path, ranks=1).items():
+        torch.testing.assert_close(found[name], p, rtol=1e-10, atol=1e-12)
+        assert not torch.allclose(p, start[name].detach(), rtol=1e-6)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

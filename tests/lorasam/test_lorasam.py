@@ -580,8 +580,8 @@ def settled(seed, rho):
             factor["default"].weight.copy_(eye)
         module.base_layer.weight.copy_(start - eye)
     optimizer = lorasam(model, lr=0.05, rho=rho)
-    for at in range(450):
-        if at == 300:
+    for at in range(220):
+        if at == 100:
             optimizer.rho = 0.0
         two_minima(model(eye).t()).backward()
         optimizer.step()
