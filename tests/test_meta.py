@@ -71,7 +71,7 @@ MOST = {
     "GGPO low_rank": 3346,
     "LoRASAM": 1738,
     "Bi-LoRA": 964,
-    "BiDoRA": 8671,
+    "BiDoRA": 8670,
     "GraLoRA": 0,
     "GraLoRA under GGPO": 6402,
 }

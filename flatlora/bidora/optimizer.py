@@ -277,8 +277,10 @@ class BilevelOptimizer(TwoPhases):
     def _hypergradient(self, direct: Values, implicit: Values) -> Values:
         """``∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v`` of every magnitude, 0 of one that a loss does not have."""
 
-        zeros = {p: torch.zeros_like(p) for p in parameters_of(self.upper)}
-        return {p: direct.get(p, zero) - implicit.get(p, zero) for p, zero in zeros.items()}
+        def of(p: Tensor, values: Values) -> Tensor:
+            return values[p] if p in values else torch.zeros_like(p)
+
+        return {p: of(p, direct) - of(p, implicit) for p in parameters_of(self.upper)}
 
     def hypergradient(self, train_batch: Any, val_batch: Any, *, virtual_step: bool = True) -> list[Tensor]:
         """``∂_μ L_val(V', μ) − ξ·∇²_{μV} L_tr(V, μ)·v`` at the present V, which stays; nothing at all is changed.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -97,16 +96,6 @@ def project(stack: Stack, norms: BaseNorms) -> Projection | None:
     wide_a, wide_b, wide_c = (factor.to(sum_dtype(factor.device)) for factor in (a, b, c))
     root_a, root_b = _roots(torch.stack([wide_a @ wide_a.mT, wide_b.mT @ wide_b]), eps)
     return Projection(a, b, c, d, root_a, root_b, root_b.mT @ (wide_c @ wide_a.mT) @ root_a)
-
-
-def update_sq(stack: Stack) -> Tensor:
-    """``Σ_layers ‖s·B·A‖_F²`` of the adapters that the layers are seen through, without DoRA's magnitudes."""
-    seen = [same for same in stack.columns() if same[0].name in stack.layers[0].names]
-    grid = math.lcm(*(same[0].k for same in seen))
-    pairs = [stacked_blocks(same, grid) for same in seen]
-    a = _joined(tuple(a_k for a_k, _ in pairs), 3)
-    b = _joined(tuple(b_k * same[0].scaling for (_, b_k), same in zip(pairs, seen, strict=True)), 4)
-    return product_sq(b, a)
 
 
 def _joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:

@@ -180,7 +180,7 @@ class PerturbingOptimizer(OptimizerWrapper):
             if mean == error == 0:  # no step's rise was finite
                 return
             much = abs(mean) - 2 * error > MUCH
-            if much or (abs(mean) + 2 * error < NOTHING and not self._source.relative):
+            if much or abs(mean) + 2 * error < NOTHING:
                 what = "much: training may suffer, and a smaller" if much else "next to nothing on this model: a larger"
                 self._watch.warn_once(
                     "rise",

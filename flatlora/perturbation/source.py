@@ -21,7 +21,6 @@ class Source:
         layers: those that it perturbs, by name.
         always: perturb in eval mode, in passes without gradients and under merged adapters too: for measuring.
         no_grad: perturb passes in train mode that record no gradients too.
-        relative: whether ε grows with what the adapters have learnt, and begins at nothing.
         replaying: perturb beside adapters that require no gradient now, as a pass is run again as it was.
         fixed: by layer, the ε that it gets instead of `draw`'s; None for `draw`'s.
         passes: of the passes with gradients since the last step, by layer, then by the names in `LoRALayer.names` that
@@ -34,7 +33,6 @@ class Source:
 
     always = False
     no_grad = False
-    relative = False
     replaying = False
 
     def __init__(self, layers: Iterable[LoRALayer]):
