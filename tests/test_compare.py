@@ -70,6 +70,9 @@ def files(tmp_path_factory):
     return folder
 
 
+PACKAGES = {"sam": "pytorch_optimizer", "ivon": "ivon"}  # of rivals that others wrote
+
+
 def arguments(files, *more):
     return [
         *("--model", str(files), "--train-file", str(files / "train.tsv"), "--test-file", str(files / "test.tsv")),
@@ -373,8 +376,8 @@ def learnt(files, task):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns(method, task, learnt):
-    if method in ("sam", "ivon"):
-        pytest.importorskip({"sam": "pytorch_optimizer", "ivon": "ivon"}[method])
+    if method in PACKAGES:
+        pytest.importorskip(PACKAGES[method])
     before = {name: p.clone() for name, p in task.base.named_parameters()}
     result = learnt(method)
     assert result["accuracy"] > 0.9 and len(result["curve"]) == 6 and math.isfinite(result["rise"])

@@ -37,6 +37,7 @@ from comparing.scoring import agreement, auroc, calibration, score, temperature 
 from comparing.store import Store  # noqa: E402
 from processes import start_script  # noqa: E402
 from test_compare import (  # noqa: E402
+    PACKAGES,
     BAD,
     GOOD,
     NOUNS,
@@ -86,8 +87,8 @@ def runs_of(args, task, method="lora", **changes):
 @pytest.mark.parametrize("method", METHODS)
 def test_measures_of_every_method_do_not_depend_on_each_other(method, args, task):
     """They leave the model as it was: measured together, in any order, or alone, the figures are the same."""
-    if method == "sam":
-        pytest.importorskip("pytorch_optimizer")
+    if method in PACKAGES:
+        pytest.importorskip(PACKAGES[method])
     runs = [run for run in runs_of(args, task, method) if run.then != "add" or METHODS[method].adapter == "lora"]
     together = dict(zip(runs, map(without_times, execute_all(runs, task)), strict=True))
     backwards = dict(zip(runs[::-1], map(without_times, execute_all(runs[::-1], task)), strict=True))
