@@ -37,10 +37,10 @@ from comparing.scoring import agreement, auroc, calibration, score, temperature 
 from comparing.store import Store  # noqa: E402
 from processes import start_script  # noqa: E402
 from test_compare import (  # noqa: E402
-    PACKAGES,
     BAD,
     GOOD,
     NOUNS,
+    PACKAGES,
     arguments,
     decoder,
     files,
