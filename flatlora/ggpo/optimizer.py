@@ -55,7 +55,7 @@ class GGPOOptimizer(PerturbingOptimizer):
         noise: ``"gaussian"``, independent in every element; or ``"low_rank"``, ``diag(d)·U·V/√noise_rank``: the same
             covariance at the cost of an adapter of that rank, but heavier tails and a larger spread of the loss between
             draws, on a pure quadratic 2.6 times as large at the default rank of 8. On that encoder its accuracy was 1.8
-            ± 1.1 points below Gaussian noise's (8 paired seeds, p = 0.13). Take it on GPUs until both are measured there:
+            ± 1.1 points below Gaussian noise's (8 paired seeds, p = 0.13). On GPUs take it until both are timed there:
             Gaussian noise is as large as the weights, by count some 78 GB of memory traffic a pass at 7B.
         noise_rank: rank of ``"low_rank"`` noise.
         adapter: name or names of the adapters; None for all whose parameters `optimizer` holds and that require a
