@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -49,20 +50,18 @@ def whole(blocks: Tensor) -> Tensor:
 
 
 def derivative(model: nn.Module, optimizer: Any, batches: list[Any], only: str | None = None) -> float:
-    """``d/dλ Σ L(W' + λ·ε)`` at λ = 1 by autograd, of the layer `only` if one is named, ε dense beside each layer."""
-    noise, layers = dense(optimizer), optimizer._source.layers
+    """``d/dλ Σ L(W' + λ·ε)`` at λ = 1 by autograd, of the layer `only` if one is named, ε dense beside each layer.
+
+    On a copy, which nothing perturbs: hooks on a compiled model would have it compiled again.
+    """
+    noise, copied = dense(optimizer), copy.deepcopy(model)
     dials = {name: torch.ones((), dtype=torch.float64, requires_grad=True) for name in noise}
-    hooks = [
-        layers[name].module.register_forward_hook(
-            lambda _, args, out, name=name: out + dials[name] * (args[0] @ noise[name].t())
+    for layer in flatlora.lora_layers(copied):
+        layer.module.register_forward_hook(
+            lambda _, args, out, name=layer.name: out + dials[name] * (args[0] @ noise[name].t())
         )
-        for name in noise
-    ]
-    with optimizer.unperturbed():
-        loss = sum(model(**one).loss for one in batches)
-        found = torch.autograd.grad(loss, list(dials.values()))
-    for hook in hooks:
-        hook.remove()
+    loss = sum(copied(**one).loss for one in batches)
+    found = torch.autograd.grad(loss, list(dials.values()))
     return float(sum(g for name, g in zip(dials, found, strict=True) if only in (None, name)))
 
 
