@@ -258,8 +258,8 @@ def only_initialises(optimizer: Optimizer) -> bool:
         return False
     grads: list[Any] = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     # Read on the host, but only in a first step, and only where it is taken at lr 0.
-    full = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads if not grad.is_sparse)
-    return bool(grads) and not any(grad.is_sparse for grad in grads) and not any(grad.any() for grad in full)
+    full = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads)
+    return bool(grads) and not any(grad.is_sparse or grad.any() for grad in full)
 
 
 def check_base_state(base: Optimizer, state: Any) -> None:

@@ -73,11 +73,15 @@ class Batches:
         try:
             return self._next()
         except BaseException:
-            self.restore(before)  # an iterator that raised may be at its end, or one batch further
+            self._reopen_at(before)  # an iterator that raised may be at its end, or one batch further
             raise
 
     def restore(self, position: Position) -> None:
         """Makes the batch at `position`, which this object was at before, the next one."""
+        if position is not self.position:  # or workers would start anew and skip the batches before it
+            self._reopen_at(position)
+
+    def _reopen_at(self, position: Position) -> None:
         self.position = position if position.stream is not None else replace(position, stream=self._first)
         self._iterator = None
 

@@ -102,6 +102,24 @@ def test_a_batch_that_could_not_be_read_is_tried_again(fails):
     assert resumed == [2]
 
 
+def test_a_step_that_fails_leaves_a_loader_open_that_it_has_not_read_from():
+    """Opened anew, its workers would start again and skip all batches before the position."""
+    opened = []
+
+    class Watched(list):
+        def __iter__(self):
+            opened.append(len(self))
+            return super().__iter__()
+
+    optimizer = bilevel(peft_net(), Flaky([net_batch()] * 4, {1}), Watched([net_batch()] * 3))
+    optimizer.step()
+    before = len(opened)
+    with pytest.raises(OSError):
+        optimizer.step()
+    optimizer.step()
+    assert len(opened) == before
+
+
 def test_a_checkpoint_of_a_longer_loader_is_refused():
     model, data = peft_net(), numbered(8)
     optimizer = recorded(model, DataLoader(data, 1), [])
