@@ -99,10 +99,8 @@ def finite(*numbers: tuple[str, Tensor]) -> list[float]:
     values = torch.stack([number.reshape(()).to(first) for _, number in numbers]).tolist()
     for (name, _), value in zip(numbers, values, strict=True):
         if not math.isfinite(value):
-            raise ValueError(
-                f"the {name} is {value}; parameters are left as they were. Look at the batch, or lower the learning "
-                "rate"
-            )
+            advice = "Look at the batch, or lower the learning rate"
+            raise ValueError(f"the {name} is {value}; parameters are left as they were. {advice}")
     return values
 
 
