@@ -23,10 +23,21 @@ EXAMPLES = Path(__file__).parent.parent / "examples" / "research"
 sys.path.insert(0, str(EXAMPLES))
 
 import compare  # noqa: E402
-from common import Example, encode  # noqa: E402
+from common import Example, encode, trainable  # noqa: E402
 from comparing import runs as runs_module  # noqa: E402
 from comparing.data import flip_labels, load_named, training_data  # noqa: E402
-from comparing.methods import METHODS, Average, Fit, fresh_model, last, last_gradient, moving, one_pass_sam, with_radius  # noqa: E402
+from comparing.methods import (  # noqa: E402
+    METHODS,
+    Average,
+    Fit,
+    against_the_new,
+    fresh_model,
+    last,
+    last_gradient,
+    moving,
+    one_pass_sam,
+    with_radius,
+)
 from comparing.quantised import rounded  # noqa: E402
 from comparing.report import holm, paired_difference, table  # noqa: E402
 from comparing.runs import execute, load_task, train  # noqa: E402
@@ -471,6 +482,27 @@ def test_a_radius_follows_its_rule(task, files):
     before, after = (torch.tensor(norms) for norms in zip(*seen, strict=True))
     torch.testing.assert_close(before[1:], after[:-1])  # of the weights that the step began with
     assert before[0] == 0 and after[-1] > 0
+
+
+def test_the_new_part_of_a_gradient_steers_lorasam_alone(task, files):
+    """Gradients that are all alike have none: the run is LoRA's own. With others ε begins after the second step."""
+    training = training_data(task.texts.data, 32, 0.0, 0.0, 0)
+    epochs = runs_module.epochs_of(a_run(files, task, examples=32, epochs=1, batch_size=8), task, training)[0][:2]
+
+    def steps(loop, batches, fixed):
+        model = fresh_model(task.base, METHODS["lora"], 0.0, 8, 0)
+        fit = Fit(model, METHODS["lora"].optimizer, 1e-2, 0.5, [batches])
+        if fixed:  # gradients that are the same at every step
+            slopes = [torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) for p in trainable(model)]
+            fit.loss = lambda batch: sum((p * slope).sum() for p, slope in zip(trainable(model), slopes, strict=True))
+        list(loop(fit))
+        return torch.cat([p.detach().flatten() for p in trainable(model)])
+
+    ordinary, new = METHODS["lora"].loop, against_the_new
+    assert torch.equal(steps(ordinary, [{}] * 4, True), steps(new, [{}] * 4, True))
+    torch.testing.assert_close(steps(ordinary, epochs, False), steps(new, epochs, False))  # ε is zero in two passes
+    difference = steps(ordinary, [*epochs, epochs[0]], False) - steps(new, [*epochs, epochs[0]], False)
+    assert difference.abs().max() > 1e-3
 
 
 def test_calibration_and_correlation():

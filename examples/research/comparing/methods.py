@@ -285,6 +285,39 @@ def with_radius(rule: Rule, start: float) -> Callable[[Fit], Iterator[None]]:
     return loop
 
 
+def against_the_new(fit: Fit) -> Iterator[None]:
+    """LoRASAM along what the last gradient adds to the running mean of those before, as in Friendly SAM.
+
+    That is arXiv:2403.12350 with λ = 0.9 and σ = 1, but for a mean that is one from the first step on. The base
+    optimizer steps by the gradient itself.
+    """
+    base, parameters = adamw(fit.model, fit.lr, 0.0), trainable(fit.model)
+    optimizer = fit.scheduled(LoRASAMOptimizer(base, fit.model, rho=fit.strength))
+    means = [torch.zeros_like(p) for p in parameters]
+    whole: list[Tensor | None] = []
+    steps = 0
+
+    def put_back(*_: Any) -> None:  # LoRASAM has read what is new by now
+        for p, grad in zip(parameters, whole, strict=True):
+            p.grad = grad
+
+    base.register_step_pre_hook(put_back)
+    for batches in fit.epochs:
+        fit.model.train()
+        for batch in batches:
+            with fit.step():
+                fit.loss(batch).backward()
+                whole = [p.grad for p in parameters]
+                steps += 1
+                for p, mean in zip(parameters, means, strict=True):
+                    assert p.grad is not None
+                    mean.lerp_(p.grad, max(0.1, 1 / steps))
+                    p.grad = p.grad - mean
+                optimizer.step()
+                optimizer.zero_grad()
+        yield
+
+
 def towards_a_rise(radius: Radius, rise: float) -> float:
     """The radius grows or shrinks by up to a tenth a step, until ε raises the loss by that much."""
     return max(1e-4, radius.rho * math.exp(0.1 * max(-1.0, 1 - radius.rise / rise)))
@@ -457,6 +490,7 @@ METHODS = {
     "lorasam-gradient": by_rule("ρ = κ·‖P(G)‖", "κ", 0.03, lambda r, kappa: kappa * r.gradient),
     "lorasam-open": by_rule("ρ = τ / ‖P(G)‖", "τ", 0.05, lambda r, tau: tau / r.gradient),
     "lorasam-closed": by_rule("ρ by its rise", "rise", 0.01, towards_a_rise, 0.005),
+    "lorasam-new": Method("LoRASAM, the gradient's new part", strengths=(0.05,), symbol="ρ", loop=against_the_new),
     "bilora": Method("Bi-LoRA", bilora, (0.05, 0.1), "ρ"),
     "bidora": Method("BiDoRA", adapter="dora", loop=bilevel),
     "gralora-ggpo": Method("GGPO on GraLoRA", ggpo(beta=0.0), (0.2, 0.1), "σ", adapter="gralora"),
