@@ -279,8 +279,8 @@ def _base(model: nn.Module, given: Any, kwargs: dict[str, Any]) -> tuple[Any, di
 class FlatLoRACallback(transformers.TrainerCallback):
     """Adds ``optimizer.metrics()`` to what the Trainer logs in training, as ``flatlora/...``.
 
-    The numbers are read, and the device is waited for, only when the Trainer logs. The callback must come before those
-    that report, such as TensorBoard's: `log_metrics` puts it first.
+    The numbers are read, and the device is waited for, only when the Trainer logs. They are means over all ranks, as
+    its loss is. The callback must come before those that report, such as TensorBoard's: `log_metrics` puts it first.
     """
 
     def on_log(
@@ -288,7 +288,7 @@ class FlatLoRACallback(transformers.TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return
-        numbers = {f"flatlora/{name}": value for name, value in read_metrics(optimizer).items()}
+        numbers = {f"flatlora/{name}": value for name, value in read_metrics(optimizer, args.world_size).items()}
         logs.update(numbers)
         state.log_history[-1].update(numbers)  # made of the logs before callbacks see them
 

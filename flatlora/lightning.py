@@ -17,8 +17,8 @@ __all__ = ["FlatLoRACallback"]
 class FlatLoRACallback(Callback):
     """Sends ``optimizer.metrics()`` to every logger as ``flatlora/...``, once every `log_every_n_steps` steps.
 
-    Only then are the numbers read and the device waited for. With several optimizers all but the first have their
-    position in the name: ``flatlora/1/...``.
+    Only then are the numbers read and the device waited for. They are means over all ranks. With several optimizers all
+    but the first have their position in the name: ``flatlora/1/...``.
 
     Example:
         >>> Trainer(callbacks=[FlatLoRACallback()]).fit(module)
@@ -37,6 +37,7 @@ class FlatLoRACallback(Callback):
         numbers: dict[str, float] = {}
         for i, optimizer in enumerate(trainer.optimizers):
             prefix = f"flatlora/{i}/" if i else "flatlora/"
-            numbers |= {prefix + name: value for name, value in read_metrics(optimizer).items()}
+            found = read_metrics(optimizer, trainer.world_size)
+            numbers |= {prefix + name: value for name, value in found.items()}
         for logger in trainer.loggers if numbers else ():
             logger.log_metrics(numbers, step=trainer.global_step)

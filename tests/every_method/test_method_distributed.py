@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from helpers import difference, full, sgd, shard
+from helpers import RANKS, difference, full, sgd, shard
 from methods import KEEPS_STATE, METHODS, adapted, base_bits, every_method, logits, train_share, weights
 from processes import on_ranks
 from torch.distributed.checkpoint.state_dict import (
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 from flatlora import CheckpointState
+from flatlora.metrics import read_metrics
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning"),
@@ -42,7 +43,8 @@ def ddp(method, rank, folder):
     parallel = []
     optimizer = method.start(model, sgd, wrap=lambda whole: parallel.append(DistributedDataParallel(whole)))
     train_share(*parallel, optimizer, rank)
-    return report(model)
+    metrics = {"own": read_metrics(optimizer), "mean": read_metrics(optimizer, ranks=RANKS)}
+    return {**report(model), "metrics": metrics}
 
 
 def fsdp(method, rank, folder):
@@ -95,6 +97,7 @@ def test_two_processes_train_as_one_does_on_the_whole_batch(ranks, parallel, met
     assert "error" not in first, first["error"]
     for found in (first, second):
         found.pop("losses", None)
+        found.pop("metrics", None)
     assert difference(first, second) is None  # weights, perturbation and all, to the bit
     assert first.pop("held", ["DTensor"]) == ["DTensor"]
 
@@ -108,6 +111,16 @@ def test_two_processes_train_as_one_does_on_the_whole_batch(ranks, parallel, met
     torch.testing.assert_close(first, alone, rtol=1e-4, atol=1e-5)
     if method.perturbs:
         assert (first["noisy"] - first["clean"]).abs().max() > 1e-3
+
+
+@every_method()
+def test_what_is_logged_is_the_mean_over_ranks(ranks, method):
+    first, second = (found[f"ddp {method.name}"]["metrics"] for found in ranks)
+    assert first["mean"] == second["mean"]
+    mean = {name: (value + second["own"][name]) / 2 for name, value in first["own"].items()}
+    assert first["mean"] == pytest.approx(mean, rel=1e-6, nan_ok=True)
+    if "loss_rise" in mean:  # each rank's is of its own texts
+        assert first["own"]["loss_rise"] != second["own"]["loss_rise"]
 
 
 @every_method(among=[method for method in KEEPS_STATE if method.sharded])
