@@ -86,7 +86,7 @@ class LastGradient(Source):
                 found: list[tuple[Stack, Factors]] = []
                 for stack in stacks([self.layers[name] for name in adapters], adapters):
                     if (projection := project(stack, self._norms)) is not None:
-                        found.append((stack, projection.factors()))
+                        found.append((stack, projection))
                 if found:
                     squares.append(self._note(found, names))
             if squares:
@@ -99,8 +99,9 @@ class LastGradient(Source):
 
         Empties `found` on its way, so that no more is held than has to be.
         """
-        norms = [torch.linalg.vector_norm(part, dtype=sum_dtype(part.device)) for _, one in found for part in one[1:3]]
-        total = torch.stack([norm.to(norms[0].device) for norm in norms]).square().sum()
+        # Of each layer in its own precision, which is faster, and long sums over layers in float64.
+        norms = [torch.linalg.vector_norm(part.flatten(1), dim=1) for _, one in found for part in one[1:3]]
+        total = torch.cat([norm.to(norms[0].device) for norm in norms]).to(sum_dtype(norms[0].device)).square().sum()
         scale = -total.rsqrt() if self.maximizes else total.rsqrt()
         # Decided on the device, as asking the host would stall it at every step: gradients that are not finite, or
         # zero, have no direction, and the former stays.

@@ -15,7 +15,7 @@ from ..kernels.low_rank import without_autocast
 from ..layers.adapter import Adapter
 from ..layers.base import corner
 from ..layers.stack import BaseNorms, Stack, stacks, weight_sq
-from ..layers.tangent import project
+from ..layers.tangent import project, projection_row_sq
 from ..layers.view import LoRALayer
 from ..perturbation.passes import would_perturb
 from ..perturbation.source import Source
@@ -179,7 +179,7 @@ class RowNoise(Source):
             for adapters in passes.values():
                 for stack in stacks([self.layers[name] for name in adapters], adapters):
                     if (projection := project(stack, self._norms)) is not None:
-                        self._observed.append(([layer.name for layer in stack.layers], projection.row_sq()))
+                        self._observed.append(([layer.name for layer in stack.layers], projection_row_sq(projection)))
             if len(passes) > 1:
                 self._observed = _added_up(self._observed)
         return bool(self._observed)

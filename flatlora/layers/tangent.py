@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -13,58 +11,26 @@ from .stack import BaseNorms, Stack, by_block, row_dot, stacked_blocks, weight_s
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Projection:
-    """The projection of G (m, n) on ``{B·X + Y·A}`` for each of L layers and each of g×g blocks.
+def project(stack: Stack, norms: BaseNorms) -> Factors | None:
+    """V, Z, Y and U of ``P(G) = V·Z + Y·U``, the projection on ``{B·X + Y·A}`` of each layer's and block's gradient G.
 
     LoRA's gradients are ``C = BᵀG = g_A/s`` and ``D = GAᵀ = g_B/s``. With roots ``R_A·R_Aᵀ = (AAᵀ)⁺`` and
     ``R_B·R_Bᵀ = (BᵀB)⁺``, the rows of ``U = R_Aᵀ·A`` and the columns of ``V = B·R_B`` are orthonormal, or zero where A
-    and B lack rank. With ``P_A = UᵀU`` and ``P_B = VVᵀ`` the projection ``P_B·G + G·P_A − P_B·G·P_A`` is
+    and B lack rank. With ``P_A = UᵀU`` and ``P_B = VVᵀ`` the projection is ``P_B·G + G·P_A − P_B·G·P_A``, so that
 
-        P(G) = V·(R_Bᵀ·C − K·U) + (D·R_A)·U,    K = R_Bᵀ·C·Aᵀ·R_A
+        Z = R_Bᵀ·C·(1 − UᵀU)    Y = D·R_A
 
-    The two terms are orthogonal, row by row: one lies in the row space of A, the other is orthogonal to it.
+    The two terms are orthogonal, row by row: one lies in the row space of A, the other is orthogonal to it. V and U are
+    orthonormal, so that nothing cancels in a product that autocast rounds to bfloat16. The columns of ``B(BᵀB)⁺``
+    would, where B is ill-conditioned.
 
     Where A is frozen, or its gradient is a sum over layers, C is unknown. B is then taken as zero, which leaves
     ``G·P_A``, the projection on ``{Y·A}``. Without D, A is taken as zero, which leaves ``P_B·G``, that on ``{B·X}``.
 
-    Attributes:
-        a, c: A and C (L, g, g, q, n/g), at least in float32.
-        b, d: B and D (L, g, g, m/g, q), likewise.
-        root_a, root_b, crossed: R_A, R_B and K (L, g, g, q, q) in float64, as a Gram matrix has twice the condition of
-            its factor.
-    """
-
-    a: Tensor
-    b: Tensor
-    c: Tensor
-    d: Tensor
-    root_a: Tensor
-    root_b: Tensor
-    crossed: Tensor
-
-    def row_sq(self) -> Tensor:
-        """``‖P(G)_i‖²`` (L, m). Blocks' tangent spaces are orthogonal, so their squares add up along a block row."""
-        wide_c = self.c.to(self.root_b.dtype)
-        inner = self.root_b.mT @ (wide_c @ wide_c.mT) @ self.root_b - self.crossed @ self.crossed.mT
-        v, y = self.b @ self.root_b.to(self.b.dtype), self.d @ self.root_a.to(self.d.dtype)
-        return (row_dot(v, v @ inner.to(v.dtype)) + row_dot(y, y)).to(inner.dtype)
-
-    def factors(self) -> Factors:
-        """V, ``R_Bᵀ·C − K·U``, ``D·R_A`` and U.
-
-        V and U are orthonormal, so that nothing cancels in a product that autocast rounds to bfloat16. The columns of
-        ``B(BᵀB)⁺`` would, where B is ill-conditioned.
-        """
-        root_a, root_b, crossed = (matrix.to(self.a.dtype) for matrix in (self.root_a, self.root_b, self.crossed))
-        u = root_a.mT @ self.a
-        return self.b @ root_b, root_b.mT @ self.c - crossed @ u, self.d @ root_a, u
-
-
-def project(stack: Stack, norms: BaseNorms) -> Projection | None:
-    """The projections of a stack's layers on the tangent space of the adapters asked for; None without gradients.
-
     Of a hybrid GraLoRA layer it is the tangent space of the blocks alone, as that of the plain adapter overlaps it.
+
+    Returns:
+        V (L, g, g, m/g, q), Z (L, g, g, q, n/g), Y and U likewise, at least in float32; None without gradients.
     """
     names = stack.layers[0].names
     trained = [same for same in stack.columns() if same[0].name in names and same[0].scaling and same[0].has_grads]
@@ -93,9 +59,17 @@ def project(stack: Stack, norms: BaseNorms) -> Projection | None:
             b_k, d_k = b_k * factor, d_k / factor
         parts.append((a_k, b_k, c_k, d_k))
     a, b, c, d = (_joined(part, dim) for part, dim in zip(zip(*parts, strict=True), (3, 4, 3, 4), strict=True))
-    wide_a, wide_b, wide_c = (factor.to(sum_dtype(factor.device)) for factor in (a, b, c))
-    root_a, root_b = _roots(torch.stack([wide_a @ wide_a.mT, wide_b.mT @ wide_b]), eps)
-    return Projection(a, b, c, d, root_a, root_b, root_b.mT @ (wide_c @ wide_a.mT) @ root_a)
+    # In float64, as a Gram matrix has twice the condition of its factor.
+    wide_a, wide_b = (factor.to(sum_dtype(factor.device)) for factor in (a, b))
+    root_a, root_b = _roots(torch.stack([wide_a @ wide_a.mT, wide_b.mT @ wide_b]), eps).to(a.dtype)
+    u, z = root_a.mT @ a, root_b.mT @ c
+    return b @ root_b, z - (z @ u.mT) @ u, d @ root_a, u
+
+
+def projection_row_sq(factors: Factors) -> Tensor:
+    """``‖P(G)_i‖²`` (L, m). Blocks' tangent spaces are orthogonal, so their squares add up along a block row."""
+    v, z, y, _ = factors
+    return (row_dot(v, v @ (z @ z.mT)) + row_dot(y, y)).to(sum_dtype(v.device))
 
 
 def _joined(parts: tuple[Tensor, ...], dim: int) -> Tensor:
