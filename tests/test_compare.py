@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from models import llama, quantised
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
@@ -32,6 +33,7 @@ from comparing.methods import (  # noqa: E402
     Fit,
     against_the_new,
     fresh_model,
+    in_pairs,
     last,
     last_gradient,
     moving,
@@ -503,6 +505,24 @@ def test_the_new_part_of_a_gradient_steers_lorasam_alone(task, files):
     torch.testing.assert_close(steps(ordinary, epochs, False), steps(new, epochs, False))  # ε is zero in two passes
     difference = steps(ordinary, [*epochs, epochs[0]], False) - steps(new, [*epochs, epochs[0]], False)
     assert difference.abs().max() > 1e-3
+
+
+def test_pairs_of_noise_cancel_where_the_gradient_is_linear_in_the_weight():
+    """With both halves alike and a squared error, the run is LoRA's own; noise on one side alone makes another."""
+    x, y = (torch.randn(4, size, generator=torch.Generator().manual_seed(size)) for size in (6, 5))
+    batch = {"x": x.repeat_interleave(2, 0), "labels": y.repeat_interleave(2, 0)}
+
+    def trained(method, loop):
+        torch.manual_seed(0)
+        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 5)), LoraConfig(target_modules=["0"], r=2))
+        fit = Fit(model, METHODS[method].optimizer, 1e-2, 0.5, [[batch] * 4])
+        fit.loss = lambda half: (model(half["x"]) - half["labels"]).square().mean()
+        list(loop(fit))
+        return torch.cat([p.detach().flatten() for p in trainable(model)])
+
+    plain = trained("lora", METHODS["lora"].loop)
+    torch.testing.assert_close(trained("ggpo-pairs", in_pairs), plain)
+    assert (trained("ggpo-pairs", METHODS["lora"].loop) - plain).abs().max() > 1e-3
 
 
 def test_calibration_and_correlation():

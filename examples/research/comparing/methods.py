@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -318,6 +318,25 @@ def against_the_new(fit: Fit) -> Iterator[None]:
         yield
 
 
+def in_pairs(fit: Fit) -> Iterator[None]:
+    """Noise ε for one half of a batch and −ε for the other, as in arXiv:2306.08553: what is odd in ε cancels."""
+    optimizer: Any = fit.optimizer()
+    source = optimizer._source
+    for batches in fit.epochs:
+        fit.model.train()
+        for batch in batches:
+            with fit.step():
+                drawn = {layer.name: source.draw(layer) for layer in lora_layers(fit.model)}
+                for side in range(min(2, len(batch["labels"]))):
+                    source.fixed = {name: replace(one, std=one.std * (1 - 2 * side)) for name, one in drawn.items()}
+                    half = {n: v[side::2] if isinstance(v, Tensor) else v for n, v in batch.items()}
+                    (fit.loss(half) * (len(half["labels"]) / len(batch["labels"]))).backward()
+                source.fixed = None
+                optimizer.step()
+                optimizer.zero_grad()
+        yield
+
+
 def towards_a_rise(radius: Radius, rise: float) -> float:
     """The radius grows or shrinks by up to a tenth a step, until ε raises the loss by that much."""
     return max(1e-4, radius.rho * math.exp(0.1 * max(-1.0, 1 - radius.rise / rise)))
@@ -485,6 +504,7 @@ METHODS = {
     "flat-lora": Method("Flat-LoRA", ggpo(beta=0.0), (0.2, 0.1), "σ"),
     "ggpo": Method("GGPO gaussian", ggpo(), (0.2, 0.1), "σ"),
     "ggpo-low-rank": Method("GGPO low-rank, β = 0", ggpo(beta=0.0, noise="low_rank"), (0.2, 0.1), "σ"),
+    "ggpo-pairs": Method("GGPO low-rank, β = 0, ±ε", ggpo(beta=0.0, noise="low_rank"), (0.2, 0.1), "σ", loop=in_pairs),
     "lorasam": Method("LoRASAM", lorasam, (0.05, 0.15), "ρ"),
     "lorasam-update": by_rule("ρ = κ·‖s·B·A‖", "κ", 0.02, lambda r, kappa: kappa * r.update),
     "lorasam-gradient": by_rule("ρ = κ·‖P(G)‖", "κ", 0.03, lambda r, kappa: kappa * r.gradient),
