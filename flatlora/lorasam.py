@@ -15,7 +15,7 @@ from .kernels.low_rank import without_autocast
 from .layers.adapter import Adapter
 from .layers.base import sum_dtype
 from .layers.stack import BaseNorms, Stack, stacks
-from .layers.tangent import Factors, product_sq, project
+from .layers.tangent import LEADING, Factors, product_sq, project
 from .layers.view import LoRALayer
 from .perturbation.optimizer import PerturbingOptimizer, trained_by
 from .perturbation.rise import check_rise
@@ -29,8 +29,10 @@ class LastGradient(Source):
 
     Attributes:
         direction: u of each layer, for passes that add the adapters of these names, as factors B (m, 2r) and A (2r, n),
-            of GraLoRA (g, g, m/g, 2q) and (g, g, 2q, n/g); empty before the first gradients.
+            of GraLoRA (g, g, m/g, 2q) and (g, g, 2q, n/g), but of no more than `LEADING` directions; empty before the
+            first gradients.
         gradient_norm: ``sqrt(Σ_layers ‖P(G)‖_F²)`` of the gradients looked at last, on their device.
+        left_out: the share of it that is beyond those directions.
         maximizes: whether the base climbs, so that the adversary goes down.
     """
 
@@ -38,7 +40,7 @@ class LastGradient(Source):
         super().__init__(layers)
         self.rho, self.no_grad, self.maximizes = rho, no_grad, False
         self.direction: dict[tuple[str, Names], tuple[Tensor, Tensor]] = {}
-        self.gradient_norm = torch.zeros((), dtype=torch.float32)
+        self.gradient_norm = self.left_out = torch.zeros((), dtype=torch.float32)
         self._next: dict[tuple[str, Names], tuple[Tensor, Tensor]] = {}
         self._norms = BaseNorms()
         self._ran: set[tuple[str, Names]] = set()  # passes of the last step
@@ -56,7 +58,7 @@ class LastGradient(Source):
     def graph_kind(self, layer: LoRALayer) -> tuple[tuple[int, ...], tuple[int, ...]]:
         trained = [adapter for adapter in layer.all_adapters() if adapter.trained] or layer.all_adapters()
         g = max(adapter.k for adapter in trained)
-        rank = 2 * sum(adapter.A.shape[-2] for adapter in trained if adapter.k == g)
+        rank = min(2 * sum(adapter.A.shape[-2] for adapter in trained if adapter.k == g), LEADING)
         (m, n), grid = layer.shape, () if g == 1 else (g, g)
         return (*grid, m // g, rank), (*grid, rank, n // g)
 
@@ -79,19 +81,23 @@ class LastGradient(Source):
         """Notes the direction that the gradients at hand make, for the next step; whether there are gradients."""
         self._next = {}
         device = next(iter(self.layers.values())).base.device
-        squares = []
+        squares, rests = [], []
         # Out of inference mode, which leaves tensors unfit for autograd, and of autocast, which rounds products.
         with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
             for names, adapters in self.with_gradients().items():
                 found: list[tuple[Stack, Factors]] = []
                 for stack in stacks([self.layers[name] for name in adapters], adapters):
                     if (projection := project(stack, self._norms)) is not None:
-                        found.append((stack, projection))
+                        factors, rest = projection
+                        found.append((stack, factors))
+                        rests += [] if rest is None else [rest]
                 if found:
                     squares.append(self._note(found, names))
             if squares:
                 total = torch.stack(squares).sum() if len(squares) > 1 else squares[0]
-                self.gradient_norm = total.sqrt()
+                rest = torch.stack([one.to(total) for one in rests]).sum() if rests else torch.zeros_like(total)
+                self.gradient_norm = (total + rest).sqrt()
+                self.left_out = (rest / (total + rest)).nan_to_num(0.0).sqrt()
         return bool(squares)
 
     def _note(self, found: list[tuple[Stack, Factors]], names: Names) -> Tensor:
@@ -244,7 +250,7 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         return self.rho * float(self._source.norm()) if self._attached else 0.0
 
     def metrics(self) -> dict[str, Tensor]:
-        """Three numbers over all layers together.
+        """Four numbers over all layers together.
 
         ``loss_rise``: how far ε raised the loss of the last step, to first order at the perturbed point,
         ``Σ_layers ⟨G, ε⟩`` over all its backward passes, in the units of the loss that was backpropagated, of this rank
@@ -253,12 +259,15 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         through; 0 before the first gradients and where the method is off, otherwise 1.
         ``projected_gradient_norm``: ``sqrt(Σ_layers ‖P(G)‖_F²)`` of the gradients that the last step was taken with, in
         units of the loss per unit of weight.
+        ``left_out``: the share of it, from 0 to 1, that is beyond each layer's 32 leading directions and that ε lacks;
+        estimated, and 0 up to r = 16.
         """
         norm = self._source.gradient_norm
         off = self.rho == 0 or not self._attached
         relative = torch.zeros_like(norm) if off else self._source.norm(acted=True)
         rise = torch.zeros_like(norm) if off else self._source.rise.value
-        return self._with_inner({"loss_rise": rise, "perturbation_to_rho": relative, "projected_gradient_norm": norm})
+        gradients = {"projected_gradient_norm": norm, "left_out": self._source.left_out}
+        return self._with_inner({"loss_rise": rise, "perturbation_to_rho": relative, **gradients})
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -179,7 +179,9 @@ class RowNoise(Source):
             for adapters in passes.values():
                 for stack in stacks([self.layers[name] for name in adapters], adapters):
                     if (projection := project(stack, self._norms)) is not None:
-                        self._observed.append(([layer.name for layer in stack.layers], projection_row_sq(projection)))
+                        self._observed.append(
+                            ([layer.name for layer in stack.layers], projection_row_sq(projection[0]))
+                        )
             if len(passes) > 1:
                 self._observed = _added_up(self._observed)
         return bool(self._observed)

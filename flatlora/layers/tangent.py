@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,11 @@ from .stack import BaseNorms, Stack, by_block, row_dot, stacked_blocks, weight_s
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
+LEADING = 32  # the most directions of a projection that are kept
+_PROBES = 8  # random directions from which what is left out is estimated
 
-def project(stack: Stack, norms: BaseNorms) -> Factors | None:
+
+def project(stack: Stack, norms: BaseNorms) -> tuple[Factors, Tensor | None] | None:
     """V, Z, Y and U of ``P(G) = V·Z + Y·U``, the projection on ``{B·X + Y·A}`` of each layer's and block's gradient G.
 
     LoRA's gradients are ``C = BᵀG = g_A/s`` and ``D = GAᵀ = g_B/s``. With roots ``R_A·R_Aᵀ = (AAᵀ)⁺`` and
@@ -29,8 +34,11 @@ def project(stack: Stack, norms: BaseNorms) -> Factors | None:
 
     Of a hybrid GraLoRA layer it is the tangent space of the blocks alone, as that of the plain adapter overlaps it.
 
+    Where the rank, up to 2q, may be more than `LEADING`, it is that of the `leading` directions alone.
+
     Returns:
-        V (L, g, g, m/g, q), Z (L, g, g, q, n/g), Y and U likewise, at least in float32; None without gradients.
+        V (L, g, g, m/g, q), Z (L, g, g, q, n/g), Y and U likewise, at least in float32, and the sum over all layers of
+        the squared norm that is left out, None where none is; None without gradients.
     """
     names = stack.layers[0].names
     trained = [same for same in stack.columns() if same[0].name in names and same[0].scaling and same[0].has_grads]
@@ -59,11 +67,40 @@ def project(stack: Stack, norms: BaseNorms) -> Factors | None:
             b_k, d_k = b_k * factor, d_k / factor
         parts.append((a_k, b_k, c_k, d_k))
     a, b, c, d = (_joined(part, dim) for part, dim in zip(zip(*parts, strict=True), (3, 4, 3, 4), strict=True))
+    if 2 * a.shape[3] > LEADING:
+        return leading(a, b, c, d, eps)
     # In float64, as a Gram matrix has twice the condition of its factor.
     wide_a, wide_b = (factor.to(sum_dtype(factor.device)) for factor in (a, b))
     root_a, root_b = _roots(torch.stack([wide_a @ wide_a.mT, wide_b.mT @ wide_b]), eps).to(a.dtype)
     u, z = root_a.mT @ a, root_b.mT @ c
-    return b @ root_b, z - (z @ u.mT) @ u, d @ root_a, u
+    return (b @ root_b, z - (z @ u.mT) @ u, d @ root_a, u), None
+
+
+def leading(a: Tensor, b: Tensor, c: Tensor, d: Tensor, eps: float) -> tuple[Factors, Tensor]:
+    """``P(G)·W·Wᵀ`` with orthonormal W (n, LEADING) by subspace iteration: V and Z are empty, Y and U are the factors.
+
+    It forms no more of P(G) than its products with a few columns. What it leaves out of ``Σ_layers ‖P(G)‖_F²`` is
+    estimated without bias.
+    """
+    of_a, of_b = _inverse(a, eps), _inverse(b.mT, eps)
+
+    def product(W: Tensor) -> Tensor:
+        """``P(G)·W``"""
+        y = of_a(a @ W)
+        return b @ of_b(c @ (W - a.mT @ y)) + d @ y
+
+    def transposed(Z: Tensor) -> Tensor:
+        """``P(G)ᵀ·Z``"""
+        x = c.mT @ of_b(b.mT @ Z)
+        return x + a.mT @ of_a(d.mT @ Z - a @ x)
+
+    # A stream of its own that begins anew in every step: nothing to be saved, and no other stream is moved.
+    generator = None if a.is_meta else torch.Generator(a.device).manual_seed(0)
+    normals = torch.empty(a.shape[-1], LEADING + _PROBES, dtype=a.dtype, device=a.device).normal_(generator=generator)
+    start, probes = normals.split([LEADING, _PROBES], 1)
+    W = _orthonormal(transposed(_orthonormal(product(start))))
+    y, rest = product(torch.cat([W, probes - W @ (W.mT @ probes)], -1)).split([LEADING, _PROBES], -1)
+    return (b[..., :0], c[..., :0, :], y, W.mT), rest.square().sum(dtype=sum_dtype(a.device)) / _PROBES
 
 
 def projection_row_sq(factors: Factors) -> Tensor:
@@ -97,6 +134,34 @@ def _roots(gram: Tensor, eps: float) -> Tensor:
     two = one @ one
     series = (eye + one) @ (eye + two) @ (eye + two @ two)
     return scale * inverse.mT @ torch.linalg.cholesky_ex(series)[0]
+
+
+def _inverse(rows: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+    """What multiplies columns by ``(A·Aᵀ)⁺``, for the many rows of A (..., r, n).
+
+    As in `_roots`, whose products of r×r matrices would be most of the cost here, but with two terms of the series,
+    ``(1 + δ·N)·N`` with ``N = (A·Aᵀ + δ)⁻¹``, and δ no larger than it has to be: singular values of A below `eps`, the
+    precision of the gradients, are rounding.
+    """
+    gram = rows @ rows.mT
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    scale = torch.where(trace > 0, trace.rsqrt(), 0.0)
+    ridge = max(8 * torch.finfo(rows.dtype).eps, 1e-12, eps**2)
+    eye = torch.eye(gram.shape[-1], dtype=sum_dtype(gram.device), device=gram.device).expand_as(gram)
+    lower = torch.linalg.cholesky_ex(gram.to(eye.dtype) * scale.square() + ridge * eye)[0]
+    root = torch.linalg.solve_triangular(lower, eye, upper=False).mT.to(rows.dtype) * scale
+
+    def apply(columns: Tensor) -> Tensor:
+        once = root @ (root.mT @ columns)
+        return once + (ridge * trace) * (root @ (root.mT @ once))
+
+    return apply
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    """Columns Q (..., m, k) with ``Q·Qᵀ`` the projection on the space that the given ones span."""
+    wide = columns.to(sum_dtype(columns.device))
+    return columns @ _roots(wide.mT @ wide, torch.finfo(columns.dtype).eps).to(columns.dtype)
 
 
 def product_sq(B: Tensor, A: Tensor) -> Tensor:
