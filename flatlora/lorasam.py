@@ -28,9 +28,9 @@ class LastGradient(Source):
     """Gives each layer its part of ``ε = ρ·u``, where u is the last gradient's projection, of norm one over all layers.
 
     Attributes:
-        direction: u of each layer, for passes that add the adapters of these names, as factors B (m, 2r) and A (2r, n),
-            of GraLoRA (g, g, m/g, 2q) and (g, g, 2q, n/g), but of no more than `LEADING` directions; empty before the
-            first gradients.
+        direction: u of each layer, for passes that add the adapters of these names, as factors B (m, k) and A (k, n),
+            of GraLoRA (g, g, m/g, k) and (g, g, k, n/g), k the smaller of 2r and `LEADING`; empty before the first
+            gradients.
         gradient_norm: ``sqrt(Σ_layers ‖P(G)‖_F²)`` of the gradients looked at last, on their device.
         left_out: the share of it that is beyond those directions.
         maximizes: whether the base climbs, so that the adversary goes down.
@@ -137,7 +137,7 @@ class LastGradient(Source):
 
 
 def _scaled(v: Tensor, c: Tensor, d: Tensor, u: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """``scale·(v·c + d·u) = B·A`` as B (L, m, 2r) and A (L, 2r, n), or in blocks (L, g, g, ·, ·)."""
+    """``scale·(v·c + d·u) = B·A`` as B (L, m, k) and A (L, k, n), or in blocks (L, g, g, ·, ·)."""
     scale = scale.to(c.device, c.dtype)
     B, A = torch.cat([v, d * scale], -1), torch.cat([c * scale, u], -2)
     return (B[:, 0, 0], A[:, 0, 0]) if B.shape[1] == 1 else (B, A)
@@ -165,6 +165,10 @@ class LoRASAMOptimizer(PerturbingOptimizer):
     low-rank term: no second pass, no closure, no auxiliary, no (m, n) matrix. The base optimizer steps A and B at W'.
     ε is zero until the first step has been taken, the same for all micro-batches of a step, and free of the gradient's
     scale, so that accumulation, loss scaling and clipping leave it alone.
+
+    Above r = 16 a layer keeps 32 directions of its P(G) alone, near the leading ones, and ε is scaled to ρ: a product
+    of rank 2r would cost as much as the adapter itself. On the encoder below, at r = 64, they held 97.5 % or more of
+    ``Σ_layers ‖P(G)‖_F²``; ``metrics()["left_out"]`` is the rest.
 
     Lineage. The last gradient stands for SAM's own in AsyncSAM (arXiv:2503.11147), in the space of the parameters that
     the optimizer holds, and in S²-SAM (NeurIPS 2024, OpenReview MJgMMqMDu4), in sparse training; EFMLoRA

@@ -37,13 +37,14 @@ class GGPOOptimizer(PerturbingOptimizer):
 
     Gradients are read in `step()`, as it finds them: summed over micro-batches, unscaled and clipped.
 
-    What is approximate. The formula follows the paper as others cite it. On a small trained model the rank correlation
-    of the projection's row norms with those of G was 0.67, that of the usual ``s·(B·g_A + g_B·A)`` 0.45. A layer with
-    DoRA, with an unknown base or with hooks on its parts, as every `device_map` over two devices puts there, runs its
-    own forward and gets ``x·εᵀ`` beside it, which under Gaussian noise is a second large product. Int8 layers under
+    What is approximate. The formula follows the paper as others cite it. On a small trained model the rank
+    correlation of the projection's row norms with those of G was 0.67, that of the usual ``s·(B·g_A + g_B·A)``
+    0.45. Above r = 16 they are those of 32 directions of the projection, near the leading ones. A layer with DoRA,
+    with an unknown base or with hooks on its parts, as every `device_map` over two devices puts there, runs its own
+    forward and gets ``x·εᵀ`` beside it, which under Gaussian noise is a second large product. Int8 layers under
     Gaussian noise compute with the dequantised weight; bitsandbytes' rounding of activations is left out. On a CPU
-    Gaussian noise is drawn four elements at a time from a table (kurtosis 2.9953, none beyond 3.85 σ); on GPUs it is
-    torch's, and the same on GPUs of one model.
+    Gaussian noise is drawn four elements at a time from a table (kurtosis 2.9953, none beyond 3.85 σ); on GPUs it
+    is torch's, and the same on GPUs of one model.
 
     Args:
         optimizer: the built base optimizer; it must hold adapter parameters of `model`.

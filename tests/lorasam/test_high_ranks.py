@@ -8,7 +8,7 @@ from helpers import epsilon, projection, wrapped
 from models import MLP, lora_modules, peft
 from torch import nn
 
-from flatlora import LoRASAMOptimizer, apply_gralora
+from flatlora import GGPOOptimizer, LoRASAMOptimizer, apply_gralora
 from flatlora.layers import tangent
 from flatlora.layers.view import lora_layers
 
@@ -60,6 +60,13 @@ FORMS = {
 def stepped(model, rows):
     """Takes a step that moves nothing; returns its optimizer, and each layer's P(G) and ε in float64."""
     optimizer = wrapped(LoRASAMOptimizer, model, 0.0, torch.optim.SGD, rho=RHO)
+    exact = passed(model, rows)
+    optimizer.step()
+    return optimizer, exact, {name: value.double() for name, value in epsilon(model).items()}
+
+
+def passed(model, rows):
+    """Runs a batch forward and backward; returns each layer's P(G) in float64."""
     layers = list(lora_layers(model))
     dtype = next(iter(model.parameters())).dtype
     x = torch.randn(rows, layers[0].shape[1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -70,9 +77,7 @@ def stepped(model, rows):
         layer.module.register_forward_hook(lambda module, args, out, note=note: keep(note, args[0], out))
     for each, data in ((model, x.to(dtype)), (twin, x)):
         (each(data) - 0.4).square().mean().backward()
-    optimizer.step()
-    exact = {layer.name: projection(layer.module, grads[layer.name][0]) for layer in lora_layers(twin)}
-    return optimizer, exact, {name: value.double() for name, value in epsilon(model).items()}
+    return {layer.name: projection(layer.module, grads[layer.name][0]) for layer in lora_layers(twin)}
 
 
 def keep(note, x, out):
@@ -93,6 +98,23 @@ def test_epsilon_is_exact_where_the_gradient_has_few_directions(form, dtype, tol
     metrics = optimizer.metrics()
     assert float(metrics["projected_gradient_norm"]) == pytest.approx(whole.norm().item(), rel=tolerance)
     assert float(metrics["left_out"]) < tolerance and float(metrics["perturbation_to_rho"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("form", ["lora", "gralora"])
+def test_a_compiled_graph_is_made_for_the_directions_that_are_kept(form):
+    optimizer, *_ = stepped(FORMS[form](), rows=100)
+    source = optimizer._source
+    for (name, _), factors in source.direction.items():
+        assert source.graph_kind(source.layers[name]) == tuple(factor.shape for factor in factors)
+
+
+def test_the_rows_of_ggpo_go_by_the_same_directions():
+    model = adapted()
+    optimizer = wrapped(GGPOOptimizer, model, 0.0, torch.optim.SGD, sigma=1e-9, beta=1.0)
+    exact = passed(model, rows=10)
+    optimizer.step()
+    for name, rows in optimizer._source.grad_sq.items():
+        torch.testing.assert_close(rows, exact[name].square().sum(1), rtol=1e-6, atol=1e-12)
 
 
 def test_of_many_directions_the_leading_are_kept_and_the_rest_is_told():
