@@ -18,6 +18,7 @@ from .layers.stack import BaseNorms, Stack, stacks
 from .layers.tangent import LEADING, Factors, product_sq, project
 from .layers.view import LoRALayer
 from .perturbation.optimizer import PerturbingOptimizer, trained_by
+from .perturbation.radius import LARGEST, Radius, check_radius
 from .perturbation.rise import check_rise
 from .perturbation.source import Names, Source, held_names
 
@@ -26,6 +27,8 @@ logger = logging.getLogger("flatlora")
 
 class LastGradient(Source):
     """Gives each layer its part of ``ε = ρ·u``, where u is the last gradient's projection, of norm one over all layers.
+
+    Where a `radius` chooses ρ, `rho` is the largest that it may be, and u of the norm of the chosen one's share.
 
     Attributes:
         direction: u of each layer, for passes that add the adapters of these names, as factors B (m, k) and A (k, n),
@@ -36,9 +39,9 @@ class LastGradient(Source):
         maximizes: whether the base climbs, so that the adversary goes down.
     """
 
-    def __init__(self, layers: list[LoRALayer], rho: float, no_grad: bool):
+    def __init__(self, layers: list[LoRALayer], rho: float, radius: Radius | None, no_grad: bool):
         super().__init__(layers)
-        self.rho, self.no_grad, self.maximizes = rho, no_grad, False
+        self.rho, self.radius, self.no_grad, self.maximizes = rho, radius, no_grad, False
         self.direction: dict[tuple[str, Names], tuple[Tensor, Tensor]] = {}
         self.gradient_norm = self.left_out = torch.zeros((), dtype=torch.float32)
         self._next: dict[tuple[str, Names], tuple[Tensor, Tensor]] = {}
@@ -77,6 +80,12 @@ class LastGradient(Source):
             return torch.zeros_like(self.gradient_norm)
         return torch.stack(list(squares.values())).max().clamp(min=0.0).sqrt()
 
+    def read_rise(self) -> None:
+        super().read_rise()
+        if self.radius is not None:  # before the next direction is scaled
+            value = self.rise.value.to(next(iter(self.layers.values())).base.device)
+            self.radius.see(-value if self.maximizes else value)
+
     def read_gradients(self) -> bool:
         """Notes the direction that the gradients at hand make, for the next step; whether there are gradients."""
         self._next = {}
@@ -109,6 +118,8 @@ class LastGradient(Source):
         norms = [torch.linalg.vector_norm(part.flatten(1), dim=1) for _, one in found for part in one[1:3]]
         total = torch.cat([norm.to(norms[0].device) for norm in norms]).to(sum_dtype(norms[0].device)).square().sum()
         scale = -total.rsqrt() if self.maximizes else total.rsqrt()
+        if self.radius is not None:
+            scale = scale * (self.radius.rho / self.rho).to(scale)
         # Decided on the device, as asking the host would stall it at every step: gradients that are not finite, or
         # zero, have no direction, and the former stays.
         usable = total.isfinite() & (total > 0)
@@ -195,14 +206,18 @@ class LoRASAMOptimizer(PerturbingOptimizer):
     Args:
         optimizer: the built base optimizer; it must hold adapter parameters of `model`.
         model: the model with adapters, before or after DDP or FSDP wrap it.
-        rho: ρ, the Frobenius norm of ε over all layers. 0 switches the method off. May be set between steps.
+        rho: ρ, the Frobenius norm of ε over all layers; by default 0.05. 0 switches the method off. May be set between
+            steps.
+        rise: in place of `rho`, how far ε is to raise the loss, in the units of the loss that is backpropagated: ρ
+            grows or shrinks by up to a tenth a step, between 1e-4 and 0.3, until a running mean of
+            ``metrics()["loss_rise"]``, over all ranks, is there. Ranks must step alike.
         adapter: name or names of the adapters; None for all whose parameters `optimizer` holds and that require a
             gradient now.
         perturb_no_grad: perturb passes in train mode that record no gradients too, such as ``torch.no_grad()``'s.
 
     Raises:
-        ValueError: a bad number or name, no adapted layer, an optimizer without adapter parameters, a model that
-            another `LoRASAMOptimizer` perturbs and has not stepped with. Nothing has been attached then.
+        ValueError: a bad number or name, `rho` and `rise`, no adapted layer, an optimizer without adapter parameters, a
+            model that another `LoRASAMOptimizer` perturbs and has not stepped with. Nothing has been attached then.
         TypeError: `optimizer` or `model` is of the wrong type.
         RuntimeError: from `step()`, once an optimizer that was built later has taken the model over.
 
@@ -216,14 +231,19 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         optimizer: Optimizer,
         model: nn.Module,
         *,
-        rho: float = 0.05,
+        rho: float | None = None,
+        rise: float | None = None,
         adapter: str | Iterable[str] | None = None,
         perturb_no_grad: bool = False,
     ):
         super().__init__(optimizer)
-        rho = checks.number("rho", rho)
+        if rho is not None and rise is not None:
+            raise ValueError(f"rho={rho!r} and rise={rise!r}: rise chooses rho; give one of them")
+        rho = checks.number("rho", 0.05 if rho is None else rho)
+        radius = None if rise is None else Radius(checks.number("rise", rise, above=0.0))
         self._model, self._adapter = model, adapter
-        self._source = LastGradient(trained_by(model, adapter, optimizer), rho, perturb_no_grad)
+        layers = trained_by(model, adapter, optimizer)
+        self._source = LastGradient(layers, rho if radius is None else LARGEST, radius, perturb_no_grad)
         self.reattach()
 
     # --- the method: the gradients that a step is taken with make the next ε ----------------------------------------
@@ -231,7 +251,7 @@ class LoRASAMOptimizer(PerturbingOptimizer):
     def before_step(self) -> None:
         super().before_step()
         self._source.maximizes = self._maximizes()
-        if self._attached and not self._source.read_gradients() and self.rho > 0:
+        if self._attached and not self._source.read_gradients() and self._source.rho > 0:
             self.miss_gradients("the perturbation stays as it is")
 
     def _maximizes(self) -> bool:
@@ -241,17 +261,35 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         return any(id(p) in climbing for a in adapters for p in (a.A_param, a.B_param))
 
     @property
+    def _strength(self) -> str:  # type: ignore[override]
+        return "rho" if self._source.radius is None else "rise"
+
+    @property
     def rho(self) -> float:
-        """ρ; a change is felt at the next forward."""
-        return self._source.rho
+        """ρ; a change is felt at the next forward. Under `rise` the next step's, for which the host waits."""
+        radius = self._source.radius
+        return self._source.rho if radius is None else float(radius.rho)
 
     @rho.setter
     def rho(self, value: float) -> None:
+        if self._source.radius is not None:
+            raise ValueError(f"rho={value!r}: rise={self.rise:g} chooses it; set rise, or build with rho")
         self._source.rho = checks.number("rho", value)
+
+    @property
+    def rise(self) -> float | None:
+        """How far ε is to raise the loss, where that chooses ρ; else None. May be set between steps."""
+        return None if self._source.radius is None else self._source.radius.target
+
+    @rise.setter
+    def rise(self, value: float) -> None:
+        if self._source.radius is None:
+            raise ValueError(f"rise={value!r}: ρ is {self.rho:g} here; build the optimizer with rise")
+        self._source.radius.target = checks.number("rise", value, above=0.0)
 
     def perturbation_norm(self) -> float:
         """``sqrt(Σ_layers ‖ε‖_F²)`` at present: ρ; 0 before the first step and after `remove()`."""
-        return self.rho * float(self._source.norm()) if self._attached else 0.0
+        return self._source.rho * float(self._source.norm()) if self._attached else 0.0
 
     def metrics(self) -> dict[str, Tensor]:
         """Four numbers over all layers together.
@@ -265,13 +303,17 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         units of the loss per unit of weight.
         ``left_out``: the share of it, from 0 to 1, that is beyond each layer's 32 leading directions and that ε lacks;
         estimated, and 0 up to r = 16.
+        ``rho``: ρ of the next step, where `rise` chooses it.
         """
-        norm = self._source.gradient_norm
-        off = self.rho == 0 or not self._attached
+        norm, radius = self._source.gradient_norm, self._source.radius
+        off = self._source.rho == 0 or not self._attached
         relative = torch.zeros_like(norm) if off else self._source.norm(acted=True)
         rise = torch.zeros_like(norm) if off else self._source.rise.value
+        chosen = {} if radius is None else {"rho": radius.rho}
+        if radius is not None:
+            relative = relative * (self._source.rho / radius.rho).to(relative)
         gradients = {"projected_gradient_norm": norm, "left_out": self._source.left_out}
-        return self._with_inner({"loss_rise": rise, "perturbation_to_rho": relative, **gradients})
+        return self._with_inner({"loss_rise": rise, "perturbation_to_rho": relative, **gradients, **chosen})
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -285,12 +327,22 @@ class LoRASAMOptimizer(PerturbingOptimizer):
                 layer.update(B=B, A=A)
             else:  # of passes that add some of the adapters
                 layer.setdefault("directions", {})[".".join(names)] = {"B": B, "A": A}
-        return {"rho": self.rho, "layers": layers, "rise": self._source.rise.state()}
+        radius = self._source.radius
+        state = {"rho": self._source.rho, "layers": layers, "rise": self._source.rise.state()}
+        return state if radius is None else {**state, "radius": radius.state()}
 
     def check_method_state(self, state: dict[str, Any]) -> None:
         checks.state_fields("LoRASAM", state, "rho", "layers")
         checks.number("the state_dict's rho", state["rho"])
         check_rise(state)
+        if "radius" in state:
+            check_radius(state["radius"])
+        if ("radius" in state) != (self.rise is not None):
+            theirs = f"rise={state['radius']['rise']:g}" if "radius" in state else f"rho={state['rho']:g}"
+            raise ValueError(
+                f"the checkpoint was written with {theirs}, and this optimizer has "
+                f"{f'rho={self.rho:g}' if self.rise is None else f'rise={self.rise:g}'}; build it with {theirs}"
+            )
         self.check_layer_states("LoRASAM", state["layers"], "B", "A")
         for name, layer in state["layers"].items():
             if not all(_fit(B, A, *layer["shape"]) for _, B, A in _directions(layer)):
@@ -306,7 +358,11 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         if state is None:
             logger.warning("the checkpoint has no LoRASAM part: there is no perturbation until the next step")
             return
-        self.take_over(state, "rho")
+        if source.radius is None:
+            self.take_over(state, "rho")
+        else:
+            self.take_over(state["radius"], "rise")
+            source.radius.load(state["radius"])
         for name, layer in state["layers"].items():
             device = source.layers[name].base.device
             for names, B, A in _directions(layer):

@@ -480,7 +480,7 @@ def test_a_radius_follows_its_rule(task, files):
         return strength * radius.update
 
     fit = Fit(model, METHODS["lora"].optimizer, 1e-2, 0.1, runs_module.epochs_of(run, task, training))
-    list(with_radius(rule, 0.0)(fit))
+    list(with_radius(rule)(fit))
     before, after = (torch.tensor(norms) for norms in zip(*seen, strict=True))
     torch.testing.assert_close(before[1:], after[:-1])  # of the weights that the step began with
     assert before[0] == 0 and after[-1] > 0

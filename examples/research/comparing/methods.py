@@ -102,6 +102,7 @@ def bilora(model: nn.Module, lr: float, rho: float) -> Optimizer:
 
 
 lorasam = wrapped(lambda optimizer, model, rho: LoRASAMOptimizer(optimizer, model, rho=rho))
+risen_lorasam = wrapped(lambda optimizer, model, rise: LoRASAMOptimizer(optimizer, model, rise=rise))
 
 
 def noisy_lorasam(model: nn.Module, lr: float, rho: float) -> Optimizer:
@@ -243,14 +244,12 @@ class Radius:
     steps: int = 0
     update: float = 0.0  # ‖s·B·A‖_F
     gradient: float = 0.0  # ‖P(G)‖_F, its running mean
-    rise: float = 0.0  # of the loss by ε, its running mean
 
     def see(self, metrics: dict[str, Tensor]) -> None:
         """Takes in a step."""
         self.steps += 1
         newest = max(0.1, 1 / self.steps)
         self.gradient += newest * (float(metrics["projected_gradient_norm"]) - self.gradient)
-        self.rise += newest * (float(metrics["loss_rise"]) - self.rise)
 
 
 def update_norm(model: nn.Module) -> float:
@@ -263,13 +262,13 @@ def update_norm(model: nn.Module) -> float:
 Rule = Callable[[Radius, float], float]  # the next ρ, from what is known and the rule's one number
 
 
-def with_radius(rule: Rule, start: float) -> Callable[[Fit], Iterator[None]]:
+def with_radius(rule: Rule) -> Callable[[Fit], Iterator[None]]:
     """LoRASAM whose ρ follows a rule after every step; the rule's number is the run's strength."""
 
     def loop(fit: Fit) -> Iterator[None]:
-        optimizer = LoRASAMOptimizer(adamw(fit.model, fit.lr, 0.0), fit.model, rho=start)
+        optimizer = LoRASAMOptimizer(adamw(fit.model, fit.lr, 0.0), fit.model, rho=0.0)
         fit.scheduled(optimizer)
-        radius = Radius(start)
+        radius = Radius(0.0)
         for batches in fit.epochs:
             fit.model.train()
             for batch in batches:
@@ -335,11 +334,6 @@ def in_pairs(fit: Fit) -> Iterator[None]:
                 optimizer.step()
                 optimizer.zero_grad()
         yield
-
-
-def towards_a_rise(radius: Radius, rise: float) -> float:
-    """The radius grows or shrinks by up to a tenth a step, until ε raises the loss by that much."""
-    return max(1e-4, radius.rho * math.exp(0.1 * max(-1.0, 1 - radius.rise / rise)))
 
 
 def last_gradient(optimizer: Optimizer, p: nn.Parameter) -> Tensor:
@@ -492,8 +486,8 @@ class Method:
     stops_early: bool = False
 
 
-def by_rule(label: str, symbol: str, strength: float, rule: Rule, start: float = 0.0) -> Method:
-    return Method(f"LoRASAM, {label}", adamw, (strength,), symbol, loop=with_radius(rule, start))
+def by_rule(label: str, symbol: str, strength: float, rule: Rule) -> Method:
+    return Method(f"LoRASAM, {label}", adamw, (strength,), symbol, loop=with_radius(rule))
 
 
 METHODS = {
@@ -509,7 +503,7 @@ METHODS = {
     "lorasam-update": by_rule("ρ = κ·‖s·B·A‖", "κ", 0.02, lambda r, kappa: kappa * r.update),
     "lorasam-gradient": by_rule("ρ = κ·‖P(G)‖", "κ", 0.03, lambda r, kappa: kappa * r.gradient),
     "lorasam-open": by_rule("ρ = τ / ‖P(G)‖", "τ", 0.05, lambda r, tau: tau / r.gradient),
-    "lorasam-closed": by_rule("ρ by its rise", "rise", 0.01, towards_a_rise, 0.005),
+    "lorasam-closed": Method("LoRASAM, ρ by its rise", risen_lorasam, (0.01,), "rise"),
     "lorasam-new": Method("LoRASAM, the gradient's new part", strengths=(0.05,), symbol="ρ", loop=against_the_new),
     "bilora": Method("Bi-LoRA", bilora, (0.05, 0.1), "ρ"),
     "bidora": Method("BiDoRA", adapter="dora", loop=bilevel),

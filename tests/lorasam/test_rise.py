@@ -1,0 +1,153 @@
+"""LoRASAM whose ρ is chosen by how far ε raises the loss."""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import adapters, epsilon, wrapped
+from models import MLP, peft
+from torch import nn
+
+from flatlora import LoRASAMOptimizer
+from flatlora.perturbation.radius import FIRST, LARGEST, LEAST
+
+
+def lorasam(model, rise=0.01, lr=0.0, **options):
+    return wrapped(LoRASAMOptimizer, model, lr, torch.optim.SGD, rise=rise, **options)
+
+
+def adapted(seed=0):
+    torch.manual_seed(seed)
+    return peft(MLP(9, 11, 7), ["up", "down"])
+
+
+def step(model, optimizer, seed=0, scale=1.0):
+    """Takes a step, and returns how far ε raised its loss."""
+    x = torch.randn(6, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    (scale * (model(x) - 0.4).square().mean()).backward()
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.nan_to_num_(0.0, 0.0, 0.0)  # which would leave nothing of the weights
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(optimizer.metrics()["loss_rise"])
+
+
+def test_the_radius_is_that_of_its_formula():
+    model = adapted()
+    optimizer, rho, mean = lorasam(model, lr=0.1), FIRST, 0.0
+    for i in range(30):
+        rise = step(model, optimizer, seed=i)
+        mean += max(0.1, 1 / (i + 1)) * (rise - mean)
+        rho = min(LARGEST, max(LEAST, rho * math.exp(max(-0.1, 0.1 * (1 - mean / 0.01)))))
+        assert optimizer.rho == pytest.approx(rho, rel=1e-5)
+        eps = torch.cat([value.flatten() for value in epsilon(model).values()])
+        assert eps.norm().item() == pytest.approx(rho, rel=1e-5) == optimizer.perturbation_norm()
+        metrics = optimizer.metrics()
+        assert float(metrics["rho"]) == optimizer.rho
+        assert float(metrics["perturbation_to_rho"]) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+def test_the_loss_rises_as_far_as_it_was_asked_to_whatever_its_scale(scale):
+    model = adapted()
+    optimizer = lorasam(model, rise=0.003 * scale)
+    rises = [step(model, optimizer, scale=scale) for _ in range(150)]
+    assert rises[-1] == pytest.approx(0.003 * scale, rel=0.02)
+    assert 2 * LEAST < optimizer.rho < LARGEST / 2
+
+
+def test_a_climbing_base_has_its_loss_lowered_by_as_much():
+    model = adapted()
+    base = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0, maximize=True)
+    optimizer = LoRASAMOptimizer(base, model, rise=0.003)
+    assert [step(model, optimizer) for _ in range(150)][-1] == pytest.approx(-0.003, rel=0.02)
+
+
+def test_losses_that_are_zero_or_not_finite_leave_the_radius_bounded_and_it_recovers():
+    model = adapted()
+    optimizer = lorasam(model, rise=0.003, lr=1e-12)
+    for _ in range(100):
+        step(model, optimizer)
+    settled = optimizer.rho
+    for scale in (math.nan, math.inf):
+        for _ in range(5):
+            step(model, optimizer, scale=scale)
+        assert optimizer.rho == settled
+    for _ in range(100):
+        step(model, optimizer, scale=0.0)
+    assert optimizer.rho == pytest.approx(LARGEST)
+    for _ in range(150):
+        rise = step(model, optimizer)
+    assert rise == pytest.approx(0.003, rel=0.05) and optimizer.rho == pytest.approx(settled, rel=0.05)
+
+
+def test_a_loss_that_can_hardly_be_raised_stops_at_the_largest_radius():
+    model = adapted()
+    optimizer = lorasam(model, rise=1e6)
+    for _ in range(60):
+        step(model, optimizer)
+    assert optimizer.rho == pytest.approx(LARGEST) == optimizer.perturbation_norm()
+
+
+def test_a_resumed_run_is_the_same_to_the_bit():
+    model = adapted()
+    optimizer = lorasam(model, lr=0.1)
+    for i in range(4):
+        step(model, optimizer, seed=i)
+    state, other = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model)
+    resumed = lorasam(other, lr=0.1)
+    resumed.load_state_dict(state)
+    for i in range(4, 8):
+        assert step(model, optimizer, seed=i) == step(other, resumed, seed=i) and optimizer.rho == resumed.rho
+    assert all(torch.equal(p, q) for p, q in zip(adapters(model).values(), adapters(other).values(), strict=True))
+
+
+def test_the_checkpoints_rise_is_taken_over_and_told_of(caplog):
+    state = lorasam(adapted(), rise=0.02).state_dict()
+    optimizer = lorasam(adapted())
+    optimizer.load_state_dict(state)
+    assert optimizer.rise == 0.02 and "checkpoint's rise = 0.02, not 0.01" in caplog.text
+
+
+@pytest.mark.parametrize("ours", [{"rise": 0.01}, {"rho": 0.1}])
+def test_a_checkpoint_of_the_other_form_is_refused_and_nothing_is_changed(ours):
+    theirs = {"rho": 0.2} if "rise" in ours else {"rise": 0.02}
+    optimizer, foreign = wrapped(LoRASAMOptimizer, adapted(), **ours), wrapped(LoRASAMOptimizer, adapted(), **theirs)
+    before = copy.deepcopy(optimizer.state_dict())
+    ((name, value),) = theirs.items()
+    with pytest.raises(ValueError, match=rf"written with {name}={value}.*build it with {name}={value}"):
+        optimizer.load_state_dict(foreign.state_dict())
+    assert str(optimizer.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize("broken", [{"rho": torch.tensor(math.nan)}, {"mean": 0.1}, {"steps": -1}, {"rise": 0.0}])
+def test_a_broken_checkpoint_is_refused(broken):
+    optimizer = lorasam(adapted())
+    state = optimizer.state_dict()
+    state["flatlora"]["LoRASAMOptimizer"]["radius"].update(broken)
+    with pytest.raises(ValueError, match=f"state_dict's {next(iter(broken))} must be"):
+        optimizer.load_state_dict(state)
+
+
+def test_wrong_calls_leave_the_model_as_it_was():
+    model = adapted()
+    base = torch.optim.SGD(nn.ParameterList(p for p in model.parameters() if p.requires_grad), lr=0.1)
+    with pytest.raises(ValueError, match=r"rho=0\.1 and rise=0\.01: rise chooses rho"):
+        LoRASAMOptimizer(base, model, rho=0.1, rise=0.01)
+    for bad in (0, -0.1, math.inf, math.nan, "a"):
+        with pytest.raises(ValueError, match="rise must be a finite number > 0"):
+            LoRASAMOptimizer(base, model, rise=bad)
+    optimizer = LoRASAMOptimizer(base, model)
+    assert optimizer.rho == 0.05 and optimizer.rise is None and "rho" not in optimizer.metrics()
+    with pytest.raises(ValueError, match="build the optimizer with rise"):
+        optimizer.rise = 0.01
+    optimizer.remove()
+    optimizer = lorasam(adapted())
+    with pytest.raises(ValueError, match=r"rise=0\.01 chooses it"):
+        optimizer.rho = 0.1
+    with pytest.raises(ValueError, match="rise must be"):
+        optimizer.rise = -1
+    optimizer.rise = 0.02
+    assert optimizer.rise == 0.02 and optimizer.rho == pytest.approx(FIRST)
