@@ -82,8 +82,8 @@ def ggpo(**kwargs: Any) -> Callable[[nn.Module, Base, int], Optimizer]:
     return lambda model, base, seed: flatlora.GGPOOptimizer(base(trained(model)), model, seed=seed, **options)
 
 
-def lorasam(model: nn.Module, base: Base, seed: int) -> Optimizer:
-    return flatlora.LoRASAMOptimizer(base(trained(model)), model, rho=0.05)
+def lorasam(model: nn.Module, base: Base, seed: int, **options: Any) -> Optimizer:
+    return flatlora.LoRASAMOptimizer(base(trained(model)), model, **options)
 
 
 def attach_auxiliary(model: nn.Module, seed: int) -> None:

@@ -10,7 +10,19 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from helpers import RANKS, difference, full, sgd, shard
-from methods import KEEPS_STATE, METHODS, adapted, base_bits, every_method, logits, train_share, weights
+from methods import (
+    KEEPS_STATE,
+    METHODS,
+    Method,
+    adapted,
+    base_bits,
+    every_method,
+    logits,
+    lora,
+    lorasam,
+    train_share,
+    weights,
+)
 from processes import on_ranks
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -27,6 +39,9 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
 ]
+
+RISEN = Method("LoRASAM by its rise", lora, functools.partial(lorasam, rise=0.01))  # ρ is chosen from all ranks' losses
+ALL = [*METHODS, RISEN]
 
 
 def report(model):
@@ -55,7 +70,8 @@ def fsdp(method, rank, folder):
     train_share(model, optimizer, rank)
     found = {**report(model), "held": sorted(held)}
     get_optimizer_state_dict(model, optimizer)  # after an evaluation, which leaves FSDP2's root gathered
-    return {**found, "losses": resumed(method, model, optimizer, folder) if method in KEEPS_STATE else None}
+    keeps = method in KEEPS_STATE or method is RISEN
+    return {**found, "losses": resumed(method, model, optimizer, folder) if keeps else None}
 
 
 def resumed(method, model, optimizer, folder):
@@ -76,7 +92,7 @@ def states(model, optimizer):
 
 
 def cases():
-    both = itertools.product((ddp, fsdp), METHODS)
+    both = itertools.product((ddp, fsdp), ALL)
     return {f"{parallel.__name__} {method.name}": functools.partial(parallel, method) for parallel, method in both}
 
 
@@ -87,7 +103,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@every_method()
+@every_method(among=ALL)
 def test_two_processes_train_as_one_does_on_the_whole_batch(ranks, parallel, method, record_property):
     first, second = (dict(found[f"{parallel} {method.name}"]) for found in ranks)
     if parallel == "fsdp" and not method.sharded:
@@ -123,7 +139,7 @@ def test_what_is_logged_is_the_mean_over_ranks(ranks, method):
         assert first["own"]["loss_rise"] != second["own"]["loss_rise"]
 
 
-@every_method(among=[method for method in KEEPS_STATE if method.sharded])
+@every_method(among=[*(method for method in KEEPS_STATE if method.sharded), RISEN])
 def test_a_sharded_run_goes_on_in_new_objects_after_an_evaluation(ranks, method):
     for found in ranks:
         went_on, again = found[f"fsdp {method.name}"]["losses"]
