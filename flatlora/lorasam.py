@@ -83,8 +83,9 @@ class LastGradient(Source):
     def read_rise(self) -> None:
         super().read_rise()
         if self.radius is not None:  # before the next direction is scaled
-            value = self.rise.value.to(next(iter(self.layers.values())).base.device)
-            self.radius.see(-value if self.maximizes else value)
+            value = self.rise.newest
+            rise = -value if self.maximizes and value is not None else value
+            self.radius.see(rise, next(iter(self.layers.values())).base.device)
 
     def read_gradients(self) -> bool:
         """Notes the direction that the gradients at hand make, for the next step; whether there are gradients."""
@@ -119,7 +120,7 @@ class LastGradient(Source):
         total = torch.cat([norm.to(norms[0].device) for norm in norms]).to(sum_dtype(norms[0].device)).square().sum()
         scale = -total.rsqrt() if self.maximizes else total.rsqrt()
         if self.radius is not None:
-            scale = scale * (self.radius.rho / self.rho).to(scale)
+            scale = scale * (self.radius.next[0] / self.rho).to(scale)
         # Decided on the device, as asking the host would stall it at every step: gradients that are not finite, or
         # zero, have no direction, and the former stays.
         usable = total.isfinite() & (total > 0)
@@ -143,6 +144,8 @@ class LastGradient(Source):
         """Goes on to the direction noted last, if one was; that of passes which did not run stays."""
         self._ran = {(layer, names) for layer, kinds in self.passes.items() for names in kinds}
         super().next_step()
+        if self.radius is not None:
+            self.radius.advance()
         self.direction = {**self.direction, **self._next}
         self._next = {}
 

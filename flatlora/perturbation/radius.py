@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,40 +19,47 @@ class Radius:
 
     Attributes:
         target: how far ε is to raise the loss, in its units.
-        rho: ρ of the next step; of the mean over ranks, so that it is the same on all.
-        mean: the running mean of the rise, over about ten steps.
-        steps: that were looked at.
+        numbers: ρ, the running mean of the rise over about ten steps, and the steps that it is of. Of the mean over
+            ranks, so that they are the same on all.
+        next: these numbers once the step at hand is taken.
     """
 
     def __init__(self, target: float):
-        self.target, self.steps = target, 0
-        self.rho, self.mean = torch.tensor(FIRST, device="cpu"), torch.zeros((), device="cpu")
+        self.target = target
+        self.numbers = self.next = torch.tensor([FIRST, 0.0, 0.0], device="cpu")
+
+    @property
+    def rho(self) -> Tensor:
+        return self.numbers[0]
 
     @torch.no_grad()
-    def see(self, rise: Tensor) -> None:
-        """Takes in a step's rise; one that is not finite leaves ρ as it is. No wait for the device."""
-        rise, self.steps = _over_ranks(rise.float()), self.steps + 1
-        rho, mean = self.rho.to(rise), self.mean.to(rise)
-        usable = rise.isfinite()
-        self.mean = torch.where(usable, mean.lerp(rise, max(_NEWEST, 1 / self.steps)), mean)
-        pace = (_PACE * (1 - self.mean / self.target)).clamp(min=-_PACE)
-        self.rho = torch.where(usable, (rho * pace.exp()).clamp(LEAST, LARGEST), rho)
+    def see(self, rise: Tensor | None, device: torch.device) -> None:
+        """Looks at a step's rise; one that is None or not finite changes nothing. No wait for the device."""
+        rise = _over_ranks(torch.full((), math.nan, device=device) if rise is None else rise.to(device, torch.float32))
+        numbers = self.numbers.to(device)
+        rho, mean, steps = numbers
+        mean = mean.lerp(rise, (steps + 1).reciprocal().clamp(min=_NEWEST))
+        pace = (_PACE * (1 - mean / self.target)).clamp(min=-_PACE)
+        new = torch.stack([(rho * pace.exp()).clamp(LEAST, LARGEST), mean, steps + 1])
+        self.next = torch.where(rise.isfinite(), new, numbers)
+
+    def advance(self) -> None:
+        self.numbers = self.next
 
     def state(self) -> dict[str, Any]:
-        return {"rise": self.target, "rho": self.rho.clone(), "mean": self.mean.clone(), "steps": self.steps}
+        return {"rise": self.target, "numbers": self.numbers.clone()}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.steps, self.rho, self.mean = state["steps"], state["rho"].clone(), state["mean"].clone()
+        self.target, self.numbers = state["rise"], state["numbers"].clone()
 
 
 def check_radius(state: Any) -> None:
     """ValueError unless `state` is what `Radius.state` gives."""
-    checks.state_fields("radius", state, "rise", "rho", "mean", "steps")
+    checks.state_fields("radius", state, "rise", "numbers")
     checks.number("the state_dict's rise", state["rise"], above=0.0)
-    checks.integer("the state_dict's steps", state["steps"], 0)
-    for name in ("rho", "mean"):
-        if not (isinstance(state[name], Tensor) and state[name].dim() == 0 and state[name].isfinite()):
-            raise ValueError(f"the state_dict's {name} must be a finite tensor without dimensions, got {state[name]!r}")
+    numbers = state["numbers"]
+    if not (isinstance(numbers, Tensor) and tuple(numbers.shape) == (3,) and numbers.isfinite().all()):
+        raise ValueError(f"the state_dict's numbers of the radius must be a finite tensor (3,), got {numbers!r}")
 
 
 def _over_ranks(rise: Tensor) -> Tensor:

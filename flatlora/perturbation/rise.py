@@ -42,6 +42,11 @@ class LossRise:
             part = former.to(torch.promote_types(part.dtype, torch.float32)) + part
         self._parts[key] = part
 
+    @property
+    def newest(self) -> Tensor | None:
+        """`value`, unless no backward pass of the step recorded any."""
+        return self.value if self._new else None
+
     def forget(self) -> None:
         """Drops what backward passes have recorded since the last step."""
         self._parts.clear()

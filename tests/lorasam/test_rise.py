@@ -39,8 +39,9 @@ def test_the_radius_is_that_of_its_formula():
     optimizer, rho, mean = lorasam(model, lr=0.1), FIRST, 0.0
     for i in range(30):
         rise = step(model, optimizer, seed=i)
-        mean += max(0.1, 1 / (i + 1)) * (rise - mean)
-        rho = min(LARGEST, max(LEAST, rho * math.exp(max(-0.1, 0.1 * (1 - mean / 0.01)))))
+        if i > 0:  # the first step has no ε
+            mean += max(0.1, 1 / i) * (rise - mean)
+            rho = min(LARGEST, max(LEAST, rho * math.exp(max(-0.1, 0.1 * (1 - mean / 0.01)))))
         assert optimizer.rho == pytest.approx(rho, rel=1e-5)
         eps = torch.cat([value.flatten() for value in epsilon(model).values()])
         assert eps.norm().item() == pytest.approx(rho, rel=1e-5) == optimizer.perturbation_norm()
@@ -122,12 +123,12 @@ def test_a_checkpoint_of_the_other_form_is_refused_and_nothing_is_changed(ours):
     assert str(optimizer.state_dict()) == str(before)
 
 
-@pytest.mark.parametrize("broken", [{"rho": torch.tensor(math.nan)}, {"mean": 0.1}, {"steps": -1}, {"rise": 0.0}])
+@pytest.mark.parametrize("broken", [{"numbers": torch.full((3,), math.nan)}, {"numbers": 0.1}, {"rise": 0.0}])
 def test_a_broken_checkpoint_is_refused(broken):
     optimizer = lorasam(adapted())
     state = optimizer.state_dict()
     state["flatlora"]["LoRASAMOptimizer"]["radius"].update(broken)
-    with pytest.raises(ValueError, match=f"state_dict's {next(iter(broken))} must be"):
+    with pytest.raises(ValueError, match=rf"state_dict's {next(iter(broken))} .*must be"):
         optimizer.load_state_dict(state)
 
 
@@ -151,3 +152,24 @@ def test_wrong_calls_leave_the_model_as_it_was():
         optimizer.rise = -1
     optimizer.rise = 0.02
     assert optimizer.rise == 0.02 and optimizer.rho == pytest.approx(FIRST)
+
+
+def test_a_step_that_fails_or_saw_no_perturbed_pass_leaves_the_radius():
+    model = adapted()
+    optimizer = lorasam(model, lr=0.1)
+    for i in range(3):
+        step(model, optimizer, seed=i)
+    before = str(optimizer.state_dict()["flatlora"]["LoRASAMOptimizer"]["radius"])
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    optimizer.base_optimizer.step, kept = fails, optimizer.base_optimizer.step
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step(model, optimizer)
+    optimizer.base_optimizer.step = kept
+    assert str(optimizer.state_dict()["flatlora"]["LoRASAMOptimizer"]["radius"]) == before
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.01) if p.requires_grad else None
+    optimizer.step()
+    assert str(optimizer.state_dict()["flatlora"]["LoRASAMOptimizer"]["radius"]) == before
