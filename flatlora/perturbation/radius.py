@@ -39,7 +39,7 @@ class Radius:
         numbers = self.numbers.to(device)
         rho, mean, steps = numbers
         mean = mean.lerp(rise, (steps + 1).reciprocal().clamp(min=_NEWEST))
-        pace = (_PACE * (1 - mean / self.target)).clamp(min=-_PACE)
+        pace = (_PACE * (1 - mean / self.target)).clamp(-_PACE, _PACE)
         new = torch.stack([(rho * pace.exp()).clamp(LEAST, LARGEST), mean, steps + 1])
         self.next = torch.where(rise.isfinite(), new, numbers)
 

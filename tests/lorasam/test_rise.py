@@ -10,7 +10,7 @@ from models import MLP, peft
 from torch import nn
 
 from flatlora import LoRASAMOptimizer
-from flatlora.perturbation.radius import FIRST, LARGEST, LEAST
+from flatlora.perturbation.radius import FIRST, LARGEST, LEAST, Radius
 
 
 def lorasam(model, rise=0.01, lr=0.0, **options):
@@ -41,13 +41,22 @@ def test_the_radius_is_that_of_its_formula():
         rise = step(model, optimizer, seed=i)
         if i > 0:  # the first step has no ε
             mean += max(0.1, 1 / i) * (rise - mean)
-            rho = min(LARGEST, max(LEAST, rho * math.exp(max(-0.1, 0.1 * (1 - mean / 0.01)))))
+            rho = min(LARGEST, max(LEAST, rho * math.exp(min(0.1, max(-0.1, 0.1 * (1 - mean / 0.01))))))
         assert optimizer.rho == pytest.approx(rho, rel=1e-5)
         eps = torch.cat([value.flatten() for value in epsilon(model).values()])
         assert eps.norm().item() == pytest.approx(rho, rel=1e-5) == optimizer.perturbation_norm()
         metrics = optimizer.metrics()
         assert float(metrics["rho"]) == optimizer.rho
         assert float(metrics["perturbation_to_rho"]) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize(("rise", "grown"), [(-50.0, math.exp(0.1)), (50.0, math.exp(-0.1)), (0.01, 1.0)])
+def test_a_step_changes_the_radius_by_a_tenth_at_most(rise, grown):
+    radius = Radius(0.01)
+    radius.see(torch.tensor(rise), torch.device("cpu"))
+    assert float(radius.rho) == pytest.approx(FIRST)
+    radius.advance()
+    assert float(radius.rho) == pytest.approx(grown * FIRST)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
