@@ -6,6 +6,7 @@ the list of the layers' effective weights. The tests compare the library with th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -65,6 +66,16 @@ def lorasam_perturbation(grads: Sequence[Tensor], layers: list[Layer], rho: floa
     tangent = [projected(G, B, A) for G, (_, A, B, _) in zip(grads, layers, strict=True)]
     norm = torch.stack([T.square().sum() for T in tangent]).sum().sqrt()
     return [rho * T / norm for T in tangent]
+
+
+def lorasam_radius(rises: Sequence[float], target: float) -> float:
+    """ρ where `target` chooses it, after steps in which ε raised the loss by `rises`."""
+    rho, mean = 0.005, 0.0
+    for i, rise in enumerate(rises):
+        mean += max(0.1, 1 / (i + 1)) * (rise - mean)
+        rho *= math.exp(0.1 * min(1.0, max(-1.0, 1 - mean / target)))
+        rho = min(0.3, max(1e-4, rho))
+    return rho
 
 
 # --- Bi-LoRA (arXiv:2508.19564, Eq. 7-9) --------------------------------------------------------------------------

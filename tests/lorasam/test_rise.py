@@ -11,6 +11,7 @@ from torch import nn
 
 from flatlora import LoRASAMOptimizer
 from flatlora.perturbation.radius import FIRST, LARGEST, LEAST, Radius
+from flatlora.reference import lorasam_radius
 
 
 def lorasam(model, rise=0.01, lr=0.0, **options):
@@ -36,12 +37,11 @@ def step(model, optimizer, seed=0, scale=1.0):
 
 def test_the_radius_is_that_of_its_formula():
     model = adapted()
-    optimizer, rho, mean = lorasam(model, lr=0.1), FIRST, 0.0
+    optimizer, rises = lorasam(model, lr=0.1), []
     for i in range(30):
         rise = step(model, optimizer, seed=i)
-        if i > 0:  # the first step has no ε
-            mean += max(0.1, 1 / i) * (rise - mean)
-            rho = min(LARGEST, max(LEAST, rho * math.exp(min(0.1, max(-0.1, 0.1 * (1 - mean / 0.01))))))
+        rises += [rise] if i > 0 else []  # the first step has no ε
+        rho = lorasam_radius(rises, 0.01)
         assert optimizer.rho == pytest.approx(rho, rel=1e-5)
         eps = torch.cat([value.flatten() for value in epsilon(model).values()])
         assert eps.norm().item() == pytest.approx(rho, rel=1e-5) == optimizer.perturbation_norm()
