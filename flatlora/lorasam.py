@@ -18,7 +18,7 @@ from .layers.stack import BaseNorms, Stack, stacks
 from .layers.tangent import LEADING, Factors, product_sq, project
 from .layers.view import LoRALayer
 from .perturbation.optimizer import PerturbingOptimizer, trained_by
-from .perturbation.radius import LARGEST, Radius, check_radius
+from .perturbation.radius import Radius, check_radius
 from .perturbation.rise import check_rise
 from .perturbation.source import Names, Source, held_names
 
@@ -28,7 +28,7 @@ logger = logging.getLogger("flatlora")
 class LastGradient(Source):
     """Gives each layer its part of ``ε = ρ·u``, where u is the last gradient's projection, of norm one over all layers.
 
-    Where a `radius` chooses ρ, `rho` is the largest that it may be, and u of the norm of the chosen one's share.
+    Where a `radius` chooses ρ, `rho` is 1 and u has the chosen norm, which the host does not know.
 
     Attributes:
         direction: u of each layer, for passes that add the adapters of these names, as factors B (m, k) and A (k, n),
@@ -120,7 +120,7 @@ class LastGradient(Source):
         total = torch.cat([norm.to(norms[0].device) for norm in norms]).to(sum_dtype(norms[0].device)).square().sum()
         scale = -total.rsqrt() if self.maximizes else total.rsqrt()
         if self.radius is not None:
-            scale = scale * (self.radius.next[0] / self.rho).to(scale)
+            scale = scale * self.radius.next[0].to(scale)
         # Decided on the device, as asking the host would stall it at every step: gradients that are not finite, or
         # zero, have no direction, and the former stays.
         usable = total.isfinite() & (total > 0)
@@ -246,7 +246,7 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         radius = None if rise is None else Radius(checks.number("rise", rise, above=0.0))
         self._model, self._adapter = model, adapter
         layers = trained_by(model, adapter, optimizer)
-        self._source = LastGradient(layers, rho if radius is None else LARGEST, radius, perturb_no_grad)
+        self._source = LastGradient(layers, rho if radius is None else 1.0, radius, perturb_no_grad)
         self.reattach()
 
     # --- the method: the gradients that a step is taken with make the next ε ----------------------------------------
@@ -295,7 +295,7 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         return self._source.rho * float(self._source.norm()) if self._attached else 0.0
 
     def metrics(self) -> dict[str, Tensor]:
-        """Four numbers over all layers together.
+        """Four numbers over all layers together, five under `rise`.
 
         ``loss_rise``: how far ε raised the loss of the last step, to first order at the perturbed point,
         ``Σ_layers ⟨G, ε⟩`` over all its backward passes, in the units of the loss that was backpropagated, of this rank
@@ -314,7 +314,7 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         rise = torch.zeros_like(norm) if off else self._source.rise.value
         chosen = {} if radius is None else {"rho": radius.rho}
         if radius is not None:
-            relative = relative * (self._source.rho / radius.rho).to(relative)
+            relative = relative / radius.rho.to(relative)
         gradients = {"projected_gradient_norm": norm, "left_out": self._source.left_out}
         return self._with_inner({"loss_rise": rise, "perturbation_to_rho": relative, **gradients, **chosen})
 
