@@ -43,7 +43,7 @@ def ratings(archive: Path, kind: str) -> list[tuple[str, list[int]]]:
 
 
 def parted(rated: list[tuple[str, list[int]]], seed: int) -> tuple[Labelled, Labelled, float]:
-    """The disputed sentences with an annotator's label, those agreed on, and the former's mean share in the minority."""
+    """The disputed sentences with an annotator's label, those agreed on, and the mean minority among the former."""
     generator = random.Random(seed)
     disputed, agreed, shares = [], [], []
     for sentence, given in rated:
