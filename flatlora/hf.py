@@ -286,8 +286,8 @@ class FlatLoRACallback(transformers.TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        if logs is None or "loss" not in logs:
-            return
+        if logs is None or not {"loss", "learning_rate"} <= logs.keys():
+            return  # not the Trainer's own, which all ranks make
         numbers = {f"flatlora/{name}": value for name, value in read_metrics(optimizer, args.world_size).items()}
         logs.update(numbers)
         state.log_history[-1].update(numbers)  # made of the logs before callbacks see them

@@ -18,7 +18,7 @@ from .layers.stack import BaseNorms, Stack, stacks
 from .layers.tangent import LEADING, Factors, product_sq, project
 from .layers.view import LoRALayer
 from .perturbation.optimizer import PerturbingOptimizer, trained_by
-from .perturbation.radius import Radius, check_radius
+from .perturbation.radius import LARGEST, Radius, check_radius
 from .perturbation.rise import check_rise
 from .perturbation.source import Names, Source, held_names
 
@@ -81,10 +81,13 @@ class LastGradient(Source):
         return torch.stack(list(squares.values())).max().clamp(min=0.0).sqrt()
 
     def read_rise(self) -> None:
+        if not self.direction:
+            self.rise.forget()  # a compiled graph has recorded the zeros in ε's place
         super().read_rise()
         if self.radius is not None:  # before the next direction is scaled
-            value = self.rise.newest
-            rise = -value if self.maximizes and value is not None else value
+            rise = self.rise.newest
+            if rise is not None and self.maximizes:
+                rise = -rise
             self.radius.see(rise, next(iter(self.layers.values())).base.device)
 
     def read_gradients(self) -> bool:
@@ -119,11 +122,11 @@ class LastGradient(Source):
         norms = [torch.linalg.vector_norm(part.flatten(1), dim=1) for _, one in found for part in one[1:3]]
         total = torch.cat([norm.to(norms[0].device) for norm in norms]).to(sum_dtype(norms[0].device)).square().sum()
         scale = -total.rsqrt() if self.maximizes else total.rsqrt()
-        if self.radius is not None:
-            scale = scale * self.radius.next[0].to(scale)
         # Decided on the device, as asking the host would stall it at every step: gradients that are not finite, or
         # zero, have no direction, and the former stays.
         usable = total.isfinite() & (total > 0)
+        if self.radius is not None:
+            scale = scale * self.radius.go_on(usable).to(scale)
         while found:
             stack, parts = found.pop(0)
             dtype = next(a.A.dtype for a in stack.adapters[0] if a.name in stack.layers[0].names)
@@ -145,6 +148,10 @@ class LastGradient(Source):
         self._ran = {(layer, names) for layer, kinds in self.passes.items() for names in kinds}
         super().next_step()
         if self.radius is not None:
+            grown = self.radius.next[0] / self.radius.rho.to(self.radius.next)
+            for place in self.direction.keys() - self._next.keys():
+                B, A = self.direction[place]
+                self._next[place] = B * grown.to(B), A
             self.radius.advance()
         self.direction = {**self.direction, **self._next}
         self._next = {}
@@ -247,13 +254,14 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         self._model, self._adapter = model, adapter
         layers = trained_by(model, adapter, optimizer)
         self._source = LastGradient(layers, rho if radius is None else 1.0, radius, perturb_no_grad)
+        self._strength = "rho" if radius is None else "rise"
         self.reattach()
 
     # --- the method: the gradients that a step is taken with make the next ε ----------------------------------------
 
     def before_step(self) -> None:
-        super().before_step()
         self._source.maximizes = self._maximizes()
+        super().before_step()
         if self._attached and not self._source.read_gradients() and self._source.rho > 0:
             self.miss_gradients("the perturbation stays as it is")
 
@@ -263,9 +271,10 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         adapters = [a for layer in self._source.layers.values() for a in layer.all_adapters()] if climbing else []
         return any(id(p) in climbing for a in adapters for p in (a.A_param, a.B_param))
 
-    @property
-    def _strength(self) -> str:  # type: ignore[override]
-        return "rho" if self._source.radius is None else "rise"
+    def way_out(self, much: bool) -> str:
+        if self._source.radius is not None and not much and self.rho > 0.999 * LARGEST:
+            return f"rho is at its upper bound of {LARGEST:g}"
+        return super().way_out(much)
 
     @property
     def rho(self) -> float:
@@ -312,11 +321,11 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         off = self._source.rho == 0 or not self._attached
         relative = torch.zeros_like(norm) if off else self._source.norm(acted=True)
         rise = torch.zeros_like(norm) if off else self._source.rise.value
-        chosen = {} if radius is None else {"rho": radius.rho}
-        if radius is not None:
-            relative = relative / radius.rho.to(relative)
         gradients = {"projected_gradient_norm": norm, "left_out": self._source.left_out}
-        return self._with_inner({"loss_rise": rise, "perturbation_to_rho": relative, **gradients, **chosen})
+        own = {"loss_rise": rise, "perturbation_to_rho": relative, **gradients}
+        if radius is not None:
+            own |= {"rho": radius.rho, "perturbation_to_rho": relative / radius.rho.to(relative)}
+        return self._with_inner(own)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -340,11 +349,11 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         check_rise(state)
         if "radius" in state:
             check_radius(state["radius"])
-        if ("radius" in state) != (self.rise is not None):
-            theirs = f"rise={state['radius']['rise']:g}" if "radius" in state else f"rho={state['rho']:g}"
+        theirs = f"rise={state['radius']['rise']:g}" if "radius" in state else f"rho={state['rho']:g}"
+        ours = f"rho={self.rho:g}" if self.rise is None else f"rise={self.rise:g}"
+        if theirs.split("=")[0] != ours.split("=")[0]:
             raise ValueError(
-                f"the checkpoint was written with {theirs}, and this optimizer has "
-                f"{f'rho={self.rho:g}' if self.rise is None else f'rise={self.rise:g}'}; build it with {theirs}"
+                f"the checkpoint was written with {theirs}, and this optimizer has {ours}; build it with {theirs}"
             )
         self.check_layer_states("LoRASAM", state["layers"], "B", "A")
         for name, layer in state["layers"].items():
@@ -359,6 +368,8 @@ class LoRASAMOptimizer(PerturbingOptimizer):
         source.direction, source._next = {}, {}
         source.rise.load(state)
         if state is None:
+            if source.radius is not None:
+                source.radius.start()
             logger.warning("the checkpoint has no LoRASAM part: there is no perturbation until the next step")
             return
         if source.radius is None:

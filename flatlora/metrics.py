@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .wrapper import Method
 
@@ -22,9 +23,23 @@ def read_metrics(optimizer: Any, ranks: int = 1) -> dict[str, float]:
     found = optimizer.metrics() if isinstance(optimizer, Method) else {}
     if not found:
         return {}
-    device = next((value.device for value in found.values() if value.device.type != "cpu"), torch.device("cpu"))
+    # Some groups reduce on the device alone, and metrics get there with the first step.
+    tensors = [*found.values(), *(p for group in optimizer.param_groups for p in group["params"])]
+    device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
     numbers = torch.stack([value.detach().to(device, torch.float32) for value in found.values()])
-    if ranks > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(numbers)
-        numbers /= ranks
-    return dict(zip(found, numbers.tolist(), strict=True))
+    return dict(zip(found, mean_over_ranks(numbers, ranks).tolist(), strict=True))
+
+
+def ranks() -> int:
+    """How many processes train together."""
+    dist = torch.distributed
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_over_ranks(tensor: Tensor, ranks: int) -> Tensor:
+    """The mean over so many processes, all of which must ask for it; of one process, the tensor itself."""
+    if ranks == 1:
+        return tensor
+    tensor = tensor.clone()
+    torch.distributed.all_reduce(tensor)
+    return tensor / ranks

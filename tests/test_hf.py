@@ -270,21 +270,40 @@ def test_the_trainer_logs_the_metrics_with_its_own_numbers(method, tmp_path):
         def on_log(self, args, state, control, logs=None, **kwargs):
             reported.append(dict(logs))
 
+    class LogsItself(transformers.TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):  # as some losses do, on the first rank alone
+            self.trainer.log({"loss": 1.0})
+
+        on_step_begin = on_substep_end
+
     model = tiny_llama()
     optimizer = BY_CALL[method](model, torch.optim.AdamW, lr=1e-2)
     args = arguments(tmp_path, logging_steps=2, save_strategy="no")
-    trainer = trainer_of(model, None, args, optimizers=(optimizer, None), callbacks=[Reports()])
+    trainer = trainer_of(model, None, args, optimizers=(optimizer, None), callbacks=[Reports(), LogsItself()])
+    LogsItself.trainer = trainer
     calls, plain = [], optimizer.metrics
     optimizer.metrics = lambda: calls.append(trainer.state.global_step) or plain()
     hf.log_metrics(trainer)
     trainer.train()
     assert calls == [2, 4]  # nowhere else is anything read
-    trained = [log for log in reported if "loss" in log]
-    assert len(trained) == 2 and all(names_of(optimizer) <= log.keys() for log in trained)
+    trained = [log for log in reported if "learning_rate" in log]
+    assert len(reported) > 5 and len(trained) == 2 and all(names_of(optimizer) <= log.keys() for log in trained)
     assert [log for log in trainer.state.log_history if names_of(optimizer) <= log.keys()] == [
         {**log, "step": step} for log, step in zip(trained, (2, 4), strict=True)
     ]
     assert not any(key.startswith("flatlora/") for key in reported[-1])  # the summary of the whole run
+
+
+def test_ranks_reduce_metrics_on_the_models_device_before_the_first_step_too(monkeypatch):
+    model = tiny_llama().to("meta")
+    optimizer, devices = hf.create_lorasam_optimizer(model, torch.optim.AdamW, lr=1e-2), []
+
+    def mean(numbers, ranks):
+        devices.append(numbers.device.type)
+        return torch.zeros(numbers.shape)
+
+    monkeypatch.setattr("flatlora.metrics.mean_over_ranks", mean)
+    assert read_metrics(optimizer, 2).keys() == optimizer.metrics().keys() and devices == ["meta"]
 
 
 def test_metrics_are_in_tensorboards_files(tmp_path, monkeypatch):

@@ -140,8 +140,8 @@ def _inverse(rows: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
     """What multiplies columns by ``(A·Aᵀ)⁺``, for the many rows of A (..., r, n).
 
     As in `_roots`, whose products of r×r matrices would be most of the cost here, but with two terms of the series,
-    ``(1 + δ·N)·N`` with ``N = (A·Aᵀ + δ)⁻¹``, and δ no larger than it has to be: singular values of A below `eps`, the
-    precision of the gradients, are rounding.
+    ``(1 + δ·N)·N`` with ``N = (A·Aᵀ + δ)⁻¹``. The sums over n columns are float32's, as they are half of the step's
+    cost, which rounds away singular values of A below about 1e-3·‖A‖_F.
     """
     gram = rows @ rows.mT
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
@@ -149,11 +149,12 @@ def _inverse(rows: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
     ridge = max(8 * torch.finfo(rows.dtype).eps, 1e-12, eps**2)
     eye = torch.eye(gram.shape[-1], dtype=sum_dtype(gram.device), device=gram.device).expand_as(gram)
     lower = torch.linalg.cholesky_ex(gram.to(eye.dtype) * scale.square() + ridge * eye)[0]
-    root = torch.linalg.solve_triangular(lower, eye, upper=False).mT.to(rows.dtype) * scale
+    plain = torch.linalg.solve_triangular(lower, eye, upper=False).mT.to(rows.dtype)
+    root = plain * scale
 
     def apply(columns: Tensor) -> Tensor:
         once = root @ (root.mT @ columns)
-        return once + (ridge * trace) * (root @ (root.mT @ once))
+        return once + ridge * (plain @ (plain.mT @ once))  # whose scale is 1, so that it stays finite
 
     return apply
 

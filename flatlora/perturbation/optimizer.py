@@ -181,12 +181,16 @@ class PerturbingOptimizer(OptimizerWrapper):
                 return
             much = abs(mean) - 2 * error > MUCH
             if much or abs(mean) + 2 * error < NOTHING:
-                what = "much: training may suffer, and a smaller" if much else "next to nothing on this model: a larger"
+                what = "much: training may suffer" if much else "next to nothing on this model"
                 self._watch.warn_once(
                     "rise",
                     f"over {SAMPLES} steps the perturbation raised the loss by {mean:.1g} ± {error:.1g}; for a loss "
-                    f'near 1 that is {what} {self._strength} is worth a try (watch metrics()["loss_rise"])',
+                    f'near 1 that is {what}, and {self.way_out(much)} (watch metrics()["loss_rise"])',
                 )
+
+    def way_out(self, much: bool) -> str:
+        """What to do about a rise that is too large, or too small."""
+        return f"a {'smaller' if much else 'larger'} {self._strength} is worth a try"
 
     def zero_grad(self, set_to_none: bool = True, **kwargs: Any) -> None:
         super().zero_grad(set_to_none, **kwargs)

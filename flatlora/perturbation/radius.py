@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..metrics import mean_over_ranks, ranks
 
 LARGEST, LEAST, FIRST = 0.3, 1e-4, 0.005  # ρ
 _NEWEST, _PACE = 0.1, 0.1  # the newest step's share of the running mean; by how much ln ρ may change in a step
+_MOST = 100  # times the target: a single step counts as no more
 
 
 class Radius:
@@ -19,14 +21,16 @@ class Radius:
 
     Attributes:
         target: how far ε is to raise the loss, in its units.
-        numbers: ρ, the running mean of the rise over about ten steps, and the steps that it is of. Of the mean over
-            ranks, so that they are the same on all.
+        numbers: ρ, the running mean of the rise over all ranks and about ten steps, and the number of steps in it.
         next: these numbers once the step at hand is taken.
     """
 
     def __init__(self, target: float):
         self.target = target
-        self.numbers = self.next = torch.tensor([FIRST, 0.0, 0.0], device="cpu")
+        self.start()
+
+    def start(self) -> None:
+        self.numbers = self.next = self._seen = torch.tensor([FIRST, 0.0, 0.0], device="cpu")
 
     @property
     def rho(self) -> Tensor:
@@ -35,22 +39,29 @@ class Radius:
     @torch.no_grad()
     def see(self, rise: Tensor | None, device: torch.device) -> None:
         """Looks at a step's rise; one that is None or not finite changes nothing. No wait for the device."""
-        rise = _over_ranks(torch.full((), math.nan, device=device) if rise is None else rise.to(device, torch.float32))
-        numbers = self.numbers.to(device)
-        rho, mean, steps = numbers
-        mean = mean.lerp(rise, (steps + 1).reciprocal().clamp(min=_NEWEST))
+        rise = torch.full((), math.nan, device=device) if rise is None else rise.to(device, torch.float32)
+        rise = mean_over_ranks(rise, ranks())
+        self.next = self.numbers.to(device)
+        rho, mean, steps = self.next
+        bounded = rise.clamp(-_MOST * self.target, _MOST * self.target)
+        mean = mean.lerp(bounded, (steps + 1).reciprocal().clamp(min=_NEWEST))
         pace = (_PACE * (1 - mean / self.target)).clamp(-_PACE, _PACE)
         new = torch.stack([(rho * pace.exp()).clamp(LEAST, LARGEST), mean, steps + 1])
-        self.next = torch.where(rise.isfinite(), new, numbers)
+        self._seen = torch.where(rise.isfinite(), new, self.next)
+
+    def go_on(self, usable: Tensor) -> Tensor:
+        """ρ of the next step: as the rise asks for, if the gradients are usable; else, as ε stays, ρ does too."""
+        self.next = torch.where(usable.to(self._seen.device), self._seen, self.next)
+        return self.next[0]
 
     def advance(self) -> None:
-        self.numbers = self.next
+        self.numbers = self._seen = self.next
 
     def state(self) -> dict[str, Any]:
         return {"rise": self.target, "numbers": self.numbers.clone()}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.target, self.numbers = state["rise"], state["numbers"].clone()
+        self.numbers = self.next = self._seen = state["numbers"].clone()
 
 
 def check_radius(state: Any) -> None:
@@ -58,15 +69,9 @@ def check_radius(state: Any) -> None:
     checks.state_fields("radius", state, "rise", "numbers")
     checks.number("the state_dict's rise", state["rise"], above=0.0)
     numbers = state["numbers"]
-    if not (isinstance(numbers, Tensor) and tuple(numbers.shape) == (3,) and numbers.isfinite().all()):
-        raise ValueError(f"the state_dict's numbers of the radius must be a finite tensor (3,), got {numbers!r}")
-
-
-def _over_ranks(rise: Tensor) -> Tensor:
-    """The mean over all ranks, which must step alike."""
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return rise
-    mean = rise.clone()
-    dist.all_reduce(mean)
-    return mean / dist.get_world_size()
+    right = isinstance(numbers, Tensor) and numbers.dtype == torch.float32 and tuple(numbers.shape) == (3,)
+    if not (right and numbers.isfinite().all() and LEAST <= numbers[0] <= LARGEST and numbers[2] >= 0):
+        raise ValueError(
+            f"the state_dict's numbers of the radius must be float32: ρ from {LEAST:g} to {LARGEST:g}, the mean and "
+            f"the steps, got {numbers!r}"
+        )

@@ -145,3 +145,15 @@ def test_up_to_rank_16_nothing_is_left_out(r):
     whole, eps = together(exact), together(found)
     assert (eps - RHO * whole / whole.norm()).norm() < 1e-6 * RHO
     assert optimizer.metrics()["left_out"] == 0
+
+
+@pytest.mark.parametrize("scale", [1e-13, 1e-16])
+def test_a_nearly_dead_layer_takes_no_others_perturbation(scale):
+    model = adapted().float()
+    with torch.no_grad():
+        next(iter(lora_modules(model).values())).lora_B["default"].weight.mul_(scale)
+    optimizer = LoRASAMOptimizer(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0), model)
+    model(torch.randn(6, 44)).square().sum().backward()
+    optimizer.step()
+    assert optimizer.perturbation_norm() == pytest.approx(0.05, rel=1e-3)
+    assert torch.stack(list(optimizer.metrics().values())).isfinite().all()

@@ -54,6 +54,7 @@ def test_the_radius_is_that_of_its_formula():
 def test_a_step_changes_the_radius_by_a_tenth_at_most(rise, grown):
     radius = Radius(0.01)
     radius.see(torch.tensor(rise), torch.device("cpu"))
+    radius.go_on(torch.tensor(True))
     assert float(radius.rho) == pytest.approx(FIRST)
     radius.advance()
     assert float(radius.rho) == pytest.approx(grown * FIRST)
@@ -75,43 +76,89 @@ def test_a_climbing_base_has_its_loss_lowered_by_as_much():
     assert [step(model, optimizer) for _ in range(150)][-1] == pytest.approx(-0.003, rel=0.02)
 
 
-def test_losses_that_are_zero_or_not_finite_leave_the_radius_bounded_and_it_recovers():
+@pytest.mark.parametrize("scale", [0.0, math.nan, math.inf])
+def test_losses_that_are_zero_or_not_finite_leave_radius_and_perturbation(scale):
     model = adapted()
     optimizer = lorasam(model, rise=0.003, lr=1e-12)
     for _ in range(100):
         step(model, optimizer)
     settled = optimizer.rho
-    for scale in (math.nan, math.inf):
-        for _ in range(5):
-            step(model, optimizer, scale=scale)
-        assert optimizer.rho == settled
-    for _ in range(100):
-        step(model, optimizer, scale=0.0)
-    assert optimizer.rho == pytest.approx(LARGEST)
-    for _ in range(150):
-        rise = step(model, optimizer)
-    assert rise == pytest.approx(0.003, rel=0.05) and optimizer.rho == pytest.approx(settled, rel=0.05)
+    for _ in range(30):
+        step(model, optimizer, scale=scale)
+        assert optimizer.rho == settled == pytest.approx(optimizer.perturbation_norm(), rel=1e-5)
+    assert step(model, optimizer) == pytest.approx(0.003, rel=0.02)
 
 
-def test_a_loss_that_can_hardly_be_raised_stops_at_the_largest_radius():
+@pytest.mark.parametrize("outlier", [100.0, -100.0, 1e30])
+def test_it_recovers_from_a_single_large_rise(outlier):
+    radius = Radius(0.01)
+    slope = 0.2  # of the loss, so that ρ = 0.05 raises it by 0.01
+    for i in range(200):
+        radius.see(torch.tensor(outlier) if i == 60 else slope * radius.rho, torch.device("cpu"))
+        radius.go_on(torch.tensor(True))
+        radius.advance()
+        assert LEAST <= float(radius.rho) <= LARGEST
+        if i == 59:
+            assert float(radius.rho) == pytest.approx(0.05, rel=0.1)
+    assert float(radius.rho) == pytest.approx(0.05, rel=0.1)
+
+
+def test_adapters_that_rest_are_perturbed_as_far_as_the_others():
+    model = adapted()
+    model.add_adapter("b", model.peft_config["default"])
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.requires_grad_(True)
+    base = torch.optim.SGD([p for name, p in model.named_parameters() if "lora_" in name], lr=0.01)
+    optimizer = LoRASAMOptimizer(base, model, rise=0.003, adapter=["default", "b"])
+    for name, steps in (("default", 3), ("b", 20), ("default", 0)):
+        model.base_model.set_adapter(name)
+        for p in (p for key, p in model.named_parameters() if "lora_" in key):
+            p.requires_grad_(True)
+        for i in range(steps):
+            step(model, optimizer, seed=i)
+    eps = torch.cat([value.flatten() for value in epsilon(model).values()])
+    assert eps.norm().item() == pytest.approx(optimizer.rho, rel=1e-5)
+    assert abs(optimizer.rho / FIRST - 1) > 0.3
+
+
+def test_a_loss_that_can_hardly_be_raised_stops_at_the_largest_radius(caplog):
     model = adapted()
     optimizer = lorasam(model, rise=1e6)
     for _ in range(60):
-        step(model, optimizer)
+        step(model, optimizer, scale=1e-4)
     assert optimizer.rho == pytest.approx(LARGEST) == optimizer.perturbation_norm()
+    assert "next to nothing on this model, and rho is at its upper bound of 0.3" in caplog.text
 
 
-def test_a_resumed_run_is_the_same_to_the_bit():
+@pytest.mark.parametrize("maximize", [False, True])
+def test_a_resumed_run_is_the_same_to_the_bit(maximize):
+    def start(model):
+        params = [p for p in model.parameters() if p.requires_grad]
+        return LoRASAMOptimizer(torch.optim.SGD(params, lr=0.01, maximize=maximize), model, rise=0.01)
+
     model = adapted()
-    optimizer = lorasam(model, lr=0.1)
+    optimizer = start(model)
     for i in range(4):
         step(model, optimizer, seed=i)
     state, other = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model)
-    resumed = lorasam(other, lr=0.1)
+    resumed = start(other)
     resumed.load_state_dict(state)
     for i in range(4, 8):
         assert step(model, optimizer, seed=i) == step(other, resumed, seed=i) and optimizer.rho == resumed.rho
     assert all(torch.equal(p, q) for p, q in zip(adapters(model).values(), adapters(other).values(), strict=True))
+    resumed.load_state_dict(resumed.base_optimizer.state_dict())
+    assert resumed.rho == pytest.approx(FIRST)
+
+
+def test_a_compiled_model_has_the_same_radius():
+    model, other = adapted(), adapted()
+    optimizer, another = lorasam(model, lr=0.1), lorasam(other, lr=0.1)
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    for i in range(4):
+        step(model, optimizer, seed=i)
+        step(compiled, another, seed=i)
+        assert another.rho == pytest.approx(optimizer.rho, rel=1e-5)
 
 
 def test_the_checkpoints_rise_is_taken_over_and_told_of(caplog):
@@ -132,7 +179,10 @@ def test_a_checkpoint_of_the_other_form_is_refused_and_nothing_is_changed(ours):
     assert str(optimizer.state_dict()) == str(before)
 
 
-@pytest.mark.parametrize("broken", [{"numbers": torch.full((3,), math.nan)}, {"numbers": 0.1}, {"rise": 0.0}])
+@pytest.mark.parametrize(
+    "broken",
+    [{"numbers": torch.tensor(x)} for x in ([math.nan, 0.0, 1.0], [0.0, 0.0, 1.0], [0.1, 0.0])] + [{"rise": 0.0}],
+)
 def test_a_broken_checkpoint_is_refused(broken):
     optimizer = lorasam(adapted())
     state = optimizer.state_dict()
