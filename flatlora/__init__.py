@@ -11,7 +11,7 @@ from .gralora.files import load_gralora, save_gralora
 from .gralora.layer import GraLoRALinear
 from .gralora.transform import apply_gralora, merge_gralora, unload_gralora
 from .layers.view import LoRALayer, lora_layers
-from .lorasam import LoRASAMOptimizer
+from .lorasam.optimizer import LoRASAMOptimizer
 from .perturbation.attachment import remove_perturbation
 from .sharpness.hessian import TopEigenvalue, hessian_top_eigenvalue
 from .sharpness.landscapes import Landscape, landscape, plot_landscape

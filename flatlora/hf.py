@@ -25,7 +25,7 @@ from .bidora.optimizer import BilevelOptimizer
 from .bidora.parameters import magnitude_parameters
 from .bilora.optimizer import BiLoRAOptimizer
 from .ggpo.optimizer import GGPOOptimizer
-from .lorasam import LoRASAMOptimizer
+from .lorasam.optimizer import LoRASAMOptimizer
 from .metrics import read_metrics
 from .perturbation.optimizer import PerturbingOptimizer, trainable
 

@@ -10,7 +10,7 @@ from models import MLP, peft
 from torch import nn
 
 from flatlora import LoRASAMOptimizer
-from flatlora.perturbation.radius import FIRST, LARGEST, LEAST, Radius
+from flatlora.lorasam.radius import FIRST, LARGEST, LEAST, Radius
 from flatlora.reference import lorasam_radius
 
 

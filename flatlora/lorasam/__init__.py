@@ -1,0 +1,1 @@
+"""LoRASAM: train uphill of the weights, along the last gradient."""
