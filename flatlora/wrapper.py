@@ -234,6 +234,14 @@ class OptimizerWrapper(Method, Optimizer):
             raise AttributeError(name)
         return getattr(self.base_optimizer, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Settings of wrappers within are set there, where they are read."""
+        inner = wrappers_of(self.base_optimizer) if not hasattr(type(self), name) else ()
+        if any(isinstance(getattr(type(one), name, None), property) for one in inner):
+            setattr(self.base_optimizer, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __repr__(self) -> str:
         return repr(self.base_optimizer)
 

@@ -30,7 +30,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from flatlora import GGPOOptimizer, OptimizerWrapper
+from flatlora import GGPOOptimizer, LoRASAMOptimizer, OptimizerWrapper
 
 torch_optimizer = pytest.importorskip("torch_optimizer")
 
@@ -453,3 +453,13 @@ def test_further_arguments_of_step_and_zero_grad_are_the_bases(wrap):
     assert base.seen == "diagonal"
     optimizer.zero_grad()
     assert all(p.grad is None for p in trainable(model))
+
+
+def test_settings_of_a_method_within_are_set_there():
+    model = lora_mlp()
+    inner = LoRASAMOptimizer(adamw(model), model)
+    optimizer = OptimizerWrapper(GGPOOptimizer(inner, model, sigma=0.1))
+    optimizer.rho, optimizer.sigma = 0.2, 0.3
+    assert inner.rho == optimizer.rho == 0.2 and optimizer.base_optimizer.sigma == 0.3
+    with pytest.raises(ValueError, match="rho must be"):
+        optimizer.rho = -1.0
