@@ -288,7 +288,7 @@ class FlatLoRACallback(transformers.TrainerCallback):
     ) -> None:
         if logs is None or not {"loss", "learning_rate"} <= logs.keys():
             return  # not the Trainer's own, which all ranks make
-        numbers = {f"flatlora/{name}": value for name, value in read_metrics(optimizer, args.world_size).items()}
+        numbers = {f"flatlora/{name}": value for name, value in read_metrics(optimizer, over_ranks=True).items()}
         logs.update(numbers)
         state.log_history[-1].update(numbers)  # made of the logs before callbacks see them
 

@@ -37,7 +37,7 @@ class FlatLoRACallback(Callback):
         numbers: dict[str, float] = {}
         for i, optimizer in enumerate(trainer.optimizers):
             prefix = f"flatlora/{i}/" if i else "flatlora/"
-            found = read_metrics(optimizer, trainer.world_size)
+            found = read_metrics(optimizer, over_ranks=True)
             numbers |= {prefix + name: value for name, value in found.items()}
         for logger in trainer.loggers if numbers else ():
             logger.log_metrics(numbers, step=trainer.global_step)

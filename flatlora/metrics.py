@@ -10,13 +10,13 @@ from torch import Tensor
 from .wrapper import Method
 
 
-def read_metrics(optimizer: Any, ranks: int = 1) -> dict[str, float]:
+def read_metrics(optimizer: Any, over_ranks: bool = False) -> dict[str, float]:
     """``optimizer.metrics()`` as numbers: the one place where the host waits for the device.
 
     Args:
         optimizer: one of flatlora's, also beneath wrappers that have it as `.optimizer` (Accelerate's). Empty for
             others.
-        ranks: how many processes ask at once; the numbers are their mean.
+        over_ranks: return the mean over all processes, which must ask at once.
     """
     while not isinstance(optimizer, Method) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -27,7 +27,7 @@ def read_metrics(optimizer: Any, ranks: int = 1) -> dict[str, float]:
     tensors = [*found.values(), *(p for group in optimizer.param_groups for p in group["params"])]
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
     numbers = torch.stack([value.detach().to(device, torch.float32) for value in found.values()])
-    return dict(zip(found, mean_over_ranks(numbers, ranks).tolist(), strict=True))
+    return dict(zip(found, (mean_over_ranks(numbers) if over_ranks else numbers).tolist(), strict=True))
 
 
 def ranks() -> int:
@@ -36,10 +36,10 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def mean_over_ranks(tensor: Tensor, ranks: int) -> Tensor:
-    """The mean over so many processes, all of which must ask for it; of one process, the tensor itself."""
-    if ranks == 1:
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean over these processes, all of which must ask for it; of one process, the tensor itself."""
+    if (count := ranks()) == 1:
         return tensor
     tensor = tensor.clone()
     torch.distributed.all_reduce(tensor)
-    return tensor / ranks
+    return tensor / count

@@ -298,12 +298,12 @@ def test_ranks_reduce_metrics_on_the_models_device_before_the_first_step_too(mon
     model = tiny_llama().to("meta")
     optimizer, devices = hf.create_lorasam_optimizer(model, torch.optim.AdamW, lr=1e-2), []
 
-    def mean(numbers, ranks):
+    def mean(numbers):
         devices.append(numbers.device.type)
         return torch.zeros(numbers.shape)
 
     monkeypatch.setattr("flatlora.metrics.mean_over_ranks", mean)
-    assert read_metrics(optimizer, 2).keys() == optimizer.metrics().keys() and devices == ["meta"]
+    assert read_metrics(optimizer, over_ranks=True).keys() == optimizer.metrics().keys() and devices == ["meta"]
 
 
 def test_metrics_are_in_tensorboards_files(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..metrics import mean_over_ranks, ranks
+from ..metrics import mean_over_ranks
 
 LARGEST, LEAST, FIRST = 0.3, 1e-4, 0.005  # ρ
 _NEWEST, _PACE = 0.1, 0.1  # the newest step's share of the running mean; by how much ln ρ may change in a step
@@ -40,7 +40,7 @@ class Radius:
     def see(self, rise: Tensor | None, device: torch.device) -> None:
         """Looks at a step's rise; one that is None or not finite changes nothing. No wait for the device."""
         rise = torch.full((), math.nan, device=device) if rise is None else rise.to(device, torch.float32)
-        rise = mean_over_ranks(rise, ranks())
+        rise = mean_over_ranks(rise)
         self.next = self.numbers.to(device)
         rho, mean, steps = self.next
         bounded = rise.clamp(-_MOST * self.target, _MOST * self.target)

@@ -58,7 +58,7 @@ def ddp(method, rank, folder):
     parallel = []
     optimizer = method.start(model, sgd, wrap=lambda whole: parallel.append(DistributedDataParallel(whole)))
     train_share(*parallel, optimizer, rank)
-    metrics = {"own": read_metrics(optimizer), "mean": read_metrics(optimizer, ranks=RANKS)}
+    metrics = {"own": read_metrics(optimizer), "mean": read_metrics(optimizer, over_ranks=True)}
     return {**report(model), "metrics": metrics}
 
 
