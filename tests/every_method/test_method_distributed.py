@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from helpers import RANKS, difference, full, sgd, shard
+from helpers import difference, full, sgd, shard
 from methods import (
     KEEPS_STATE,
     METHODS,
