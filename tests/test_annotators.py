@@ -47,13 +47,14 @@ def test_sentences_are_parted_by_how_their_annotators_agree(archive, tmp_path, m
     annotators.main()
     read = {name: (tmp_path / "data" / f"{name}.tsv").read_text().splitlines() for name in ("agreed", "disputed")}
     assert read["agreed"] == ["label\tsentence", "positive\tloved it", "negative\thated it"]
-    assert [line.split("\t")[1] for line in read["disputed"]] == ["sentence", "odd", "mixed"]
-    assert "2 disputed, 38 % of the labels in the minority; 2 agreed on" in capsys.readouterr().out
+    assert [line.split("\t")[1] for line in read["disputed"]] == ["sentence", "odd", "mixed", "nearly"]
+    assert "3 disputed, 28 % of the labels in the minority; 2 agreed on" in capsys.readouterr().out
 
 
 def test_a_disputed_sentence_has_the_label_of_one_annotator(archive):
     rated = annotators.ratings(archive, "tweets")
-    drawn = [dict(map(reversed, annotators.parted(rated, seed)[0])) for seed in range(400)]
+    drawn = [dict(map(reversed, annotators.parted(rated, 0.2, seed)[0])) for seed in range(400)]
+    assert all(labels.keys() == {"odd", "mixed"} for labels in drawn)
     for sentence, positive in {"odd": 0.5, "mixed": 0.75}.items():
         assert sum(labels[sentence] == "positive" for labels in drawn) / 400 == pytest.approx(positive, abs=0.09)
 

@@ -6,8 +6,8 @@
 
 Hutto & Gilbert (ICWSM 2014; the ratings are in their package, under MIT) had each sentence rated from -4 to 4 by
 fifteen people and more. Here a rating above 0 says positive, one below it negative. Sentences that most annotators
-found neutral are left out. Disputed are those where a fifth of the others or more are in the minority; agreed on, those
-without one.
+found neutral are left out. Of the others those without a minority are agreed on; the rest, or those with a minority of
+`--minority` at least, are disputed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import tarfile
 from pathlib import Path
 
 KINDS = ("movieReviewSnippets", "amazonReviewSnippets", "tweets", "nytEditorialSnippets")
-DISPUTED = 0.2
 Labelled = list[tuple[str, str]]  # label, sentence
 
 
@@ -42,7 +41,7 @@ def ratings(archive: Path, kind: str) -> list[tuple[str, list[int]]]:
     return [(sentences[key], given) for key, given in rated]
 
 
-def parted(rated: list[tuple[str, list[int]]], seed: int) -> tuple[Labelled, Labelled, float]:
+def parted(rated: list[tuple[str, list[int]]], minority: float, seed: int) -> tuple[Labelled, Labelled, float]:
     """The disputed sentences with an annotator's label, those agreed on, and the mean minority among the former."""
     generator = random.Random(seed)
     disputed, agreed, shares = [], [], []
@@ -51,11 +50,11 @@ def parted(rated: list[tuple[str, list[int]]], seed: int) -> tuple[Labelled, Lab
         if not labels or len(labels) < len(given) / 2:
             continue
         share = min(labels.count(label) for label in ("positive", "negative")) / len(labels)
-        if share >= DISPUTED:
+        if share == 0:
+            agreed.append((labels[0], sentence))
+        elif share >= minority:
             disputed.append((generator.choice(labels), sentence))
             shares.append(share)
-        elif share == 0:
-            agreed.append((labels[0], sentence))
     return disputed, agreed, sum(shares) / max(len(shares), 1)
 
 
@@ -64,9 +63,10 @@ def main() -> None:
     parser.add_argument("archive", type=Path, help="vaderSentiment's source archive")
     parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="default: %(default)s")
     parser.add_argument("--folder", type=Path, default=Path(), help="where disputed.tsv and agreed.tsv go")
+    parser.add_argument("--minority", type=float, default=0.0, help="its least share of a disputed sentence's labels")
     parser.add_argument("--seed", type=int, default=0, help="of which annotator's label a disputed sentence gets")
     args = parser.parse_args()
-    disputed, agreed, minority = parted(ratings(args.archive, args.kind), args.seed)
+    disputed, agreed, minority = parted(ratings(args.archive, args.kind), args.minority, args.seed)
     args.folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("disputed", disputed), ("agreed", agreed)):
         lines = ["label\tsentence", *("\t".join(row) for row in rows)]
