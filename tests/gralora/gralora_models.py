@@ -111,7 +111,7 @@ def llama(**config):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(3)
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **config})).eval()
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **config)).eval()
 
 
 def gpt2():
