@@ -72,7 +72,8 @@ def lorasam_radius(rises: Sequence[float], target: float) -> float:
     """ρ where `target` chooses it, after steps in which ε raised the loss by `rises`."""
     rho, mean = 0.005, 0.0
     for i, rise in enumerate(rises):
-        mean += max(0.1, 1 / (i + 1)) * (rise - mean)
+        bounded = min(100 * target, max(-100 * target, rise))
+        mean += max(0.1, 1 / (i + 1)) * (bounded - mean)
         rho *= math.exp(0.1 * min(1.0, max(-1.0, 1 - mean / target)))
         rho = min(0.3, max(1e-4, rho))
     return rho

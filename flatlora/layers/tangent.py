@@ -124,16 +124,21 @@ def _roots(gram: Tensor, eps: float) -> Tensor:
     with a relative error of (δ/(λ + δ))⁸ at an eigenvalue λ. δ is at least `eps`, the precision of the gradients, times
     the trace: smaller eigenvalues are rounding.
     """
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    scale = torch.where(trace > 0, trace.rsqrt(), 0.0)
     ridge = max(eps, 1e-6)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-    lower = torch.linalg.cholesky_ex(gram * scale.square() + ridge * eye)[0]
-    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+    inverse, scale, eye = _whitening(gram, ridge)
     one = ridge * inverse @ inverse.mT
     two = one @ one
     series = (eye + one) @ (eye + two) @ (eye + two @ two)
     return scale * inverse.mT @ torch.linalg.cholesky_ex(series)[0]
+
+
+def _whitening(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """L⁻¹, c and the unit matrix, with ``c²·M + ridge = L·Lᵀ`` and c² one over M's trace; zero for M = 0."""
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    scale = torch.where(trace > 0, trace.rsqrt(), 0.0)
+    eye = torch.eye(gram.shape[-1], dtype=sum_dtype(gram.device), device=gram.device).expand_as(gram)
+    lower = torch.linalg.cholesky_ex(gram.to(eye.dtype) * scale.square() + ridge * eye)[0]
+    return torch.linalg.solve_triangular(lower, eye, upper=False), scale, eye
 
 
 def _inverse(rows: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
@@ -143,13 +148,9 @@ def _inverse(rows: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
     ``(1 + δ·N)·N`` with ``N = (A·Aᵀ + δ)⁻¹``. The sums over n columns are float32's, as they are half of the step's
     cost, which rounds away singular values of A below about 1e-3·‖A‖_F.
     """
-    gram = rows @ rows.mT
-    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    scale = torch.where(trace > 0, trace.rsqrt(), 0.0)
     ridge = max(8 * torch.finfo(rows.dtype).eps, 1e-12, eps**2)
-    eye = torch.eye(gram.shape[-1], dtype=sum_dtype(gram.device), device=gram.device).expand_as(gram)
-    lower = torch.linalg.cholesky_ex(gram.to(eye.dtype) * scale.square() + ridge * eye)[0]
-    plain = torch.linalg.solve_triangular(lower, eye, upper=False).mT.to(rows.dtype)
+    inverse, scale, _ = _whitening(rows @ rows.mT, ridge)
+    plain = inverse.mT.to(rows.dtype)
     root = plain * scale
 
     def apply(columns: Tensor) -> Tensor:

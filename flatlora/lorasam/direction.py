@@ -76,7 +76,7 @@ class LastGradient(Source):
         if not self.direction:
             self.rise.forget()  # a compiled graph has recorded the zeros in ε's place
         super().read_rise()
-        if self.radius is not None:  # before the next direction is scaled
+        if self.radius is not None:  # here, as ranks without gradients must take part
             rise = self.rise.newest
             if rise is not None and self.maximizes:
                 rise = -rise
@@ -139,12 +139,11 @@ class LastGradient(Source):
         """Goes on to the direction noted last, if one was; that of passes which did not run stays."""
         self._ran = {(layer, names) for layer, kinds in self.passes.items() for names in kinds}
         super().next_step()
-        if self.radius is not None:
-            grown = self.radius.next[0] / self.radius.rho.to(self.radius.next)
-            for place in self.direction.keys() - self._next.keys():
+        if (radius := self.radius) is not None:
+            for place in self.direction.keys() - self._next.keys():  # of passes that did not run
                 B, A = self.direction[place]
-                self._next[place] = B * grown.to(B), A
-            self.radius.advance()
+                self._next[place] = B * (radius.next[0] / radius.rho.to(radius.next)).to(B), A
+            radius.advance()
         self.direction = {**self.direction, **self._next}
         self._next = {}
 

@@ -188,18 +188,20 @@ class LoRASAMOptimizer(PerturbingOptimizer):
             else:  # of passes that add some of the adapters
                 layer.setdefault("directions", {})[".".join(names)] = {"B": B, "A": A}
         radius = self._source.radius
-        state = {"rho": self._source.rho, "layers": layers, "rise": self._source.rise.state()}
-        return state if radius is None else {**state, "radius": radius.state()}
+        strength = {"rho": self.rho} if radius is None else {"radius": radius.state()}
+        return {**strength, "layers": layers, "rise": self._source.rise.state()}
 
     def check_method_state(self, state: dict[str, Any]) -> None:
-        checks.state_fields("LoRASAM", state, "rho", "layers")
-        checks.number("the state_dict's rho", state["rho"])
+        checks.state_fields("LoRASAM", state, "layers")
         check_rise(state)
-        if "radius" in state:
+        if steered := "radius" in state:
             check_radius(state["radius"])
-        theirs = f"rise={state['radius']['rise']:g}" if "radius" in state else f"rho={state['rho']:g}"
-        ours = f"rho={self.rho:g}" if self.rise is None else f"rise={self.rise:g}"
-        if theirs.split("=")[0] != ours.split("=")[0]:
+        else:
+            checks.state_fields("LoRASAM", state, "rho")
+            checks.number("the state_dict's rho", state["rho"])
+        if steered != (self.rise is not None):
+            theirs = f"rise={state['radius']['rise']:g}" if steered else f"rho={state['rho']:g}"
+            ours = f"rho={self.rho:g}" if steered else f"rise={self.rise:g}"
             raise ValueError(
                 f"the checkpoint was written with {theirs}, and this optimizer has {ours}; build it with {theirs}"
             )

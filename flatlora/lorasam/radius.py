@@ -55,7 +55,7 @@ class Radius:
         return self.next[0]
 
     def advance(self) -> None:
-        self.numbers = self._seen = self.next
+        self.numbers = self.next
 
     def state(self) -> dict[str, Any]:
         return {"rise": self.target, "numbers": self.numbers.clone()}

@@ -93,10 +93,13 @@ def test_losses_that_are_zero_or_not_finite_leave_radius_and_perturbation(scale)
 def test_it_recovers_from_a_single_large_rise(outlier):
     radius = Radius(0.01)
     slope = 0.2  # of the loss, so that ρ = 0.05 raises it by 0.01
+    rises = []
     for i in range(200):
-        radius.see(torch.tensor(outlier) if i == 60 else slope * radius.rho, torch.device("cpu"))
+        rises.append(outlier if i == 60 else slope * float(radius.rho))
+        radius.see(torch.tensor(rises[-1]), torch.device("cpu"))
         radius.go_on(torch.tensor(True))
         radius.advance()
+        assert float(radius.rho) == pytest.approx(lorasam_radius(rises, 0.01), rel=1e-4)
         assert LEAST <= float(radius.rho) <= LARGEST
         if i == 59:
             assert float(radius.rho) == pytest.approx(0.05, rel=0.1)
@@ -188,6 +191,14 @@ def test_a_broken_checkpoint_is_refused(broken):
     state = optimizer.state_dict()
     state["flatlora"]["LoRASAMOptimizer"]["radius"].update(broken)
     with pytest.raises(ValueError, match=rf"state_dict's {next(iter(broken))} .*must be"):
+        optimizer.load_state_dict(state)
+
+
+def test_a_checkpoint_without_its_strength_is_refused():
+    optimizer = lorasam(adapted())
+    state = optimizer.state_dict()
+    del state["flatlora"]["LoRASAMOptimizer"]["radius"]
+    with pytest.raises(ValueError, match="LoRASAM part lacks rho"):
         optimizer.load_state_dict(state)
 
 

@@ -240,7 +240,6 @@ def one_pass_sam(ascent: Callable[[Optimizer, nn.Parameter], Tensor]) -> Callabl
 class Radius:
     """What a rule for LoRASAM's radius goes by; the norms are of all layers together."""
 
-    rho: float
     steps: int = 0
     update: float = 0.0  # ‖s·B·A‖_F
     gradient: float = 0.0  # ‖P(G)‖_F, its running mean
@@ -268,7 +267,7 @@ def with_radius(rule: Rule) -> Callable[[Fit], Iterator[None]]:
     def loop(fit: Fit) -> Iterator[None]:
         optimizer = LoRASAMOptimizer(adamw(fit.model, fit.lr, 0.0), fit.model, rho=0.0)
         fit.scheduled(optimizer)
-        radius = Radius(0.0)
+        radius = Radius()
         for batches in fit.epochs:
             fit.model.train()
             for batch in batches:
@@ -277,7 +276,7 @@ def with_radius(rule: Rule) -> Callable[[Fit], Iterator[None]]:
                     radius.update = update_norm(fit.model)
                     optimizer.step()
                     radius.see(optimizer.metrics())
-                    optimizer.rho = radius.rho = min(rule(radius, fit.strength), 0.3)
+                    optimizer.rho = min(rule(radius, fit.strength), 0.3)
                     optimizer.zero_grad()
             yield
 
