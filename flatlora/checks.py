@@ -80,7 +80,9 @@ def built_optimizer(name: str, value: Any) -> Optimizer:
 def optimizer_cls(value: Any) -> Any:
     """`value` if it can be called to make an optimizer; else TypeError."""
     if not callable(value):
-        raise TypeError(f"optimizer_cls must be a class such as torch.optim.AdamW, got {type(value).__name__}")
+        raise TypeError(
+            f"optimizer_cls must be a class such as torch.optim.AdamW, got an object: {type(value).__name__}"
+        )
     return value
 
 

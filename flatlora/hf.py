@@ -294,11 +294,17 @@ class FlatLoRACallback(transformers.TrainerCallback):
 
 
 def log_metrics(trainer: transformers.Trainer) -> None:
-    """Has `trainer` log ``optimizer.metrics()`` with its own numbers.
+    """Has `trainer` log ``optimizer.metrics()`` with its own numbers. Once more changes nothing.
+
+    Raises:
+        TypeError: `trainer` is no `Trainer`.
 
     Example:
         >>> trainer = Trainer(..., optimizers=(optimizer, None))
         >>> log_metrics(trainer)
         >>> trainer.train()
     """
+    if not isinstance(trainer, transformers.Trainer):
+        raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
+    trainer.remove_callback(FlatLoRACallback)
     trainer.callback_handler.callbacks.insert(0, FlatLoRACallback())

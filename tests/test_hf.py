@@ -284,6 +284,9 @@ def test_the_trainer_logs_the_metrics_with_its_own_numbers(method, tmp_path):
     calls, plain = [], optimizer.metrics
     optimizer.metrics = lambda: calls.append(trainer.state.global_step) or plain()
     hf.log_metrics(trainer)
+    hf.log_metrics(trainer)
+    with pytest.raises(TypeError, match=r"must be a transformers\.Trainer, got AdamW"):
+        hf.log_metrics(optimizer.base_optimizer)
     trainer.train()
     assert calls == [2, 4]  # nowhere else is anything read
     trained = [log for log in reported if "learning_rate" in log]

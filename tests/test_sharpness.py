@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers import dense
 from models import MLP, Net, ParameterLoRA, lora_modules, one_layer, peft, trainable
 
-from flatlora import GGPOOptimizer, noise_rise, weight_noise, worst_case_rise
+from flatlora import GGPOOptimizer, hessian_top_eigenvalue, landscape, noise_rise, weight_noise, worst_case_rise
 from flatlora.reference import ggpo_std as expected_std
 
 
@@ -90,6 +90,15 @@ def test_wrong_calls(options):
         noise_rise(model, loss_fn, **{"batches": [batch], **options})
     with pytest.raises(ValueError, match="no adapted linear layer"):
         noise_rise(torch.nn.Linear(2, 2), loss_fn, [batch])
+    assert "forward" not in model.base_model.model.fc.__dict__ and model.training
+
+
+@pytest.mark.parametrize("measure", [worst_case_rise, hessian_top_eigenvalue, landscape])
+@pytest.mark.parametrize("read", [float, torch.Tensor.detach])
+def test_a_loss_without_a_gradient_is_refused(measure, read):
+    model, batch = quadratic()
+    with pytest.raises(TypeError, match="must return a tensor that requires a gradient"):
+        measure(model, lambda model, batch: read(loss_fn(model, batch)), [batch])
     assert "forward" not in model.base_model.model.fc.__dict__ and model.training
 
 

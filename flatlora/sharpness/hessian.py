@@ -104,7 +104,7 @@ def _hessian_times(v: Tensor, params: list[nn.Parameter], losses: Losses) -> Ten
     parts = [part.view_as(p).to(p) for part, p in zip(v.split([p.numel() for p in params]), params, strict=True)]
     total = torch.zeros_like(v)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for loss in losses:
+        for loss in losses.differentiable():
             grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
             # A gradient that depends on no parameter has no graph and adds nothing.
             pairs = [(g, part) for g, part in zip(grads, parts, strict=True) if g is not None and g.requires_grad]

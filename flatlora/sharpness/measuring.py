@@ -33,6 +33,15 @@ class Losses:
             yield self.loss_fn(self.model, batch)
             self.advance()
 
+    def differentiable(self) -> Iterator[Tensor]:
+        """The same, for gradients; TypeError for a loss that has none."""
+        for loss in self:
+            if not (isinstance(loss, Tensor) and loss.requires_grad):
+                raise TypeError(
+                    f"loss_fn must return a tensor that requires a gradient, as it is derived; got {loss!r}"
+                )
+            yield loss
+
     def __len__(self) -> int:
         return len(self.batches)
 
@@ -109,7 +118,7 @@ class WorstDirection(Source):
         grads = [torch.zeros_like(weight) for weight in weights]
         clean = 0.0
         with torch.enable_grad():
-            for loss in losses:
+            for loss in losses.differentiable():
                 part = loss / len(losses)
                 clean += float(part)
                 for total, grad in zip(grads, torch.autograd.grad(part, weights), strict=True):
