@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from .ranks import mean_over_ranks
 from .wrapper import Method
 
 
@@ -28,18 +28,3 @@ def read_metrics(optimizer: Any, over_ranks: bool = False) -> dict[str, float]:
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
     numbers = torch.stack([value.detach().to(device, torch.float32) for value in found.values()])
     return dict(zip(found, (mean_over_ranks(numbers) if over_ranks else numbers).tolist(), strict=True))
-
-
-def ranks() -> int:
-    """How many processes train together."""
-    dist = torch.distributed
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean over these processes, all of which must ask for it; of one process, the tensor itself."""
-    if (count := ranks()) == 1:
-        return tensor
-    tensor = tensor.clone()
-    torch.distributed.all_reduce(tensor)
-    return tensor / count

@@ -20,6 +20,7 @@ TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 LEVELS = {
     "checks": 0,
     "kernels": 0,
+    "ranks": 0,
     "reference": 0,
     "streams": 0,
     "wrapper": 1,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..metrics import ranks
+from ..ranks import world_size
 from ..streams import RandomStreams, private_streams
 from ..wrapper import wrappers_of
 
@@ -293,7 +293,7 @@ def whole_model(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def begin_alike(params: Iterable[Tensor]) -> None:
     """Gives every rank rank 0's values, as DistributedDataParallel does with its model."""
-    for p in params if ranks() > 1 else ():
+    for p in params if world_size() > 1 else ():
         dist.broadcast(p.detach(), 0)
 
 
@@ -303,13 +303,13 @@ def average_gradients(model: nn.Module, loss: Tensor) -> Tensor:
 
     A gradient that only some ranks have is zero on the others. The same parameters must be trained on all.
     """
-    if (count := ranks()) == 1:
+    if (ranks := world_size()) == 1:
         return loss
     params, *_ = parts_of(model)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
     there = torch.tensor([p.grad is not None for p in params])
     flat = torch.cat([part.flatten().to(loss.device) for part in (loss, there, *parts)])
-    dist.all_reduce(flat.div_(count))
+    dist.all_reduce(flat.div_(ranks))
     mean, shares, *means = flat.split([1, len(params), *(p.numel() for p in params)])
     for p, grad, share in zip(params, means, shares.tolist(), strict=True):
         p.grad = grad.view_as(p).to(p) if share > 0 else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from ..metrics import mean_over_ranks
+from ..ranks import mean_over_ranks
 
 LARGEST, LEAST, FIRST = 0.3, 1e-4, 0.005  # ρ
 _NEWEST, _PACE = 0.1, 0.1  # the newest step's share of the running mean; by how much ln ρ may change in a step
