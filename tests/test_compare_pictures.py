@@ -12,7 +12,8 @@ import pytest
 from test_compare import a_run, arguments, compare, execute, files, planted, task  # noqa: F401
 
 import double_descent
-from comparing.report import curves_over, heat_maps, training_curves
+from comparing.report import Figure, curves_over, heat_maps, marks, trade_off, training_curves
+from comparing.after import AFTER
 from comparing.store import Store
 
 pytest.importorskip("matplotlib")
@@ -46,6 +47,34 @@ def test_cells_of_the_heat_maps(files, task):
     results = {0: planted(0.4), 1: planted(0.8)}
     assert compare.cells_of(results, a_run(files, task, schedule="constant")) == pytest.approx({1: 0.3, 2: 0.6})
     assert compare.cells_of(results, a_run(files, task, schedule="linear")) == pytest.approx({2: 0.6})
+
+
+def test_marks_and_trade_offs_are_in_the_figure():
+    rows = {"one": {0: {"a": 0.1, "b": 1.0}, 1: {"a": 0.3, "b": 3.0}}, "other": {0: {"a": 0.5}}}
+    a, b = Figure("share", "a", 100, ".1f"), Figure("loss", "b", 1, ".1f")
+    (axes,) = marks(rows, [a, b], "a title").axes
+    one, other = axes.containers
+    assert one.lines[0].get_xdata().tolist() == pytest.approx([20, 2])
+    (bar,) = one.lines[2]
+    assert bar.get_segments()[0][:, 0].tolist() == pytest.approx([10, 30])
+    assert other.lines[0].get_xdata()[0] == 50 and np.isnan(other.lines[0].get_xdata()[1])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["share", "loss"]
+    (axes,) = trade_off({"one": rows["one"]}, [a, a], [b, b], "a title").axes
+    line = axes.containers[0].lines[0]
+    assert line.get_xdata().tolist() == pytest.approx([20, 20]) and line.get_ydata().tolist() == [2, 2]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("share", "loss")
+
+
+def test_every_measure_after_training_is_drawn(files, task):
+    for name, after in AFTER.items():
+        names = [figure.name for figure in after.figures]
+        point = {**dict.fromkeys(names, 0.5), "steps": [0], "sequence": [{"first_accuracy": 0.5}]}
+        rows = {"LoRA": {0: point, 1: point}}
+        run = a_run(files, task, then=name, task="generate")
+        assert names
+        for _, figure in compare.drawn_after(run, rows, name):
+            (axes,) = figure.axes
+            assert axes.get_title().startswith(name) and (axes.containers or axes.lines)
 
 
 def test_curves_over_ranks_are_in_the_figure():

@@ -17,16 +17,16 @@ training data as you have it, wrong labels included, and scored on the rest; the
 Test data never chooses anything.
 
 `--then` measures what is left of an adapter after training: `quantise`, its merged model in 8, 4 and 3 bits; `merge`,
-over an NF4 base and the float one; `add`, beside a second task's adapter in one model; `sequence`, trained on the
-second task; `general`, a decoder's loss on English text; `detect`, whether losses tell the wrong labels. Each is a line
-of the results file, and all are of one training.
+over an NF4 base and the float one; `scale`, at a part of what was trained; `add`, beside a second task's adapter in one
+model; `sequence`, trained on the second task; `general`, a decoder's loss on English text; `detect`, whether losses
+tell the wrong labels. Each is a line of the results file, and all are of one training.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,10 @@ from comparing.report import (
     Values,
     figures_table,
     heat_maps,
+    marks,
     mean_landscapes,
     table,
+    trade_off,
     training_curves,
 )
 from comparing.runs import Run, model_name
@@ -222,10 +224,22 @@ def report(regime: Run, settings: list[Setting], store: Store, args: argparse.Na
     for run in afterwards(regime, args)[1:]:
         named = {setting.name(): results for setting, results in rows_of(run, settings, store, args.seeds).items()}
         parts += [f"#### {run.then}", figures_table(named, baselines, AFTER[run.then].figures)]
-        if run.then == "sequence" and args.pictures is not None:
-            drawn = training_curves(named, f"{title}: the first task", "first_accuracy", "sequence")
-            save(drawn, args.pictures, f"{title} sequence")
+        if args.pictures is not None:
+            for name, picture in drawn_after(run, named, f"{title}, {run.then}"):
+                save(picture, args.pictures, name)
     return "\n\n".join(parts)
+
+
+def drawn_after(run: Run, rows: dict[str, Values], title: str) -> Iterator[tuple[str, Any]]:
+    """Pictures of what was measured after training, by title: of two figures that trade off, one against the other."""
+    after = AFTER[run.then]
+    yield title, marks(rows, [figure for figure in after.figures if figure.name.endswith(after.drawn)], title)
+    if run.then == "sequence":
+        yield f"{title} curve", training_curves(rows, f"{title}: the first task", "first_accuracy", "sequence")
+    if run.then == "scale" and run.task == "generate":
+        losses = [figure for figure in after.figures if figure.name.endswith("_loss")]
+        forgotten = [figure for figure in after.figures if figure.name.endswith("_forgotten")]
+        yield f"{title} trade off", trade_off(rows, forgotten, losses, title)
 
 
 def draw_grids(found: dict[Run, list[Setting]], store: Store, args: argparse.Namespace) -> None:

@@ -33,6 +33,7 @@ from comparing.runs import (
 from comparing.scoring import agreement, auroc, score
 from flatlora import remove_perturbation, weight_noise
 
+SCALES = (0.25, 0.5, 0.75, 1.0)  # of an adapter after training
 DENSITY = 0.5  # of TIES and DARE: the share of the weights that is kept
 LOOKS = 4  # at both tasks, while the second is trained
 WINDOWS, WINDOW = 16, 128  # of general text: how many, and their tokens
@@ -91,6 +92,35 @@ def over(base: nn.Module, model: nn.Module) -> nn.Module:
         inside = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         if not p.requires_grad and inside in weights:
             p.copy_(weights[inside])
+    return model
+
+
+# --- scaled back -----------------------------------------------------------------------------------------------------
+
+
+def scale(done: Trained) -> Scores:
+    """The adapter at a part of what it was trained to: the task's scores, and what a decoder then has forgotten."""
+    whole, pieces = merged(done.model), windows(done.task) if done.task.generates else []
+    before = language_loss(done.task.base, pieces) if pieces else 0.0
+    result: Scores = {}
+    for factor in SCALES:
+        model = scaled(done.task.base, whole, factor)
+        result |= score(model, held_out(done.task), f"x{factor:g}_")
+        if pieces:
+            result[f"x{factor:g}_forgotten"] = language_loss(model, pieces) - before
+    for factor in SCALES[:-1]:
+        for name in ("accuracy", "loss"):
+            result[f"x{factor:g}_{name}_change"] = result[f"x{factor:g}_{name}"] - result[f"x1_{name}"]
+    return result
+
+
+@torch.no_grad()
+def scaled(base: nn.Module, whole: nn.Module, factor: float) -> nn.Module:
+    """A copy of a merged model with `factor` times what was changed of the base; a new head stays whole."""
+    model, heads, before = copy.deepcopy(whole), head_names(base), dict(base.named_parameters())
+    for name, p in model.named_parameters():
+        if name.split(".")[0] not in heads:
+            p.lerp_(before[name], 1 - factor)
     return model
 
 
@@ -299,10 +329,11 @@ def ascend(model: nn.Module, batches: list[Batch]) -> None:
 
 @dataclass(frozen=True)
 class After:
-    """A measure, and the figures of its table, in which every method is compared with its baseline."""
+    """A measure, the figures of its table, in which every method is compared with its baseline, and which are drawn."""
 
     measure: Callable[[Trained], Scores]
     figures: list[Figure]
+    drawn: str  # how the names of those end that are in the picture, all of one unit
 
 
 def of_rounding(kind: str) -> list[Figure]:
@@ -310,6 +341,21 @@ def of_rounding(kind: str) -> list[Figure]:
         Figure(f"{kind}: change of accuracy, points", f"{kind}_accuracy_change", 100, ".2f"),
         Figure(f"{kind}: change of loss", f"{kind}_loss_change", 1, ".4f"),
         Figure(f"{kind}: answers kept, %", f"{kind}_agreement", 100, ".1f"),
+    ]
+
+
+def of_scale(factor: float) -> list[Figure]:
+    """A decoder's has the loss on general text too; the changes are of one adapter, against the whole of it."""
+    name = f"x{factor:g}"
+    changes = [
+        Figure(f"{name}: accuracy, less that of the whole, points", f"{name}_accuracy_change", 100, ".2f", True),
+        Figure(f"{name}: loss, less that of the whole", f"{name}_loss_change", 1, ".4f", True),
+    ]
+    return [
+        Figure(f"{name}: accuracy, %", f"{name}_accuracy", 100, ".1f"),
+        Figure(f"{name}: loss", f"{name}_loss", 1, ".4f"),
+        Figure(f"{name}: loss on general text, change", f"{name}_forgotten", 1, ".4f"),
+        *(changes if factor != 1 else []),
     ]
 
 
@@ -324,8 +370,10 @@ AFTER = {
             Figure("trained over NF4, into float: change, points", "nf4_accuracy_change", 100, ".2f"),
             Figure("trained over NF4, into float: change of loss", "nf4_loss_change", 1, ".4f"),
         ],
+        "_loss_change",
     ),
-    "quantise": After(quantise, [figure for kind in ROUNDINGS for figure in of_rounding(kind)]),
+    "quantise": After(quantise, [figure for kind in ROUNDINGS for figure in of_rounding(kind)], "_loss_change"),
+    "scale": After(scale, [figure for factor in SCALES for figure in of_scale(factor)], "_loss"),
     "add": After(
         add,
         [
@@ -336,6 +384,7 @@ AFTER = {
                 for what, name in (("mean accuracy, %", "accuracy"), ("change, points", "change"))
             ),
         ],
+        "_change",
     ),
     "sequence": After(
         sequence,
@@ -345,6 +394,7 @@ AFTER = {
             Figure("change over the first quarter, points", "first_early_change", 100, ".1f"),
             Figure("second task, %", "second_accuracy", 100, ".1f"),
         ],
+        "_accuracy",
     ),
     "general": After(
         general,
@@ -352,6 +402,7 @@ AFTER = {
             Figure("loss on general text: change", "general_change", 1, ".4f"),
             Figure("loss on the task", "task_loss", 1, ".3f"),
         ],
+        "_change",
     ),
     "detect": After(
         detect,
@@ -362,5 +413,6 @@ AFTER = {
             Figure("of its rise after an ascent step, %", "ascent_auroc", 100, ".1f"),
             Figure("rise after ascent, less the loss itself, points", "ascent_gain", 100, ".1f", against_zero=True),
         ],
+        "_auroc",
     ),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +174,17 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def means_and_errors(values: Iterable[Sequence[float]]) -> tuple[list[float], list[float]]:
+    """NaN for what was not measured; no standard error of a single seed."""
+    found = list(values)
+    means = [statistics.mean(each) if each else math.nan for each in found]
+    return means, [statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else 0.0 for each in found]
+
+
+def figure_columns(results: Values, figures: Sequence[Figure]) -> list[list[float]]:
+    return [[figure.scale * value for value in column(results, figure.name)] for figure in figures]
+
+
 def training_curves(rows: dict[str, Values], title: str, measure: str = "accuracy", points: str = "curve") -> Any:
     """A figure with one line per row: the mean over seeds after every epoch, and a band of one standard error.
 
@@ -185,11 +196,7 @@ def training_curves(rows: dict[str, Values], title: str, measure: str = "accurac
         curves = [[100 * point[measure] for point in result[points]] for result in results.values()]
         if not curves:
             continue
-        means = [statistics.mean(points) for points in zip(*curves, strict=True)]
-        errors = [
-            statistics.stdev(points) / len(points) ** 0.5 if len(points) > 1 else 0.0
-            for points in zip(*curves, strict=True)
-        ]
+        means, errors = means_and_errors(zip(*curves, strict=True))
         epochs = range(1, len(means) + 1) if points == "curve" else next(iter(results.values()))["steps"]
         (line,) = axes.plot(epochs, means, label=name)
         axes.fill_between(
@@ -239,14 +246,40 @@ def heat_maps(grids: dict[str, Grid], title: str) -> Any:
     return figure
 
 
+def marks(rows: dict[str, Values], figures: Sequence[Figure], title: str) -> Any:
+    """A figure with a mark for each row at each of `figures`, of one unit: means, and bars of one standard error."""
+    figure = new_figure(7, 0.8 + 0.4 * len(figures) + 0.2 * len(rows))
+    axes = figure.add_subplot()
+    for i, (name, results) in enumerate(rows.items()):
+        means, errors = means_and_errors(figure_columns(results, figures))
+        places = [place + 0.5 * (i + 0.5) / len(rows) - 0.25 for place in range(len(figures))]
+        axes.errorbar(means, places, xerr=errors, fmt="o", markersize=4, capsize=2, label=name)
+    axes.set_yticks(range(len(figures)), [figure.heading for figure in figures])
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_title(title)
+    figure.legend(fontsize=8, loc="outside lower center")
+    return figure
+
+
+def trade_off(rows: dict[str, Values], across: Sequence[Figure], up: Sequence[Figure], title: str) -> Any:
+    """A figure with a line for each row through the pairs of two lists of figures, with bars of one standard error."""
+    figure = new_figure(7, 4.5)
+    axes = figure.add_subplot()
+    for name, results in rows.items():
+        (x, x_error), (y, y_error) = (means_and_errors(figure_columns(results, each)) for each in (across, up))
+        axes.errorbar(x, y, yerr=y_error, xerr=x_error, marker="o", capsize=2, label=name)
+    axes.set(xlabel=across[-1].heading, ylabel=up[-1].heading, title=title)
+    axes.legend(fontsize=8)
+    return figure
+
+
 def curves_over(series: dict[str, dict[float, list[float]]], xlabel: str, ylabel: str, title: str) -> Any:
     """A figure with one line per series over a logarithmic axis: means, and a bar of one standard error."""
     figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
     for name, points in series.items():
-        means = [statistics.mean(values) for values in points.values()]
-        errors = [statistics.stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in points.values()]
-        axes.errorbar(list(points), means, errors, label=name, marker="o", capsize=3)
+        axes.errorbar(list(points), *means_and_errors(points.values()), label=name, marker="o", capsize=3)
     axes.set_xscale("log", base=2)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.legend(fontsize=8)
