@@ -30,7 +30,7 @@ from comparing.after import (  # noqa: E402
     windows,
 )
 from comparing.methods import METHODS, add_adapter, fresh_model  # noqa: E402
-from comparing.quantised import merged, rounded, to_nearest  # noqa: E402
+from comparing.quantised import ROUNDINGS, merged, rounded, to_nearest  # noqa: E402
 from comparing.report import Figure, figures_table, holm, paired_difference  # noqa: E402
 from comparing.runs import load_task, trained  # noqa: E402
 from comparing.scoring import agreement, auroc, calibration, score, temperature  # noqa: E402
@@ -346,6 +346,19 @@ def test_rounding_to_nearest_against_a_plain_formula(bits, group):
         for start in range(0, 80, group):
             assert len(found[row, start : start + group].unique()) <= 2**bits
     assert (found - weight).abs().max() > 0 and torch.equal(found[2, :64], weight[2, :64])
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_rounding_by_hqq_fits_no_worse_than_to_nearest(bits):
+    """By the norm of power 0.7 that its zero points are fitted by."""
+    pytest.importorskip("hqq")
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(0))
+    before = weight.clone()
+    found = ROUNDINGS[f"hqq{bits}_64"](weight)
+    assert torch.equal(weight, before) and found.shape == weight.shape and found.dtype == weight.dtype
+    assert all(len(group.unique()) <= 2**bits for group in found.reshape(-1, 64))
+    errors = [(rounding - weight).abs().pow(0.7).mean() for rounding in (found, to_nearest(weight, bits, 64))]
+    assert 0 < errors[0] < errors[1]
 
 
 def test_fewer_bits_cost_more_and_answers_are_compared(args, task):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -52,10 +53,19 @@ def to_nearest(weight: Tensor, bits: int, group: int) -> Tensor:
     return torch.cat([nearest(part) for part in weight.split(group, 1)], 1)
 
 
+def hqq(weight: Tensor, bits: int) -> Tensor:
+    """What a layer of HQQ computes with: groups of 64 weights, whose zero points are fitted to the weights."""
+    from hqq.core.quantize import Quantizer
+
+    options = {"group_size": 64, "axis": 1, "compute_dtype": weight.dtype, "bitpack": False}
+    return Quantizer.dequantize(*Quantizer.quantize(weight, nbits=bits, device=str(weight.device), **options))
+
+
 ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "int8": int8,
     "nf4": nf4,
     **{f"rtn{b}_{g}": partial(to_nearest, bits=b, group=g) for b in (4, 3) for g in (32, 64)},
+    **({f"hqq{b}_64": partial(hqq, bits=b) for b in (4, 3)} if find_spec("hqq") else {}),
 }
 
 
