@@ -34,6 +34,7 @@ from comparing.scoring import agreement, auroc, score
 from flatlora import remove_perturbation, weight_noise
 
 SCALES = (0.25, 0.5, 0.75, 1.0)  # of an adapter after training
+SUMS = {"sum": 1.0, "sum_x0.75": 0.75, "sum_x0.5": 0.5}  # of two adapters, each at a part of what it was trained to
 DENSITY = 0.5  # of TIES and DARE: the share of the weights that is kept
 LOOKS = 4  # at both tasks, while the second is trained
 WINDOWS, WINDOW = 16, 128  # of general text: how many, and their tokens
@@ -155,7 +156,10 @@ def add(done: Trained) -> Scores:
     apart = [score(model, held_out(task)) for model, task in zip(models, tasks, strict=True)]
     heads = [swap_head(merged(model), {}) for model in models]
     result: Scores = {"apart_accuracy": (apart[0]["accuracy"] + apart[1]["accuracy"]) / 2}
-    together = {"sum": summed(done.task.base, *map(merged, models))}
+    together = {}
+    for name, factor in SUMS.items():
+        parts = [scaled(done.task.base, merged(model), factor) for model in models]
+        together[name] = summed(done.task.base, *parts)
     for kind in ("linear", "ties", "dare_linear"):
         together[kind] = weighted(*models, kind, done.run.seed)
     for kind, model in together.items():
@@ -380,7 +384,7 @@ AFTER = {
             Figure("apart, mean accuracy, %", "apart_accuracy", 100, ".1f"),
             *(
                 Figure(f"{kind}: {what}", f"{kind}_{name}", 100, ".1f")
-                for kind in ("sum", "linear", "ties", "dare_linear")
+                for kind in (*SUMS, "linear", "ties", "dare_linear")
                 for what, name in (("mean accuracy, %", "accuracy"), ("change, points", "change"))
             ),
         ],
