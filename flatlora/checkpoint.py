@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from . import checks
 from .layers.base import full_tensor
@@ -43,7 +44,8 @@ class MethodState:
     def state_dict(self) -> dict[str, Any]:
         """``{"flatlora": bytes}``, the methods' part."""
         file = io.BytesIO()
-        torch.save(_gathered(self._own()), file)
+        own = self._optimizer.state_dict().get(STATE_KEY, {})
+        torch.save(tree_map_only(Tensor, lambda tensor: full_tensor(tensor).detach().cpu(), own), file)
         return {STATE_KEY: file.getvalue()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -58,12 +60,10 @@ class MethodState:
             saved = torch.load(io.BytesIO(state_dict[STATE_KEY]), map_location="cpu", weights_only=True)
         except Exception as reason:  # torch raises a dozen kinds
             raise ValueError(f"the state_dict's {STATE_KEY} part is not the bytes that MethodState wrote") from reason
-        own = _sharded_as(self._own(), saved)
-        self._optimizer.check_state_dict({**self._optimizer.state_dict(), STATE_KEY: own})
+        ours = self._optimizer.state_dict()
+        own = _sharded_as(ours.get(STATE_KEY, {}), saved)
+        self._optimizer.check_state_dict({**ours, STATE_KEY: own})
         return own
-
-    def _own(self) -> Any:
-        return self._optimizer.state_dict().get(STATE_KEY, {})
 
 
 class CheckpointState:
@@ -117,15 +117,6 @@ def _bases(optimizer: Optimizer) -> list[Optimizer]:
     if not isinstance(optimizer, Method):
         return [optimizer]
     return [base for inner in optimizer.inner_optimizers() for base in _bases(inner)]
-
-
-def _gathered(value: Any) -> Any:
-    """The same with full tensors in place of sharded ones."""
-    if isinstance(value, Tensor):
-        return full_tensor(value).detach().cpu()
-    if isinstance(value, dict):
-        return {key: _gathered(one) for key, one in value.items()}
-    return type(value)(map(_gathered, value)) if type(value) in (list, tuple) else value
 
 
 def _sharded_as(ours: Any, value: Any) -> Any:
