@@ -285,14 +285,11 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def perturbed_as(self, perturbation: list[Tensor]) -> Iterator[None]:
         """Within the context the auxiliaries have these values."""
         params, values = self.perturbation_parameters(), self.current_perturbation()
-        source = AuxiliarySource(()) if self._source is None else self._source
-        before = source.replaying
         try:
-            source.replaying = True
             _assign(params, perturbation)
-            yield
+            with super().perturbed_as(None):  # each layer's own parameters
+                yield
         finally:
-            source.replaying = before
             _assign(params, values)
 
     def unperturbed(self) -> AbstractContextManager[None]:
