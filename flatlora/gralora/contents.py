@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ class Before:
     """What `unload_gralora` restores beside the base layers; held by the module that `apply_gralora` was given."""
 
     trainable: set[str]
-    modules: dict[str, nn.Module] = field(default_factory=dict)
+    modules: dict[str, nn.Module]
 
 
 def gralora_layers(model: nn.Module) -> dict[str, GraLoRALinear]:
@@ -33,21 +33,17 @@ def gralora_layers(model: nn.Module) -> dict[str, GraLoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, GraLoRALinear)}
 
 
-def applied(model: nn.Module) -> dict[str, tuple[nn.Module, Before]]:
+def applied(model: nn.Module) -> dict[str, Any]:
     """The modules that `apply_gralora` was given, by name in `model`, which may be a wrapper around them."""
-    return {
-        name: (module, module.__dict__["_before_gralora"])
-        for name, module in model.named_modules()
-        if "_before_gralora" in module.__dict__
-    }
+    return {name: module for name, module in model.named_modules() if "_before_gralora" in module.__dict__}
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The original modules, by full name, of which copies are trained whole."""
     return {
         f"{prefix}.{name}" if prefix else name: module
-        for prefix, (_, before) in applied(model).items()
-        for name, module in before.modules.items()
+        for prefix, root in applied(model).items()
+        for name, module in root._before_gralora.modules.items()
     }
 
 

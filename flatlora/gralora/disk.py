@@ -39,7 +39,7 @@ logger = logging.getLogger("flatlora")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FORMER = "adapter_config.former.json"  # the old configuration, while new weights take the place of its own
 _CARRIED = "adapter_config"  # in the header of the weights' file
-_DECISIVE = ("peft_type", "r", "gralora_k", "alpha", "hybrid_r")  # what the weights depend on
+NUMBERS = ("r", "gralora_k", "alpha", "hybrid_r")  # in a configuration; the weights depend on them
 
 
 def _safetensors() -> Any:
@@ -168,8 +168,8 @@ def _parsed(text: bytes, path: Path) -> dict[str, Any]:
 
 
 def _check_pair(config: dict[str, Any], carried: dict[str, Any], folder: Path) -> None:
-    if odd := {key: (config.get(key), carried.get(key)) for key in _DECISIVE if config.get(key) != carried.get(key)}:
-        said = ", ".join(f"{key} is {one!r} in one and {other!r} in the other" for key, (one, other) in odd.items())
+    if odd := [key for key in ("peft_type", *NUMBERS) if config.get(key) != carried.get(key)]:
+        said = ", ".join(f"{key} is {config.get(key)!r} in one and {carried.get(key)!r} in the other" for key in odd)
         raise ValueError(
             f"{CONFIG} and {WEIGHTS} in {folder} are of two adapters: {said}. If it is being saved to now, load again; "
             f"else put back the file that was replaced, or remove {CONFIG}: the weights carry their own"

@@ -13,14 +13,12 @@ from .. import checks
 from ..layers.bases import linear_base
 from ..layers.view import plain_name
 from .contents import PREFIX, adapter_of, gralora_layers, saved_modules, settings_of, shapes
-from .disk import read_adapter, write_adapter
+from .disk import NUMBERS, read_adapter, write_adapter
 from .layer import GraLoRALinear
 from .targets import check_blocks, check_numbers, find_saved, inside
 from .transform import check_fresh, install
 
 logger = logging.getLogger("flatlora")
-
-_NUMBERS = ("r", "gralora_k", "alpha", "hybrid_r")
 
 
 def save_gralora(model: nn.Module, dir: str | Path) -> None:
@@ -72,7 +70,7 @@ def load_gralora(model: nn.Module, dir: str | Path) -> nn.Module:
     names = {key.rpartition(".gralora_")[0] for key in weights if ".gralora_" in key}
     if not names:
         raise ValueError(f"{dir} has no weights of GraLoRA layers")
-    settings = {key: config[key] for key in _NUMBERS}
+    settings = {key: config[key] for key in NUMBERS}
     bases = _bases_of_present(present, names, settings) if present else _bases_of_fresh(model, names)
     saved = list(saved_modules(model)) if present else find_saved(model, config.get("modules_to_save"))
     check_blocks(bases, numbers["r"], numbers["k"])
@@ -93,11 +91,11 @@ def _check_config(config: dict[str, Any], source: Path) -> dict[str, Any]:
     """The arguments of `GraLoRALinear` that a configuration stands for."""
     if config.get("peft_type") != "GRALORA":
         raise ValueError(f"{source} is of a {config.get('peft_type')} adapter; expected GRALORA")
-    if missing := [key for key in _NUMBERS if key not in config]:
+    if missing := [key for key in NUMBERS if key not in config]:
         raise ValueError(f"the configuration in {source} lacks {', '.join(missing)}")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{source} has bias={config['bias']!r}; only 'none' can be loaded")
-    r, k, alpha, hybrid_r = (config[key] for key in _NUMBERS)
+    r, k, alpha, hybrid_r = (config[key] for key in NUMBERS)
     try:
         return check_numbers(r, k, alpha, hybrid_r, config.get("gralora_dropout", 0.0))
     except ValueError as reason:

@@ -81,14 +81,14 @@ def _matching(model: nn.Module, pattern: str, free: dict[str, nn.Module]) -> lis
         names = [name for name in free if re.fullmatch(pattern, name)]
     except re.error as reason:
         raise ValueError(f"target_modules {pattern!r} is not a regular expression: {reason}") from reason
-    if not names and _named(model, pattern):
+    if names:
+        return names
+    if _named(model, pattern):
         raise ValueError(
             f"target_modules {pattern!r} is a string, which is a regular expression for whole names, and none that may "
             f"be adapted is called so; pass a list: [{pattern!r}]"
         )
-    if not names:
-        raise _no_match(model, pattern, "target_modules, a regular expression for whole names,")
-    return names
+    raise _no_match(model, pattern, "target_modules, a regular expression for whole names,")
 
 
 def _in_list(model: nn.Module, targets: Iterable[str], free: dict[str, nn.Module]) -> list[str]:

@@ -81,8 +81,8 @@ def check_fresh(model: nn.Module) -> None:
 
 def install(model: nn.Module, targets: dict[str, nn.Module], saved: list[str], **settings: Any) -> nn.Module:
     """The transform itself, once everything has been checked."""
-    before = Before({name for name, parameter in model.named_parameters() if parameter.requires_grad})
-    before.modules = {name: model.get_submodule(name) for name in saved}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = Before(trainable, {name: model.get_submodule(name) for name in saved})
     layers: dict[str, GraLoRALinear] = {}
     try:
         for name, base in targets.items():
@@ -92,7 +92,7 @@ def install(model: nn.Module, targets: dict[str, nn.Module], saved: list[str], *
     except BaseException:  # such as a lack of memory
         for layer in layers.values():
             layer._layout.release()
-        _set_trainable(model, before.trainable)
+        _set_trainable(model, trainable)
         raise
     model.requires_grad_(False)
     for name, module in [*layers.items(), *copies.items()]:
@@ -191,8 +191,8 @@ def _take_off(model: nn.Module, name: str, layer: GraLoRALinear) -> None:
 
 def _forget(model: nn.Module) -> nn.Module:
     """Restores what was trainable before, once the layers are off."""
-    for module, before in applied(model).values():
-        _set_trainable(module, before.trainable)
+    for module in applied(model).values():
+        _set_trainable(module, module._before_gralora.trainable)
         del module._before_gralora
         remove_save_pretrained(module)
     return model
