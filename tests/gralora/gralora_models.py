@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 
 import pytest
 import torch
@@ -14,15 +12,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from flatlora import (
-    GraLoRALinear,
-    apply_gralora,
-)
+from flatlora import GraLoRALinear, apply_gralora
 
 bnb = pytest.importorskip("bitsandbytes")
-warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 IDS = torch.arange(14).view(2, 7) * 5 % 64
 
@@ -130,11 +122,18 @@ def logits(model):
     return model(input_ids=IDS).logits
 
 
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def photograph(model):
+    """Everything a call could have changed: modules, forwards, values, and what is trained."""
+    modules = {name: (id(module), module.training, dict(module.__dict__)) for name, module in model.named_modules()}
+    for _, _, attributes in modules.values():
+        for key in ("_parameters", "_buffers", "_modules"):
+            attributes[key] = list(attributes[key])
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    return modules, flags, values
 
 
-def assert_same_state(model, before):
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], before[name]) for name in before)
+def assert_unchanged(model, before):
+    modules, flags, values = photograph(model)
+    assert modules == before[0] and flags == before[1] and list(values) == list(before[2])
+    assert all(torch.equal(values[name], before[2][name]) for name in values)

@@ -9,27 +9,21 @@ import pytest
 import torch
 from gralora_models import (
     adapted,
-    assert_same_state,
+    assert_unchanged,
     gpt2,
     gralora_parameters,
     layer,
     llama,
     logits,
+    photograph,
     randomised,
-    state,
 )
 from peft import GraloraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.gralora.layer import Linear as PeftGraLoRA
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from flatlora import (
-    GraLoRALinear,
-    apply_gralora,
-    load_gralora,
-    save_gralora,
-    unload_gralora,
-)
+from flatlora import GraLoRALinear, apply_gralora, load_gralora, save_gralora, unload_gralora
 
 
 @pytest.mark.parametrize("hybrid", [0, 4])
@@ -122,10 +116,10 @@ def test_save_refuses_what_the_format_cannot_say(tmp_path):
 def test_load_refuses_another_adapter_and_leaves_the_model(tmp_path, make, message):
     save_gralora(adapted(hybrid_r=4), tmp_path)
     model = make()
-    before = state(model)
+    before = photograph(model)
     with pytest.raises(ValueError, match=message):
         load_gralora(model, tmp_path)
-    assert_same_state(model, before)
+    assert_unchanged(model, before)
 
 
 def test_load_refuses_other_files(tmp_path):
@@ -147,10 +141,10 @@ def test_load_refuses_other_files(tmp_path):
     ]:
         file.write_text(json.dumps({**config, **change}))
         model = llama()
-        before = state(model)
+        before = photograph(model)
         with pytest.raises(ValueError, match=message):
             load_gralora(model, tmp_path)
-        assert_same_state(model, before)
+        assert_unchanged(model, before)
 
 
 def test_load_says_when_the_base_has_another_name(tmp_path, caplog):

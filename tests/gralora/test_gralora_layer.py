@@ -9,20 +9,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from gralora_models import (
-    dense_delta,
-    gradients,
-    gralora_parameters,
-    layer,
-    peft_layer,
-)
+from gralora_models import dense_delta, gradients, gralora_parameters, layer, peft_layer
 from peft import GraloraConfig
 from peft.tuners.gralora.layer import Linear as PeftGraLoRA
 from torch import nn
 
-from flatlora import (
-    GraLoRALinear,
-)
+from flatlora import GraLoRALinear
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -7,21 +7,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from gralora_models import (
-    gradients,
-    layer,
-    peft_layer,
-)
+from gralora_models import gradients, layer, peft_layer
 from helpers import noise_of
 from torch import nn
 
-from flatlora import (
-    BiLoRAOptimizer,
-    GGPOOptimizer,
-    attach_auxiliary,
-    detach_auxiliary,
-    lora_layers,
-)
+from flatlora import BiLoRAOptimizer, GGPOOptimizer, attach_auxiliary, detach_auxiliary, lora_layers
 from flatlora.kernels.draw import draw_gaussian
 from flatlora.layers.stack import BaseNorms, stacks, weight_sq
 from flatlora.layers.tangent import project, projection_row_sq
