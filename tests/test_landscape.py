@@ -74,12 +74,7 @@ def test_plane_holds_the_lines_and_their_sums():
     torch.testing.assert_close(centred[0, 0], centred[2, 2], rtol=1e-4, atol=0)
 
 
-MEASURES = {
-    "noise_rise": noise_rise,
-    "worst_case_rise": worst_case_rise,
-    "landscape": landscape,
-    "hessian_top_eigenvalue": hessian_top_eigenvalue,
-}
+MEASURES = [noise_rise, worst_case_rise, landscape, hessian_top_eigenvalue]
 
 
 @pytest.mark.parametrize("quant", [None, "nf4", "int8"])
@@ -99,8 +94,8 @@ def test_the_model_is_as_it_was_after_an_exception(measure, quant):
         return lm_loss(model, ids)
 
     with pytest.raises(KeyError, match="crash"):
-        MEASURES[measure](model, crash_later, [tokens(0), tokens(1)])
-    MEASURES[measure](model, lm_loss, [tokens(0)])
+        measure(model, crash_later, [tokens(0), tokens(1)])
+    measure(model, lm_loss, [tokens(0)])
     assert not any(modes) and before == [module.training for module in model.modules()]
     after = model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in state.items())
@@ -112,13 +107,13 @@ def test_the_model_is_as_it_was_after_an_exception(measure, quant):
 def test_progress_bars(measure, capsys, monkeypatch):
     pytest.importorskip("tqdm")
     model, batch, *_ = quadratic()
-    found = MEASURES[measure](model, loss_fn, [batch])
+    found = measure(model, loss_fn, [batch])
     assert capsys.readouterr().err == ""
-    assert MEASURES[measure](model, loss_fn, [batch], progress=True) == found
-    assert measure in capsys.readouterr().err
+    assert measure(model, loss_fn, [batch], progress=True) == found
+    assert measure.__name__ in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(ImportError, match="pip install tqdm"):
-        MEASURES[measure](model, loss_fn, [batch], progress=True)
+        measure(model, loss_fn, [batch], progress=True)
     assert model.training
 
 
