@@ -19,7 +19,7 @@ hf = pytest.importorskip("flatlora.hf")
 from peft.optimizers import create_loraplus_optimizer  # noqa: E402
 
 from flatlora import BilevelOptimizer, BiLoRAOptimizer, GGPOOptimizer, LoRASAMOptimizer  # noqa: E402
-from flatlora.bilora.auxiliary import attached_auxiliaries  # noqa: E402
+from flatlora.bilora.auxiliary import auxiliaries_of  # noqa: E402
 from flatlora.metrics import read_metrics  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -158,7 +158,7 @@ def test_bilora_options_are_not_the_base_optimizers(optim, optim_args, package, 
     model, plain = tiny_llama(), tiny_llama()
     args = arguments(tmp_path, optim=optim, optim_args=optim_args)
     optimizer = hf.BiLoRAFactory()(model, args, r=4)
-    assert {(A.shape[0], scaling) for A, _, scaling in attached_auxiliaries(model).values()} == {(4, 2.0)}
+    assert {(one.A.shape[0], one.scaling) for one in auxiliaries_of(model)} == {(4, 2.0)}
     trainers_own = trainer_of(plain, None, args).create_optimizer()
     assert type(optimizer.base_optimizer) is type(trainers_own)
     found = [{**it.defaults, "weight_decay": None} for it in (optimizer, trainers_own)]  # which the groups have

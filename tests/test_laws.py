@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from flatlora import BiLoRAOptimizer, GGPOOptimizer, attach_auxiliary, detach_auxiliary, remove_perturbation
-from flatlora.bilora.auxiliary import GRAD_SCALE, attached_auxiliaries
+from flatlora.bilora.auxiliary import GRAD_SCALE, auxiliaries_of
 from flatlora.kernels.draw import draw_gaussian, draw_low_rank
 
 
@@ -156,7 +156,7 @@ def test_output_and_gradients_are_those_of_the_dense_perturbed_model(shape, meth
         found = model(x)
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
         grads = (torch.autograd.grad(out.square().sum(), params, allow_unused=True) for out in (found, expected))
-        ascending = {id(p) for A, B, _ in attached_auxiliaries(model).values() for p in (A, B)}  # of scaled gradients
+        ascending = {id(p) for one in auxiliaries_of(model) for p in (one.A, one.B)}  # of scaled gradients
         for p, one, other in zip(params, *grads, strict=True):
             one = one / GRAD_SCALE if id(p) in ascending else one
             torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-8)

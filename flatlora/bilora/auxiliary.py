@@ -184,11 +184,6 @@ def detach_auxiliary(model: nn.Module) -> None:
         remove_attached_modules(module)
 
 
-def attached_auxiliaries(model: nn.Module) -> dict[str, Triple]:
-    """(A, B, scaling) of every auxiliary on the model, by its layer's name."""
-    return {one.layer.name: (one.A, one.B, one.scaling) for one in auxiliaries_of(model)}
-
-
 def named_triples(model: nn.Module, triples: Sequence[Triple]) -> dict[str, Triple]:
     """A user's triples by the names of their A in the model; ValueError for another model's, or unfit shapes."""
     names = {id(p): name for name, p in model.named_parameters()}

@@ -19,7 +19,6 @@ from ..wrapper import saved_groups, wrappers_of
 from .auxiliary import (
     AuxiliarySource,
     attach_auxiliary,
-    attached_auxiliaries,
     auxiliaries_of,
     detach_auxiliary,
     named_triples,
@@ -104,10 +103,9 @@ class BiLoRAOptimizer(PerturbingOptimizer):
 
     def remove(self) -> None:
         """Takes the auxiliaries off the model. Idempotent; the optimizer goes on with the rest of its parameters."""
-        attached = self._attached
-        super().remove()
-        if attached:
+        if self._attached:
             detach_auxiliary(self._model)
+        super().remove()
 
     @property
     def rho(self) -> float:
@@ -298,9 +296,9 @@ class BiLoRAOptimizer(PerturbingOptimizer):
     def _auxiliaries(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         if self._triples is not None:
             return self._triples
-        if self._attached:  # its source holds the modules, and finding them in the model takes a while
-            return {name: (one.A, one.B, one.scaling) for name, one in self._source.auxiliaries.items()}
-        return attached_auxiliaries(self._model)
+        # Its source holds the modules while they are attached, and finding them in the model takes a while.
+        found = self._source.auxiliaries.values() if self._attached else auxiliaries_of(self._model)
+        return {one.layer.name: (one.A, one.B, one.scaling) for one in found}
 
     def groups_changed(self) -> None:
         if self._triples is not None or self._attached:  # or it goes on as its base
