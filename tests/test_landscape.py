@@ -176,6 +176,9 @@ def test_pictures_that_can_not_be_drawn(tmp_path, monkeypatch):
     for results in ({}, {"a": line, "b": other}):
         with pytest.raises(ValueError, match="landscape"):
             plot_landscape(results, tmp_path / "none.png")
+    lost = [[float("nan")] * 3] * 3
+    with pytest.raises(ValueError, match="landscape 'a' has no finite loss"):
+        plot_landscape({"a": Landscape(AT, {"random": lost[0], "worst": lost[0]}, lost)}, tmp_path / "none.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="flatlora\\[plot\\]"):
         plot_landscape({"a": line}, tmp_path / "none.png")

@@ -127,7 +127,7 @@ def plot_landscape(results: Mapping[str, Landscape], path: str | PathLike[str]) 
 
     Raises:
         TypeError: `results` is no dict.
-        ValueError: no landscapes, or landscapes along different directions.
+        ValueError: no landscapes, landscapes along different directions, or a plane without a finite loss.
         ImportError: matplotlib is missing.
     """
     try:
@@ -164,6 +164,8 @@ def _draw_plane(figure: Any, model: str, found: Landscape, names: Sequence[str])
     assert found.plane is not None
     columns = [list(column) for column in zip(*found.plane, strict=True)]  # the first direction is drawn to the right
     finite = [loss for row in found.plane for loss in row if math.isfinite(loss)]
+    if not finite:
+        raise ValueError(f"the landscape {model!r} has no finite loss, not even the model's own; look for NaN in it")
     low, high = min(finite), max(finite)
     levels = [low + (high - low) * (i / 12) ** 2 for i in range(13)] if high > low else None
     contours = axes.contour(found.at, found.at, columns, levels)
