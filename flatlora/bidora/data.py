@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,17 +72,15 @@ class Batches:
         try:
             return self._next()
         except BaseException:
-            self._reopen_at(before)  # an iterator that raised may be at its end, or one batch further
+            self._iterator = None  # one that raised may be at its end, or one batch further
+            self.restore(before)
             raise
 
     def restore(self, position: Position) -> None:
         """Makes the batch at `position`, which this object was at before, the next one."""
         if position is not self.position:  # or workers would start anew and skip the batches before it
-            self._reopen_at(position)
-
-    def _reopen_at(self, position: Position) -> None:
+            self._iterator = None
         self.position = position if position.stream is not None else replace(position, stream=self._first)
-        self._iterator = None
 
     def _next(self) -> Any:
         if self._iterator is None:
@@ -190,17 +187,6 @@ class Batches:
         stream = self._first if state["stream"] is None else state["stream"]
         opened = (index, stream) if self._streams else (0, None)
         self.position = Position(state["epoch"], index, *opened)
-
-
-def two_splits(train: Any, val: Any, seed: int) -> tuple[Batches | None, Batches]:
-    """Batches of both levels; none of the lower's where a loop runs them. Warns if one loader is given twice."""
-    if train is val is not None:
-        warnings.warn(
-            "the same object is both train_dataloader and val_dataloader, so magnitudes are trained on the data of the "
-            "directions; split the data, for example with flatlora.split_dataset",
-            stacklevel=3,
-        )
-    return None if train is None else Batches(train, "train_dataloader", seed), Batches(val, "val_dataloader", seed)
 
 
 def check_position(name: str, state: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,16 +170,14 @@ def isolated(model: nn.Module, seed: int = 0, watch: Any = None) -> Iterator[Non
     Nor does `watch`, a `LoopWatch` if one is given, see what is done within.
     """
     trained, statistics, devices = parts_of(model)
-    grads, before = [(p, p.grad) for p in trained], copies(statistics)
-    try:
+    with private_streams(seed, devices), ExitStack() as undo:
+        if watch is not None:
+            undo.enter_context(watch.paused())
+        undo.callback(assign, copies(statistics))
         for p in trained:
+            undo.callback(setattr, p, "grad", p.grad)
             p.grad = None  # backward would add to it in place
-        with private_streams(seed, devices), nullcontext() if watch is None else watch.paused():
-            yield
-    finally:
-        assign(before)
-        for p, grad in grads:
-            p.grad = grad
+        yield
 
 
 @contextmanager
@@ -202,31 +200,23 @@ def undone_on_error(
     and what `watch` has seen. What a base optimizer keeps elsewhere cannot be known and stays as it has become.
     """
     trained, statistics, devices = parts_of(model)
-    values = copies([*statistics, *(p for optimizer in optimizers for p in parameters_of(optimizer))])
-    streams, positions = RandomStreams(devices), [(one, one.position) for one in batches if one is not None]
-    with torch.no_grad():
-        grads = [(p, _copied(p.grad)) for p in trained]
-        kept = [_kept(optimizer) for optimizer in optimizers]
-    wrappers = [wrapper for optimizer in optimizers for wrapper in wrappers_of(optimizer)]
-    sources = [source for one in wrappers if (source := getattr(one, "_source", None)) is not None]
-    snapshots = [source.snapshot() for source in sources]
-    seen = None if watch is None else watch.snapshot()
-    try:
-        yield
-    except BaseException:
-        assign(values)
-        for p, grad in grads:
-            p.grad = grad
-        for optimizer, one in zip(optimizers, kept, strict=True):
-            _bring_back(optimizer, *one)
-        for loader, position in positions:
-            loader.restore(position)
-        for source, snapshot in zip(sources, snapshots, strict=True):
-            source.restore(*snapshot)
+    sources = [getattr(wrapper, "_source", None) for optimizer in optimizers for wrapper in wrappers_of(optimizer)]
+    with ExitStack() as undo:
+        undo.callback(RandomStreams(devices).restore)
         if watch is not None:
-            watch.restore(seen)
-        streams.restore()
-        raise
+            undo.callback(watch.restore, watch.snapshot())
+        for source in filter(None, sources):
+            undo.callback(source.restore, *source.snapshot())
+        for loader in filter(None, batches):
+            undo.callback(loader.restore, loader.position)
+        with torch.no_grad():
+            for optimizer in optimizers:
+                undo.callback(_bring_back, optimizer, *_kept(optimizer))
+            for p in trained:
+                undo.callback(setattr, p, "grad", _copied(p.grad))
+        undo.callback(assign, copies([*statistics, *(p for optimizer in optimizers for p in parameters_of(optimizer))]))
+        yield
+        undo.pop_all()  # no error: nothing is undone
 
 
 def _kept(optimizer: Optimizer) -> tuple[Any, Any, Any]:

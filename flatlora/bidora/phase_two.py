@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .. import checks
 from ..streams import derived_seed
-from ..wrapper import OptimizerWrapper, load_base, wrappers_of
+from ..wrapper import load_base, wrappers_of
 from .data import Batches, check_position
 from .levels import TwoLevels, check_optimizer_state, shapes_of
 from .loop import LoopWatch
@@ -66,13 +66,16 @@ class TwoPhases(TwoLevels):
         steps = checks.integer("steps", steps, 0)
         if scheduler is not None and not callable(getattr(scheduler, "step", None)):
             raise TypeError(f"scheduler must have a step() method, got {type(scheduler).__name__}")
-        if shared := set(parameters_of(optimizer)) & set(parameters_of(self.upper)):
+        trained = set(parameters_of(optimizer))
+        if shared := trained.intersection(parameters_of(self.upper)):
             raise ValueError(
                 f"optimizer holds {len(shared)} magnitudes, which are frozen in phase two; build it from "
                 "direction_parameters(model)"
             )
         losses: list[float] = []
-        lifted = together(wrapper.unperturbed() for wrapper in self._others_than(optimizer))
+        own = list(wrappers_of(optimizer))
+        others = [wrapper for wrapper in wrappers_of(self.lower) if wrapper not in own]
+        lifted = together(w.unperturbed() for w in others if trained.isdisjoint(w.perturbation_parameters()))
         with self._phase_two(losses), lifted:
             batches = self._resumed(dataloader, optimizer)
             for _ in range(steps):
@@ -84,12 +87,6 @@ class TwoPhases(TwoLevels):
                         scheduler.step()
                 losses += loss
         return losses
-
-    def _others_than(self, optimizer: Optimizer) -> list[OptimizerWrapper]:
-        """The wrappers of `lower` whose perturbations `optimizer` neither makes nor trains."""
-        own, trained = {id(wrapper) for wrapper in wrappers_of(optimizer)}, set(parameters_of(optimizer))
-        others = (wrapper for wrapper in wrappers_of(self.lower) if id(wrapper) not in own)
-        return [wrapper for wrapper in others if trained.isdisjoint(wrapper.perturbation_parameters())]
 
     @contextmanager
     def _phase_two(self, losses: list[float]) -> Iterator[None]:
