@@ -13,11 +13,7 @@ from helpers import difference as difference
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from flatlora import (
-    BilevelOptimizer,
-    direction_parameters,
-    magnitude_parameters,
-)
+from flatlora import BilevelOptimizer, direction_parameters, magnitude_parameters
 
 SGD = torch.optim.SGD
 

@@ -10,18 +10,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from problems import (
-    SGD,
-    Net,
-    bilevel,
-    difference,
-    everything,
-    levels,
-    net_batch,
-    peft_net,
-    same,
-    state_of,
-)
+from problems import SGD, Net, bilevel, difference, everything, levels, net_batch, peft_net, same, state_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -7,23 +7,10 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from problems import (
-    Net,
-    batch,
-    bilevel,
-    levels,
-    net_batch,
-    peft_net,
-    same,
-    state_of,
-)
+from problems import Net, batch, bilevel, levels, net_batch, peft_net, same, state_of
 from torch import Tensor, nn
 
-from flatlora import (
-    BilevelOptimizer,
-    direction_parameters,
-    magnitude_parameters,
-)
+from flatlora import BilevelOptimizer, direction_parameters, magnitude_parameters
 from flatlora.layers.bnb import Bnb4bitBase
 
 

@@ -6,16 +6,7 @@ import copy
 
 import pytest
 import torch
-from problems import (
-    SGD,
-    bilevel,
-    difference,
-    everything,
-    net_batch,
-    peft_net,
-    same,
-    state_of,
-)
+from problems import SGD, bilevel, difference, everything, net_batch, peft_net, same, state_of
 from torch import nn
 from torch.utils.data import DataLoader
 

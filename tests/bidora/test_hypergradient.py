@@ -11,18 +11,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import (
-    SGD,
-    TrueDora,
-    batch,
-    bilevel,
-    generic,
-    net_batch,
-    peft_net,
-    relative,
-    same,
-    state_of,
-)
+from problems import SGD, TrueDora, batch, bilevel, generic, net_batch, peft_net, relative, same, state_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
