@@ -241,7 +241,7 @@ def _resumable_stream(loader: Any) -> Any:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in it on `device`; mappings, lists and tuples are gone through."""
-    if isinstance(batch, Tensor) or callable(getattr(batch, "to", None)):
+    if callable(getattr(batch, "to", None)):
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}

@@ -36,19 +36,22 @@ def _nothing(*args: Any) -> None: ...
 class LoopWatch:
     """Remembers the calls of `model` in train mode, until `clear()`, and takes the gradients of `upper`'s parameters.
 
-    While `on` is False it sees nothing. The model knows it weakly: it goes with its optimizer.
+    While `on` is False it sees nothing; without `hooks`, as where there is no such loop, it never does. The model knows
+    it weakly: it goes with its optimizer.
     """
 
-    def __init__(self, model: nn.Module, upper: Optimizer):
+    def __init__(self, model: nn.Module, upper: Optimizer, hooks: bool):
         self.on = True
-        self._upper, self._magnitudes = upper, parameters_of(upper)
         self.clear()
-        self._handles = [
-            model.register_forward_pre_hook(_Hook(self, "before")),
-            model.register_forward_hook(_Hook(self, "after"), with_kwargs=True),
-            # Collected before the loop clips, which would scale them, and which should see the directions alone.
-            *(p.register_post_accumulate_grad_hook(_Hook(self, "collect")) for p in self._magnitudes),
-        ]
+        self._handles: list[Any] = []
+        if hooks:
+            self._upper, self._magnitudes = upper, parameters_of(upper)
+            self._handles += [
+                model.register_forward_pre_hook(_Hook(self, "before")),
+                model.register_forward_hook(_Hook(self, "after"), with_kwargs=True),
+                # Collected before the loop clips, which would scale them, and which should see the directions alone.
+                *(p.register_post_accumulate_grad_hook(_Hook(self, "collect")) for p in self._magnitudes),
+            ]
 
     def __del__(self) -> None:
         self.remove()

@@ -175,7 +175,7 @@ class BilevelOptimizer(TwoPhases):
         self._lower_steps = 0
         self._norms: dict[str, Tensor] = {}
         self._layout = hold_training_layout(self.model)
-        self._watch = LoopWatch(self.model, upper) if self._train is None else None
+        self._watch = LoopWatch(self.model, upper, hooks=self._train is None)
 
     def step(self, closure: Callable[[], Any] | None = None) -> BilevelStep:  # type: ignore[override]
         """One iteration; with ``train_dataloader=None`` one lower step, and every `unroll_steps`-th time an upper one.
@@ -193,7 +193,7 @@ class BilevelOptimizer(TwoPhases):
             return self.make_states()
         if self.phase == 2:
             raise RuntimeError("retrain() has begun the second phase and frozen the magnitudes; call retrain() again")
-        if closure is not None and self._watch is None:
+        if closure is not None and self._train is not None:
             raise ValueError("step() runs the training batches itself; a closure needs train_dataloader=None")
         with undone_on_error(self.model, (self.lower, self.upper), (self._train, self._val), self._watch):
             if closure is not None:
@@ -204,13 +204,13 @@ class BilevelOptimizer(TwoPhases):
     def _iterate(self) -> BilevelStep:
         steps, norms = self._lower_steps, dict(self._norms)
         numbers: list[tuple[str, Tensor]] = []  # read together: each read would stall a GPU
-        for _ in range(self.unroll_steps if self._watch is None else 1):
+        for _ in range(1 if self._train is None else self.unroll_steps):
             at = self._lower_pass(None if self._train is None else [self._pass(self._train.next(), "training")])
             norms["lower_grad_norm"] = norm_of(grads_of(at.V))
             numbers += [("training loss", at.loss), ("training gradient's norm", norms["lower_grad_norm"])]
             self.lower.step()  # V becomes V', along ∇_V (L_tr + γ·R)
             steps += 1
-        reaches_upper = self._watch is None or steps % self.unroll_steps == 0
+        reaches_upper = self._train is not None or steps % self.unroll_steps == 0
         if reaches_upper:
             loss, direct, v = self._val_pass(self._val.next(), steps)
             implicit = self._second_order(at, v)
@@ -225,8 +225,7 @@ class BilevelOptimizer(TwoPhases):
             self.upper.step()  # μ moves along its hypergradient
         else:
             values += [None, None]
-        if self._watch is not None:
-            self._watch.clear()
+        self._watch.clear()
         self._lower_steps, self._norms = steps, norms
         train_loss, lower_grad_norm, val_loss, upper_grad_norm = values[-4:]
         return BilevelStep(train_loss, val_loss, lower_grad_norm, upper_grad_norm)
@@ -234,7 +233,6 @@ class BilevelOptimizer(TwoPhases):
     def _lower_pass(self, passes: list[LossPass] | None) -> LowerPass:
         """L_tr(V, μ) over the passes, or over those that the loop has made; ``∇_V (L_tr + γ·R)`` is in `.grad`."""
         if passes is None:
-            assert self._watch is not None
             passes, loss = self._watch.train_loss()
             loss = average_gradients(self.model, loss)
         else:
@@ -253,7 +251,7 @@ class BilevelOptimizer(TwoPhases):
         # Dropout in this pass draws from a seed of its own, or it would shift the stream of the lower passes.
         seed = derived_seed(self._seed, "validation", steps)
         lifted = together(wrapper.unperturbed() for wrapper in wrappers_of(self.lower))
-        with isolated(self.model, seed, self._watch), lifted:
+        with isolated(self.model, self._watch, seed), lifted:
             loss = self._backward([self._pass(batch, "validation")])
             return loss, grads_of(parameters_of(self.upper)), grads_of(parameters_of(self.lower))
 
@@ -276,7 +274,7 @@ class BilevelOptimizer(TwoPhases):
             return grads_of(parameters_of(self.upper))
 
         as_then = together(w.perturbed_as(p) for w, p in zip(wrappers_of(self.lower), at.perturbations, strict=True))
-        with isolated(self.model, watch=self._watch), as_then, frozen(parameters_of(self.lower)):
+        with isolated(self.model, self._watch), as_then, frozen(parameters_of(self.lower)):
             ahead = magnitude_grads(e)
             behind = at.magnitude_grads if self.difference == "forward" else magnitude_grads(-e)
         per_e = length / (self.epsilon if self.difference == "forward" else 2 * self.epsilon)
@@ -306,7 +304,7 @@ class BilevelOptimizer(TwoPhases):
             ValueError: a loss that is not a finite scalar, or a batch without labels.
         """
         passes = [self._pass(train_batch, "training")]
-        with isolated(self.model, watch=self._watch):
+        with isolated(self.model, self._watch):
             at = self._lower_pass(passes)
             xi, grads = step_sizes(self.lower, self.xi), grads_of(at.V)
         after = {p: value - xi[p] * grads[p] if p in grads and virtual_step else value for p, value in at.V.items()}
@@ -345,23 +343,20 @@ class BilevelOptimizer(TwoPhases):
 
     def remove(self) -> None:
         """Takes everything off the model. Idempotent; the levels are left as they are."""
-        if self._watch is not None:
-            self._watch.remove()
+        self._watch.remove()
         self._layout.release()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_watch": None if self._watch is None else True}
+        return {**super().__getstate__(), "_watch": None}  # a copy watches its own model
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if state["_watch"]:  # a copy watches its own model
-            self._watch = LoopWatch(self.model, self.upper)
-            self._watch.on = self.phase == 1
+        self._watch = LoopWatch(self.model, self.upper, hooks=self._train is None)
+        self._watch.on = self.phase == 1
 
     def zero_grad(self, set_to_none: bool = True, **kwargs: Any) -> None:
         super().zero_grad(set_to_none, **kwargs)
-        if self._watch is not None:
-            self._watch.clear()
+        self._watch.clear()
 
     def method_state(self) -> dict[str, Any]:
         return {

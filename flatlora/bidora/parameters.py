@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .. import checks
 from ..layers.adapter import Adapter
-from ..layers.base import full_tensor, sum_dtype
+from ..layers.base import sum_dtype
 from ..layers.stack import BaseNorms
 from ..layers.view import LoRALayer, lora_layers, seen_through
 from .passes import parameters_of
@@ -49,7 +49,7 @@ def reset_directions(model: nn.Module, adapter: str | Iterable[str] | None, seed
             A.zero_()
             B.copy_(torch.randn(B.shape, generator=generator, dtype=torch.float32, device="cpu"))
             continue
-        start = torch.empty(full_tensor(A.weight).shape, dtype=torch.float32, device="cpu")
+        start = torch.empty(A.weight.shape, dtype=torch.float32, device="cpu")
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         A.weight.copy_(start)
         for p in B.parameters():

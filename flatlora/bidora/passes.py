@@ -164,15 +164,13 @@ def frozen(params: Iterable[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def isolated(model: nn.Module, seed: int = 0, watch: Any = None) -> Iterator[None]:
+def isolated(model: nn.Module, watch: Any, seed: int = 0) -> Iterator[None]:
     """Puts gradients, random streams and running statistics back afterwards; within, the streams start at `seed`.
 
-    Nor does `watch`, a `LoopWatch` if one is given, see what is done within.
+    Nor does `watch`, a `LoopWatch`, see what is done within.
     """
     trained, statistics, devices = parts_of(model)
-    with private_streams(seed, devices), ExitStack() as undo:
-        if watch is not None:
-            undo.enter_context(watch.paused())
+    with private_streams(seed, devices), watch.paused(), ExitStack() as undo:
         undo.callback(assign, copies(statistics))
         for p in trained:
             undo.callback(setattr, p, "grad", p.grad)
@@ -191,7 +189,7 @@ def together(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
 
 @contextmanager
 def undone_on_error(
-    model: nn.Module, optimizers: Sequence[Optimizer], batches: Iterable[Any], watch: Any = None
+    model: nn.Module, optimizers: Sequence[Optimizer], batches: Iterable[Any], watch: Any
 ) -> Iterator[None]:
     """If the context ends in an exception, everything is as it was before, and the exception goes on.
 
@@ -203,8 +201,7 @@ def undone_on_error(
     sources = [getattr(wrapper, "_source", None) for optimizer in optimizers for wrapper in wrappers_of(optimizer)]
     with ExitStack() as undo:
         undo.callback(RandomStreams(devices).restore)
-        if watch is not None:
-            undo.callback(watch.restore, watch.snapshot())
+        undo.callback(watch.restore, watch.snapshot())
         for source in filter(None, sources):
             undo.callback(source.restore, *source.snapshot())
         for loader in filter(None, batches):

@@ -29,7 +29,7 @@ class TwoPhases(TwoLevels):
     model: nn.Module
     adapter: str | Iterable[str] | None
     _seed: int
-    _watch: LoopWatch | None
+    _watch: LoopWatch
     phase = 1  # 2 once `retrain` has begun
     _batches: Batches | None = None
     _optimizer: Optimizer | None = None
@@ -79,7 +79,7 @@ class TwoPhases(TwoLevels):
         with self._phase_two(losses), lifted:
             batches = self._resumed(dataloader, optimizer)
             for _ in range(steps):
-                with undone_on_error(self.model, [optimizer], [batches]):
+                with undone_on_error(self.model, [optimizer], [batches], self._watch):
                     optimizer.zero_grad()
                     loss = finite(("training loss", self.retrain_gradients(batches.next())))
                     optimizer.step()
@@ -113,8 +113,7 @@ class TwoPhases(TwoLevels):
         for p in parameters_of(self.upper):
             p.requires_grad_(phase == 1)
             p.grad = None
-        if self._watch is not None:
-            self._watch.on = phase == 1
+        self._watch.on = phase == 1
 
     def _resumed(self, dataloader: Any, optimizer: Optimizer) -> Batches:
         """The batches where phase two stopped, or from the first; `optimizer` gets a loaded state."""
