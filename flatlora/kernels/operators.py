@@ -122,19 +122,18 @@ def low_rank_factors(
     return whole
 
 
-@_operator(
-    "flatlora::noisy_weight",
-    schema="(Tensor? weight, Tensor std, Tensor seed, int n, ScalarType dtype) -> Tensor",
-)
-def noisy_weight(weight: Tensor | None, std: Tensor, seed: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """``W + ε`` (m, n), ε alone where the weight is None: for torch.func's transforms, which know products."""
-    return _noisy_weight(weight, std, seed, n, dtype)
-
-
 def _noisy_weight(weight: Tensor | None, std: Tensor, seed: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """``W + ε`` (m, n), ε alone where the weight is None."""
     if int(seed) != _NOTHING:
         return draw_gaussian(Draw("gaussian", std, int(seed)), n, weight, dtype)
     return std.new_zeros(std.shape[0], n, dtype=dtype) if weight is None else weight.to(dtype, copy=True)
+
+
+# For torch.func's transforms, which know products.
+noisy_weight = _operator(
+    "flatlora::noisy_weight",
+    schema="(Tensor? weight, Tensor std, Tensor seed, int n, ScalarType dtype) -> Tensor",
+)(_noisy_weight)
 
 
 @_operator(
@@ -200,20 +199,13 @@ def record_rise(anchor: Tensor, layer: Tensor, h: Tensor, grad: Tensor) -> tuple
     return torch.zeros_like(anchor), grad.clone()
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _record(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
     of_anchor, of_h = record_rise(*ctx.saved_tensors, grad)
     return of_anchor, None, of_h
 
 
-def _nothing_kept(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None: ...
-
-
-record_in_backward.register_autograd(_record, setup_context=_keep)
-record_rise.register_autograd(lambda ctx, _, grad: (None, None, None, grad), setup_context=_nothing_kept)
+record_in_backward.register_autograd(_record, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+record_rise.register_autograd(lambda ctx, _, grad: (None, None, None, grad))
 
 # What compilers trace in the operators' place: outputs of the right shape, dtype and device.
 row_noise.register_fake(
