@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..kernels.draw import Draw
-from ..kernels.low_rank import without_autocast
+from ..kernels.low_rank import exact
 from ..layers.adapter import Adapter
 from ..layers.base import corner
 from ..layers.stack import BaseNorms, Stack, stacks, weight_sq
@@ -88,13 +86,11 @@ class RowNoise(Source):
         """Standard deviations (m,) of a layer's rows."""
         return self._deviations(layer, adapters)[1]
 
-    def _deviations(
-        self, layer: LoRALayer, adapters: list[Adapter] | None = None
-    ) -> tuple[Any, Tensor, Tensor, Tensor]:
+    def _deviations(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Deviations:
         """The layer's entry in `_stds`; the first layer asked in a step has others computed with it."""
         known = self._stds.get(layer.name)
         if known is None or known[0] != self._key(layer, layer.adapters() if adapters is None else adapters):
-            with _exact(layer.base.device):
+            with exact(layer.base.device):
                 self._compute_stds(layer)
         return self._stds[layer.name]
 
@@ -139,13 +135,12 @@ class RowNoise(Source):
         zero = torch.zeros_like(like[0])
         return torch.stack([self.grad_sq[name].to(like.device) if name in self.grad_sq else zero for name in names])
 
-    @contextmanager
-    def keeping_stds(self) -> Iterator[None]:
-        """Within the context standard deviations may be asked for without a trace: layers that are asked for in another
-        order are computed in other company, and differ in the last bits."""
+    def row_std(self) -> dict[str, Tensor]:
+        """`std` of every layer, without a trace: layers that are asked for in another order are computed in other
+        company, and differ in the last bits."""
         kept = dict(self._stds)
         try:
-            yield
+            return {name: self.std(layer).clone() for name, layer in self.layers.items()}
         finally:
             self._stds = kept
 
@@ -175,7 +170,7 @@ class RowNoise(Source):
         """Notes the norms of the gradients at hand for the next step's noise; whether there are any."""
         self._observed = []
         passes = self.with_gradients()
-        with _exact(next(iter(self.layers.values())).base.device):
+        with exact(next(iter(self.layers.values())).base.device):
             for adapters in passes.values():
                 for stack in stacks([self.layers[name] for name in adapters], adapters):
                     if (projection := project(stack, self._norms)) is not None:
@@ -232,10 +227,3 @@ def _state(adapter: Adapter) -> tuple[Any, ...]:
     versions = [(factor.device, factor._version) for factor in (adapter.A, adapter.B)]
     corners = [corner(factor) for factor in (adapter.A, adapter.B)]
     return versions, corners, adapter.magnitude is not None and adapter.magnitude._version
-
-
-@contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
-    """Out of inference mode, which leaves tensors unfit for autograd, and of autocast, which rounds products."""
-    with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
-        yield

@@ -121,8 +121,7 @@ class GGPOOptimizer(PerturbingOptimizer):
 
     def row_std(self) -> dict[str, Tensor]:
         """The standard deviation of each row's noise at present, per element: ``{layer name: (m,) tensor}``."""
-        with self._source.keeping_stds():
-            return {name: self._source.std(layer).clone() for name, layer in self._source.layers.items()}
+        return self._source.row_std()
 
     def metrics(self) -> dict[str, Tensor]:
         """Over all layers together, once a pass was perturbed; the last two are ratios without a unit.

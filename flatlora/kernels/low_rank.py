@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
@@ -15,20 +15,24 @@ from torch import Tensor
 
 def compute_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """`dtype`, or autocast's where it is on, which leaves float64 alone."""
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x) and dtype != torch.float64 else dtype
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device) and dtype != torch.float64 else dtype
 
 
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for the device of x; there is none on the meta device."""
-    kind = x.device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind)
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for `device`; there is none on the meta device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which autocast is off for `device`; it is entered in every layer, so none where none is needed."""
-    kind = device.type
-    off = kind == "meta" or not torch.is_autocast_enabled(kind)
-    return nullcontext() if off else torch.autocast(kind, enabled=False)
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
+@contextmanager
+def exact(device: torch.device) -> Iterator[None]:
+    """Out of inference mode, which leaves tensors unfit for autograd, and of autocast, which rounds products."""
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
+        yield
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,7 +76,7 @@ class AddedTerms:
     scalings: tuple[float, ...] = ()
     constant: tuple[tuple[Tensor, Tensor], ...] = ()
     grad_scale: tuple[float, ...] = ()
-    weight: Callable[[Tensor | None], Tensor] | None = None
+    weight: Callable[[Any], Tensor] | None = None
     in_place: bool = False
     handles: tuple[Any, ...] = ()
     noise: tuple[tuple[Any, Callable[[Tensor, Tensor], Tensor]], ...] = ()
@@ -200,8 +204,7 @@ class Added(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * (2 * len(ctx.ranks))
         with without_autocast(grad.device):
             grad_bias = g.sum(0) if ctx.needs_input_grad[4] else None
-            if plan.noise:
-                plan.record_noise(x, g)
+            plan.record_noise(x, g)
             if of_x and plan.weight is not None:
                 W = plan.weight(weight)
                 grad_x = cast(g, W.dtype) @ W
@@ -237,8 +240,7 @@ def _differentiable(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     weight, a, b, x, h, *learned = ctx.saved_tensors
     with torch.no_grad(), without_autocast(grad.device):
         g = grad.reshape(-1, grad.shape[-1])
-        if ctx.plan.noise:
-            ctx.plan.record_noise(x, g)
+        ctx.plan.record_noise(x, g)
         if ctx.plan.records:
             ctx.plan.record(h, cast(g, a.dtype) @ b, ctx.ranks)
     if x is None:  # of whose values its own gradient does not depend
@@ -289,11 +291,7 @@ def _plus_product(out: Tensor, h: Tensor, b: Tensor, writable: bool) -> Tensor:
 def base_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x·Wᵀ + bias`` of a frozen W (m, n); autocast's copy of W is made again for backward, and not kept till then."""
     dtype = compute_dtype(x, weight.dtype)
-
-    def again(stored: Any) -> Tensor:
-        return cast(stored, dtype)
-
-    return Added.apply(AddedTerms(dtype, weight=again), None, x, weight, bias)
+    return Added.apply(AddedTerms(dtype, weight=lambda stored: cast(stored, dtype)), None, x, weight, bias)
 
 
 def add_low_rank(

@@ -45,8 +45,7 @@ def _has_float64(kind: str) -> bool:
 
 def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one (FSDP2, tensor parallel); any other tensor as it is."""
-    full = getattr(tensor, "full_tensor", None)
-    return full() if full is not None else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def corner(tensor: Tensor) -> bytes | None:
@@ -253,7 +252,7 @@ class FloatBase(BaseWeight):
 
     def fusable(self, x: Tensor) -> bool:
         # A float layer refuses an input of another dtype, and so must what replaces it.
-        fits = x.dtype == self.module.weight.dtype or autocasts(x)
+        fits = x.dtype == self.module.weight.dtype or autocasts(x.device)
         return fits and super().fusable(x)
 
     @property

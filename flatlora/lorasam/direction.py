@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..kernels.low_rank import without_autocast
+from ..kernels.low_rank import exact
 from ..layers.adapter import Adapter
 from ..layers.base import sum_dtype
 from ..layers.stack import BaseNorms, Stack, stacks
@@ -87,8 +87,7 @@ class LastGradient(Source):
         self._next = {}
         device = next(iter(self.layers.values())).base.device
         squares, rests = [], []
-        # Out of inference mode, which leaves tensors unfit for autograd, and of autocast, which rounds products.
-        with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
+        with exact(device):
             for names, adapters in self.with_gradients().items():
                 found: list[tuple[Stack, Factors]] = []
                 for stack in stacks([self.layers[name] for name in adapters], adapters):

@@ -80,7 +80,7 @@ def fused_output(layer: LoRALayer, base: BaseWeight, x: Tensor, adapters: list[A
         return add_update(out, x, True)
     if len(undropped) < len(adapters):
         # Dropout draws from the global stream: cast before it as PEFT does, so that it draws the same.
-        if base.kind == "float" or not autocasts(x):
+        if base.kind == "float" or not autocasts(x.device):
             x = x.to(adapters[0].A.dtype)
         for adapter in adapters:
             if adapter.dropout is not None and not isinstance(adapter.dropout, nn.Identity):
