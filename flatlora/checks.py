@@ -44,9 +44,8 @@ def _item(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
 
 
-def option(name: str, value: _T, options: Iterable[_T]) -> _T:
+def option(name: str, value: _T, options: tuple[_T, ...]) -> _T:
     """`value` if it is one of `options`; else ValueError."""
-    options = list(options)
     if value not in options:
         raise ValueError(f"{name} must be {' or '.join(map(repr, options))}, got {value!r}")
     return value
@@ -98,8 +97,6 @@ def state_fields(method: str, state: Any, *fields: str) -> None:
 
 def same_layers(what: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """ValueError unless a checkpoint's layers are the model's. The values, compared too, say what each layer is."""
-    if not isinstance(theirs, Mapping):
-        raise ValueError(f"the state_dict's {what} are a {type(theirs).__name__}; expected a dict by layer name")
     if theirs.keys() != ours.keys():
         odd = sorted(theirs.keys() ^ ours.keys())
         raise ValueError(

@@ -71,9 +71,7 @@ class LoRALayer:
     def active(self) -> bool:
         """Whether one of the adapters asked for takes part in the layer's output at present."""
         reader, module, names = self._reader, self.module, self.names
-        if not reader.enabled(module):
-            return False
-        return not names.isdisjoint(reader.active(module)) or not names.isdisjoint(reader.merged(module))
+        return reader.enabled(module) and not names.isdisjoint((*reader.active(module), *reader.merged(module)))
 
     @property
     def trained(self) -> bool:

@@ -12,11 +12,11 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from ..layers.view import LoRALayer, lora_layers
+from ..ranks import world_size
 from ..wrapper import only_initialises, wrappers_of
 from .attachment import Attachment, forget_replaced
 
@@ -177,11 +177,8 @@ def _used_elsewhere(layer: LoRALayer, source: Any) -> bool:
 
     Fused kernels leave out all layers of one name.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_world_size() == 1:
-        return False
     end = layer.name.rpartition(".")[2]
-    return any(name.rpartition(".")[2] == end for name in source.passes)
+    return world_size() > 1 and any(name.rpartition(".")[2] == end for name in source.passes)
 
 
 def _bases(optimizer: Optimizer) -> list[Optimizer]:
