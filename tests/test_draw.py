@@ -85,9 +85,12 @@ def test_within_modes_that_make_other_tensors():
 
 
 @pytest.mark.parametrize("weight_dtype", [None, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_is_added_before_the_noise_is_rounded(dtype, weight_dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_and_its_noise_are_rounded_once(dtype, weight_dtype):
     weight = None if weight_dtype is None else torch.randn(M, N).to(weight_dtype)
-    noise = draw_gaussian(DRAW, N, None, torch.float32)
-    expected = noise if weight is None else weight.float() + noise
-    torch.testing.assert_close(draw_gaussian(DRAW, N, weight, dtype), expected.to(dtype), rtol=2**-7, atol=1e-6)
+    noise = draw_gaussian(DRAW, N, None, torch.float32).double()
+    exact = noise if weight is None else weight.double() + noise
+    both = draw_gaussian(DRAW, N, weight, dtype)
+    assert both.dtype == dtype
+    # Half an ulp, and the float32 addition before it.
+    assert ((both.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps * 0.51 + 1e-6).all()

@@ -15,7 +15,6 @@ from helpers import (
     rank_correlation,
     step,
     tokens,
-    wrapped,
 )
 from models import (
     MLP,
@@ -30,6 +29,7 @@ from models import (
     tiny_llama,
     trainable,
 )
+from test_ggpo import ggpo, only
 from torch import nn
 
 from flatlora import GGPOOptimizer
@@ -37,15 +37,6 @@ from flatlora.layers import stack
 from flatlora.layers.base import FloatBase
 from flatlora.reference import ggpo_std as expected_std
 from flatlora.reference import projected
-
-
-def ggpo(model, lr=0.0, base=torch.optim.SGD, **options):
-    return wrapped(GGPOOptimizer, model, lr, base, **{"seed": 3, **options})
-
-
-def only(stds):
-    (std,) = stds.values()
-    return std
 
 
 def assert_rows(found, expected, tolerance=1e-6):
@@ -309,19 +300,6 @@ def test_a_layer_that_a_step_leaves_out_has_no_gradient_term():
         optimizer.step()
         rows = {name.rsplit(".", 1)[-1]: found for name, found in gradient_rows(optimizer).items()}
         assert rows["up"].sum() > 0 and rows["down"].sum() == 0
-
-
-def test_a_frozen_a_leaves_the_projection_on_its_row_space():
-    """LoRA-FA: ``G·A⁺A``."""
-    model = one_layer()
-    optimizer = ggpo(model, sigma=0.2, beta=1.0)
-    layer, x = fc(model), torch.randn(6, 7, dtype=torch.float64)
-    name = next(iter(lora_modules(model)))
-    grad = dense_gradients(model, optimizer, lambda model: (model(x) - 1).square().mean())[name]
-    A = layer.lora_A["default"].weight.requires_grad_(False)
-    step(model, optimizer, x, 1.0)
-    expected = (grad @ torch.linalg.pinv(A) @ A).square().sum(1)
-    torch.testing.assert_close(gradient_rows(optimizer)[name], expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("form", ["lora", "dora", "two adapters", "conv1d"])

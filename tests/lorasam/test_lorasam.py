@@ -542,22 +542,6 @@ def test_wrong_calls():
         first.step()
 
 
-def test_a_frozen_a_leaves_the_steepest_direction_of_its_row_space():
-    """LoRA-FA: ``ε = ρ·G·A⁺A / ‖G·A⁺A‖``."""
-    model = one_layer()
-    layer = next(iter(adapted(model).values()))
-    A = layer.lora_A["default"].weight.requires_grad_(False)
-    weight = layer.get_base_layer().weight.requires_grad_(True)
-    x = batch(model)
-    (grad,) = torch.autograd.grad(loss_of(model, x), weight)
-    weight.requires_grad_(False)
-    optimizer = lorasam(model)
-    step(model, optimizer, x)
-    expected = grad @ torch.linalg.pinv(A) @ A
-    (found,) = epsilon(model).values()
-    torch.testing.assert_close(found, 0.3 * expected / expected.norm(), rtol=1e-6, atol=1e-9)
-
-
 # --- what it is for -----------------------------------------------------------------------------------------------
 
 SHARP, FLAT = torch.zeros(2, 2).double(), torch.tensor([[2.0, 0.0], [0.0, 0.0]]).double()
