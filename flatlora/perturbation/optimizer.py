@@ -240,6 +240,9 @@ class PerturbingOptimizer(OptimizerWrapper):
     @contextmanager
     def perturbed_as(self, perturbation: Any) -> Iterator[None]:
         """Within the context layers see these ε, whatever the step and the weights have become."""
+        if self._attachment is None:
+            yield
+            return
         source = self._source
         before = source.fixed, source.replaying
         try:
