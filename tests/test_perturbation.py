@@ -312,6 +312,13 @@ def test_inputs_may_be_given_by_name(noise):
     assert_equal([model.fc(hidden_states=x)], [expected])
 
 
+def test_a_call_without_input_fails_as_the_layers_own():
+    model = one_layer()
+    _optimizer = ggpo(model)
+    with pytest.raises(TypeError, match="forward"):
+        model.fc()
+
+
 def test_a_forward_patched_before_is_called_and_restored():
     model = one_layer()
     layer = fc(model)

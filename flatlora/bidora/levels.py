@@ -24,12 +24,14 @@ class TwoLevels(Method, Optimizer):
 
     lower: Optimizer
     upper: Optimizer
+    _kind: str
 
     def __init__(self, lower: Optimizer, upper: Optimizer):
         checks.built_optimizer("lower", lower)
         checks.built_optimizer("upper", upper)
         # Not Optimizer.__init__, which would make groups and state of its own; __setstate__ makes the hooks alone.
-        Optimizer.__setstate__(self, {"lower": lower, "upper": upper})
+        # Lightning derives a class of its own from ours, for an object with this one's attributes: so the name is one.
+        Optimizer.__setstate__(self, {"lower": lower, "upper": upper, "_kind": type(self).__name__})
 
     def __getstate__(self) -> dict[str, Any]:
         # As of torch's optimizers, neither hooks nor what a scheduler or Accelerate patched in.
@@ -74,7 +76,7 @@ class TwoLevels(Method, Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         own: dict[str, Any] = {"shapes": shapes_of(self), "own": self.method_state()}
-        merged: dict[str, Any] = {"state": {}, "param_groups": [], STATE_KEY: {type(self).__name__: own}}
+        merged: dict[str, Any] = {"state": {}, "param_groups": [], STATE_KEY: {self._kind: own}}
         for name, level in (("lower", self.lower), ("upper", self.upper)):
             state, offset = level.state_dict(), _count(merged["param_groups"])
             if {"state", "param_groups"} <= state.keys():
@@ -107,13 +109,13 @@ class TwoLevels(Method, Optimizer):
             for level, state in zip(levels, before, strict=True):
                 level.load_state_dict(state)
             raise
-        self.load_method_state(state_dict[STATE_KEY][type(self).__name__]["own"])
+        self.load_method_state(state_dict[STATE_KEY][self._kind]["own"])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError if a level or the method would refuse the state. Changes nothing."""
-        name = type(self).__name__
+        name = self._kind
         own = state_dict.get(STATE_KEY, {}).get(name)
         if own is None:
             raise ValueError(
@@ -128,7 +130,7 @@ class TwoLevels(Method, Optimizer):
 
     def _split(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
         """The states of the lower and of the upper in one of both."""
-        own, groups, found = state_dict[STATE_KEY][type(self).__name__], state_dict["param_groups"], []
+        own, groups, found = state_dict[STATE_KEY][self._kind], state_dict["param_groups"], []
         cut = len(self.lower.param_groups)
         offset = _count(groups[:cut])
         for name, part, first, end in (("lower", groups[:cut], 0, offset), ("upper", groups[cut:], offset, math.inf)):

@@ -369,7 +369,7 @@ class BilevelOptimizer(TwoPhases):
         }
 
     def check_method_state(self, state: dict[str, Any]) -> None:
-        checks.state_fields(type(self).__name__, state, "phase", "seed", "lower_steps", "train", "val", "retrain")
+        checks.state_fields(self._kind, state, "phase", "seed", "lower_steps", "train", "val", "retrain")
         checks.integer("seed in the state_dict", state["seed"], 0)
         checks.integer("lower_steps in the state_dict", state["lower_steps"], 0)
         if self._train is not None and state["train"] is not None:

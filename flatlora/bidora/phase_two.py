@@ -30,10 +30,15 @@ class TwoPhases(TwoLevels):
     adapter: str | Iterable[str] | None
     _seed: int
     _watch: LoopWatch
-    phase = 1  # 2 once `retrain` has begun
-    _batches: Batches | None = None
-    _optimizer: Optimizer | None = None
-    _loaded: dict[str, Any] | None = None
+    _batches: Batches | None
+    _second: Optimizer | None  # that `retrain` was given
+    _loaded: dict[str, Any] | None
+
+    def __init__(self, lower: Optimizer, upper: Optimizer):
+        super().__init__(lower, upper)
+        # Of the instance: a default of the class would hide them from classes that others derive, as Lightning does.
+        self.phase = 1  # 2 once `retrain` has begun
+        self._batches = self._second = self._loaded = None
 
     def retrain_gradients(self, batch: Any) -> Tensor:
         """``∇_V (L + γ·R)`` into `.grad`; returns L."""
@@ -125,17 +130,17 @@ class TwoPhases(TwoLevels):
         if self._loaded is not None:
             check_optimizer_state(self._loaded["optimizer"], self._loaded["shapes"], optimizer)
             load_base(optimizer, self._loaded["optimizer"])
-        self._batches, self._optimizer, self._loaded = batches, optimizer, None
+        self._batches, self._second, self._loaded = batches, optimizer, None
         return batches
 
     def phase_state(self) -> dict[str, Any] | None:
         """What the second phase goes on with; None in phase one."""
-        if self._batches is None or self._optimizer is None:
+        if self._batches is None or self._second is None:
             return self._loaded
         return {
             "position": self._batches.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "shapes": shapes_of(self._optimizer),
+            "optimizer": self._second.state_dict(),
+            "shapes": shapes_of(self._second),
         }
 
     @staticmethod
@@ -153,5 +158,5 @@ class TwoPhases(TwoLevels):
             checks.state_fields("retrain optimizer's", state["optimizer"])
 
     def load_phase(self, phase: int, state: dict[str, Any] | None) -> None:
-        self._batches, self._optimizer, self._loaded = None, None, state
+        self._batches, self._second, self._loaded = None, None, state
         self._enter(phase)

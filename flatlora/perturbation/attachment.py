@@ -132,7 +132,7 @@ class PerturbedForward:
                 extra = _in_graph(source, entry) if tracing else _in_pass(source, layer, adapters)
                 recorded = torch.is_grad_enabled() and (not in_functorch() if tracing else source.measures(layer))
                 extras += [] if extra is None else [(extra, entry if recorded else None)]
-        if not extras or adapters is None:
+        if not extras or adapters is None or not (args or kwargs):
             return self.original(*args, **kwargs)
         x = args[0] if args else kwargs.get(self._input, next(iter(kwargs.values())))
         refuse_capture(x.device)

@@ -269,3 +269,24 @@ def test_a_step_that_makes_the_states_of_new_levels_runs_no_batch():
     saved = get_optimizer_state_dict(model, optimizer)
     assert len(saved["state"]) == sum(map(len, params))
     assert same(before, state_of(model)) and optimizer.method_state()["train"]["index"] == 0
+
+
+def test_what_lightnings_object_saves_is_loaded():
+    """Lightning's object is of a class of its own, `LightningBilevelOptimizer`, and forwards what it has not itself."""
+    pytest.importorskip("lightning")
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+
+    model = peft_net()
+    optimizer = bilevel(model, [net_batch(1)], [net_batch(2)])
+    theirs = LightningOptimizer(optimizer)
+    optimizer.step()
+    second = torch.optim.AdamW(direction_parameters(model), lr=0.01)
+    for retrained in (False, True):
+        if retrained:
+            optimizer.retrain([net_batch(1)], 1, optimizer=second)
+        state, ours = theirs.state_dict(), optimizer.state_dict()
+        own = state["flatlora"]["BilevelOptimizer"]["own"]
+        assert own["lower_steps"] == 1 and own["phase"] == 1 + retrained == theirs.phase
+        assert repr(state) == repr(ours)
+        optimizer.load_state_dict(state)
+        assert repr(optimizer.state_dict()) == repr(ours)

@@ -488,6 +488,8 @@ def test_states_of_other_models_are_refused_and_change_nothing(form):
         ("both be None", lambda own: own["layers"][name].update(A=None)),
         ("both be None", lambda own: shorter(own, "A")),
         ("both be None", lambda own: shorter(own, "B")),
+        ("directions part is a list", lambda own: own["layers"][name].update(directions=[1])),
+        ("direction part lacks A", lambda own: own["layers"][name].update(directions={"other": {"B": None}})),
     ]:
         state = copy.deepcopy(before)
         change(state["flatlora"]["LoRASAMOptimizer"])
