@@ -51,14 +51,14 @@ def test_cells_of_the_heat_maps(files, task):
 
 def test_marks_and_trade_offs_are_in_the_figure():
     rows = {"one": {0: {"a": 0.1, "b": 1.0}, 1: {"a": 0.3, "b": 3.0}}, "other": {0: {"a": 0.5}}}
-    a, b = Figure("share", "a", 100, ".1f"), Figure("loss", "b", 1, ".1f")
+    a, b = Figure("all: share", "a", 100, ".1f"), Figure("all: loss", "b", 1, ".1f")
     (axes,) = marks(rows, [a, b], "a title").axes
     one, other = axes.containers
     assert one.lines[0].get_xdata().tolist() == pytest.approx([20, 2])
     (bar,) = one.lines[2]
     assert bar.get_segments()[0][:, 0].tolist() == pytest.approx([10, 30])
     assert other.lines[0].get_xdata()[0] == 50 and np.isnan(other.lines[0].get_xdata()[1])
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["share", "loss"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["all: share", "all: loss"]
     (axes,) = trade_off({"one": rows["one"]}, [a, a], [b, b], "a title").axes
     line = axes.containers[0].lines[0]
     assert line.get_xdata().tolist() == pytest.approx([20, 20]) and line.get_ydata().tolist() == [2, 2]

@@ -148,6 +148,7 @@ DAMAGES = {  # beside what tests/every_method does to the state of every method
     "no validation position": lambda s: own(s).update(val=None),
     "index beyond the end": lambda s: own(s)["val"].update(index=2),
     "generators None": lambda s: own(s)["val"].update(generators=None),
+    "lower a list": lambda s: s["flatlora"]["BilevelOptimizer"].update(lower=[]),
     "own part a list": lambda s: s["flatlora"]["BilevelOptimizer"].update(own=[]),
     "no state": lambda s: s.pop("state"),
     "upper of another model": other_magnitudes,

@@ -257,19 +257,22 @@ def marks(rows: dict[str, Values], figures: Sequence[Figure], title: str) -> Any
     axes.set_yticks(range(len(figures)), [figure.heading for figure in figures])
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
-    axes.set_title(title)
+    axes.set_title(title, fontsize=9)
     figure.legend(fontsize=8, loc="outside lower center")
     return figure
 
 
 def trade_off(rows: dict[str, Values], across: Sequence[Figure], up: Sequence[Figure], title: str) -> Any:
-    """A figure with a line for each row through the pairs of two lists of figures, with bars of one standard error."""
+    """A figure with a line for each row through pairs of figures like "x1: loss", with bars of one standard error."""
     figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
     for name, results in rows.items():
         (x, x_error), (y, y_error) = (means_and_errors(figure_columns(results, each)) for each in (across, up))
-        axes.errorbar(x, y, yerr=y_error, xerr=x_error, marker="o", capsize=2, label=name)
-    axes.set(xlabel=across[-1].heading, ylabel=up[-1].heading, title=title)
+        axes.errorbar(x, y, yerr=y_error, xerr=x_error, marker="o", markersize=4, capsize=2, label=name)
+        for each, *place in zip(up, x, y, strict=True):
+            axes.annotate(each.heading.partition(": ")[0], place, (4, 4), textcoords="offset points", fontsize=7)
+    axes.set(**{side: of[0].heading.partition(": ")[2] for side, of in (("xlabel", across), ("ylabel", up))})
+    axes.set_title(title, fontsize=9)
     axes.legend(fontsize=8)
     return figure
 
