@@ -123,8 +123,8 @@ class TwoLevels(Method, Optimizer):
             )
         checks.state_fields("optimizer", state_dict, "state", "param_groups")
         checks.state_fields(name, own, "lower", "upper", "shapes", "own")
-        for level in ("lower", "upper"):
-            checks.state_fields(f"{name} {level}", own[level])
+        for part in ("lower", "upper"):
+            checks.state_fields(f"{name} {part}", own[part])
         _check_groups(state_dict["param_groups"], own["shapes"], self)
         for level, state in zip(self.inner_optimizers(), self._split(state_dict), strict=True):
             _check_wrappers(level, state)
