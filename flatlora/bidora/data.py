@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -187,6 +188,17 @@ class Batches:
         stream = self._first if state["stream"] is None else state["stream"]
         opened = (index, stream) if self._streams else (0, None)
         self.position = Position(state["epoch"], index, *opened)
+
+
+def two_splits(train: Any, val: Any, seed: int) -> tuple[Batches | None, Batches]:
+    """Batches of both levels; none of the lower's where a loop runs them. Warns if one loader is given twice."""
+    if train is val is not None:
+        warnings.warn(
+            "the same object is both train_dataloader and val_dataloader, so magnitudes are trained on the data of the "
+            "directions; split the data, for example with flatlora.split_dataset",
+            stacklevel=3,
+        )
+    return None if train is None else Batches(train, "train_dataloader", seed), Batches(val, "val_dataloader", seed)
 
 
 def check_position(name: str, state: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from ..layers.bnb import hold_training_layout
 from ..layers.stack import BaseNorms
 from ..streams import RandomStreams, derived_seed, shared_seed
 from ..wrapper import only_initialises, wrappers_of
-from .data import Batches, to_device
+from .data import to_device, two_splits
 from .levels import directions_of, step_sizes
 from .loop import LoopWatch
 from .orthogonality import add_orthogonality_gradient
@@ -163,14 +162,7 @@ class BilevelOptimizer(TwoPhases):
         self._layers = dora_layers(self.model, adapter, directions_of(lower), needed=self.orthogonality > 0)
         self._base_norms = BaseNorms()
         self._seed = shared_seed()
-        if train_dataloader is val_dataloader is not None:
-            warnings.warn(
-                "the same object is both train_dataloader and val_dataloader, so magnitudes are trained on the data of "
-                "the directions; split the data, for example with flatlora.split_dataset",
-                stacklevel=2,
-            )
-        self._train = None if train_dataloader is None else Batches(train_dataloader, "train_dataloader", self._seed)
-        self._val = Batches(val_dataloader, "val_dataloader", self._seed)
+        self._train, self._val = two_splits(train_dataloader, val_dataloader, self._seed)
         begin_alike([*parameters_of(lower), *parameters_of(upper)])
         self._lower_steps = 0
         self._norms: dict[str, Tensor] = {}

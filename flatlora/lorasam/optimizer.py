@@ -207,7 +207,8 @@ class LoRASAMOptimizer(PerturbingOptimizer):
             )
         self.check_layer_states("LoRASAM", state["layers"], "B", "A")
         for name, layer in state["layers"].items():
-            checks.state_fields("LoRASAM directions", directions := layer.get("directions", {}))
+            directions = layer.get("directions", {})
+            checks.state_fields("LoRASAM directions", directions)
             for one in directions.values():
                 checks.state_fields("LoRASAM direction", one, "B", "A")
             if not all(_fit(B, A, *layer["shape"]) for _, B, A in _directions(layer)):

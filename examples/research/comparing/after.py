@@ -154,12 +154,12 @@ def add(done: Trained) -> Scores:
     tasks = [done.task, second_task(done)]
     models = [done.model, trained(done.run, tasks[1]).model]
     apart = [score(model, held_out(task)) for model, task in zip(models, tasks, strict=True)]
-    heads = [swap_head(merged(model), {}) for model in models]
+    wholes = [merged(model) for model in models]
+    heads = [swap_head(whole, {}) for whole in wholes]
     result: Scores = {"apart_accuracy": (apart[0]["accuracy"] + apart[1]["accuracy"]) / 2}
     together = {}
     for name, factor in SUMS.items():
-        parts = [scaled(done.task.base, merged(model), factor) for model in models]
-        together[name] = summed(done.task.base, *parts)
+        together[name] = summed(done.task.base, *(scaled(done.task.base, whole, factor) for whole in wholes))
     for kind in ("linear", "ties", "dare_linear"):
         together[kind] = weighted(*models, kind, done.run.seed)
     for kind, model in together.items():

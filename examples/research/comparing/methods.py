@@ -102,8 +102,12 @@ def bilora(model: nn.Module, lr: float, rho: float) -> Optimizer:
 
 
 lorasam = wrapped(lambda optimizer, model, rho: LoRASAMOptimizer(optimizer, model, rho=rho))
-default_lorasam = wrapped(lambda optimizer, model, _: LoRASAMOptimizer(optimizer, model))
 risen_lorasam = wrapped(lambda optimizer, model, rise: LoRASAMOptimizer(optimizer, model, rise=rise))
+
+
+def dropped_lorasam(model: nn.Module, lr: float, p: float) -> Optimizer:
+    """LoRASAM under dropout of p, which is in the adapters."""
+    return lorasam(model, lr, 0.05)
 
 
 def noisy_lorasam(model: nn.Module, lr: float, rho: float) -> Optimizer:
@@ -500,7 +504,7 @@ METHODS = {
     "ggpo-low-rank": Method("GGPO low-rank, β = 0", ggpo(beta=0.0, noise="low_rank"), (0.2, 0.1), "σ"),
     "ggpo-pairs": Method("GGPO low-rank, β = 0, ±ε", ggpo(beta=0.0, noise="low_rank"), (0.2, 0.1), "σ", loop=in_pairs),
     "lorasam": Method("LoRASAM", lorasam, (0.05, 0.15), "ρ"),
-    "lorasam-dropout": Method("LoRASAM, ρ 0.05, dropout", default_lorasam, (0.1,), "p", trick="dropout"),
+    "lorasam-dropout": Method("LoRASAM, ρ 0.05, dropout", dropped_lorasam, (0.1,), "p", trick="dropout"),
     "lorasam-update": by_rule("ρ = κ·‖s·B·A‖", "κ", 0.02, lambda r, kappa: kappa * r.update),
     "lorasam-gradient": by_rule("ρ = κ·‖P(G)‖", "κ", 0.03, lambda r, kappa: kappa * r.gradient),
     "lorasam-open": by_rule("ρ = τ / ‖P(G)‖", "τ", 0.05, lambda r, tau: tau / r.gradient),
