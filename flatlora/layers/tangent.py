@@ -79,10 +79,12 @@ def project(stack: Stack, norms: BaseNorms) -> tuple[Factors, Tensor | None] | N
 def leading(a: Tensor, b: Tensor, c: Tensor, d: Tensor, eps: float) -> tuple[Factors, Tensor]:
     """``P(G)·W·Wᵀ`` with orthonormal W (n, LEADING) by subspace iteration: V and Z are empty, Y and U are the factors.
 
-    It forms no more of P(G) than its products with a few columns. What it leaves out of ``Σ_layers ‖P(G)‖_F²`` is
-    estimated without bias.
+    It forms no more of P(G) than its products with a few columns, and begins with random columns of ``G·P_A + P_B·G``,
+    which span the same space and cost half as much. What it leaves out of ``Σ_layers ‖P(G)‖_F²`` is estimated without
+    bias.
     """
-    of_a, of_b = _inverse(a, eps), _inverse(b.mT, eps)
+    of_a, root_a = _inverse(a, eps)
+    of_b, _ = _inverse(b.mT, eps)
 
     def product(W: Tensor) -> Tensor:
         """``P(G)·W``"""
@@ -96,9 +98,14 @@ def leading(a: Tensor, b: Tensor, c: Tensor, d: Tensor, eps: float) -> tuple[Fac
 
     # A stream of its own that begins anew in every step: nothing to be saved, and no other stream is moved.
     generator = None if a.is_meta else torch.Generator(a.device).manual_seed(0)
-    normals = torch.empty(a.shape[-1], LEADING + _PROBES, dtype=a.dtype, device=a.device).normal_(generator=generator)
-    start, probes = normals.split([LEADING, _PROBES], 1)
-    W = _orthonormal(transposed(_orthonormal(product(start))))
+
+    def normals(rows: int, columns: int) -> Tensor:
+        return torch.empty(rows, columns, dtype=a.dtype, device=a.device).normal_(generator=generator)
+
+    *_, r, n = a.shape
+    start = d @ root_a(normals(r, LEADING)) + b @ of_b(c @ normals(n, LEADING))
+    probes = normals(n, _PROBES)
+    W = _orthonormal(transposed(_orthonormal(start)))
     y, rest = product(torch.cat([W, probes - W @ (W.mT @ probes)], -1)).split([LEADING, _PROBES], -1)
     return (b[..., :0], c[..., :0, :], y, W.mT), rest.square().sum(dtype=sum_dtype(a.device)) / _PROBES
 
@@ -125,39 +132,40 @@ def _roots(gram: Tensor, eps: float) -> Tensor:
     the trace: smaller eigenvalues are rounding.
     """
     ridge = max(eps, 1e-6)
-    inverse, scale, eye = _whitening(gram, ridge)
+    inverse, scale = _whitening(gram, ridge)
     one = ridge * inverse @ inverse.mT
     two = one @ one
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     series = (eye + one) @ (eye + two) @ (eye + two @ two)
     return scale * inverse.mT @ torch.linalg.cholesky_ex(series)[0]
 
 
-def _whitening(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """L⁻¹, c and the unit matrix, with ``c²·M + ridge = L·Lᵀ`` and c² one over M's trace; zero for M = 0."""
+def _whitening(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """L⁻¹ and c, with ``c²·M + ridge = L·Lᵀ`` and c² one over M's trace; c is zero for M = 0."""
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     scale = torch.where(trace > 0, trace.rsqrt(), 0.0)
-    eye = torch.eye(gram.shape[-1], dtype=sum_dtype(gram.device), device=gram.device).expand_as(gram)
-    lower = torch.linalg.cholesky_ex(gram.to(eye.dtype) * scale.square() + ridge * eye)[0]
-    return torch.linalg.solve_triangular(lower, eye, upper=False), scale, eye
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    lower = torch.linalg.cholesky_ex(gram * scale.square() + ridge * eye)[0]
+    return torch.linalg.solve_triangular(lower, eye, upper=False), scale
 
 
-def _inverse(rows: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
-    """What multiplies columns by ``(A·Aᵀ)⁺``, for the many rows of A (..., r, n).
+def _inverse(rows: Tensor, eps: float) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """What multiplies columns by ``(A·Aᵀ)⁺``, and by an R with ``R·Rᵀ = (A·Aᵀ + δ)⁻¹``, for the many rows of A.
 
     As in `_roots`, whose products of r×r matrices would be most of the cost here, but with two terms of the series,
-    ``(1 + δ·N)·N`` with ``N = (A·Aᵀ + δ)⁻¹``. The sums over n columns are float32's, as they are half of the step's
-    cost, which rounds away singular values of A below about 1e-3·‖A‖_F.
+    ``(1 + δ·N)·N`` with ``N = (A·Aᵀ + δ)⁻¹``, and in the factors' precision. In float32 singular values of A below
+    about 1e-3·‖A‖_F are lost. The Cholesky factor is safe there: δ is 16 units of rounding times the trace, and its
+    error for p rows of equal size no more than p units times a p-th of it.
     """
     ridge = max(8 * torch.finfo(rows.dtype).eps, 1e-12, eps**2)
-    inverse, scale, _ = _whitening(rows @ rows.mT, ridge)
-    plain = inverse.mT.to(rows.dtype)
-    root = plain * scale
+    plain, scale = _whitening(rows @ rows.mT, ridge)
+    root = scale * plain.mT
 
-    def apply(columns: Tensor) -> Tensor:
+    def inverse(columns: Tensor) -> Tensor:
         once = root @ (root.mT @ columns)
-        return once + ridge * (plain @ (plain.mT @ once))  # whose scale is 1, so that it stays finite
+        return once + ridge * (plain.mT @ (plain @ once))  # whose scale is 1, so that it stays finite
 
-    return apply
+    return inverse, lambda columns: root @ columns
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
