@@ -158,7 +158,12 @@ class Plain(OptimizerWrapper):
 def wrapped(
     cls: type[Optimizer], model: nn.Module, lr: float = 0.0, base: Callable[..., Optimizer] = torch.optim.SGD, **options
 ) -> Any:
-    """A method over a base optimizer of all that the model trains, which by default moves nothing."""
+    """A method over a base optimizer of all that the model trains, which by default moves nothing.
+
+    GGPO's standard deviations are those of the present step.
+    """
+    if cls is GGPOOptimizer:
+        options.setdefault("update_every", 1)
     return cls(base(trainable(model), lr=lr), model, **options)
 
 

@@ -139,7 +139,7 @@ def over(kind: str, model: nn.Module, base: Base, **options: Any) -> Any:
         return flatlora.BiLoRAOptimizer.for_model(model, base, **{"rho": 0.5, "seed": 1, **options})
     if kind == "LoRASAM":
         return flatlora.LoRASAMOptimizer(base(trained(model)), model, **{"rho": 0.5, **options})
-    noise = {"sigma": 0.3, "beta": 1.0, "noise": kind, "noise_rank": 3, "seed": 1}
+    noise = {"sigma": 0.3, "beta": 1.0, "noise": kind, "noise_rank": 3, "update_every": 1, "seed": 1}
     return flatlora.GGPOOptimizer(base(trained(model)), model, **{**noise, **options})
 
 

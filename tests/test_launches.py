@@ -96,7 +96,7 @@ def test_a_step_launches_no_more_kernels_than_a_gpu_waits_for(name, shapes):
 def test_ggpos_first_pass_reads_every_base_weight_by_one_kernel(shapes, mixing):
     """What a pass computes the deviations of all layers by, and what the first takes more for the norms of W0."""
     model = adapted(shapes)
-    optimizer = flatlora.GGPOOptimizer(sgd(trained(model)), model)
+    optimizer = flatlora.GGPOOptimizer(sgd(trained(model)), model, update_every=1)
     counts = []
     for _ in range(2):
         with Launching() as launching:

@@ -241,7 +241,7 @@ def test_weights_that_peft_swaps_in_are_seen_at_once(tmp_path):
 
     model, other = lora_mlp(seed=0), lora_mlp(seed=1)
     other.save_pretrained(tmp_path)
-    optimizer = ggpo(model, sigma=0.3)
+    optimizer = ggpo(model, sigma=0.3, update_every=1)
     before = outputs(model)
     hotswap_adapter(model, str(tmp_path), adapter_name="default")
     fresh = lora_mlp(seed=0)

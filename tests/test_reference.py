@@ -70,7 +70,7 @@ def assert_close(found, expected):
 def test_ggpo_takes_the_step_of_its_reference_and_goes_on_with_its_row_deviations(noise):
     model = model_of()
     optimizer = flatlora.GGPOOptimizer(
-        torch.optim.SGD(trainable(model), lr=0.1), model, sigma=0.2, beta=3.0, noise=noise, seed=5
+        torch.optim.SGD(trainable(model), lr=0.1), model, sigma=0.2, beta=3.0, noise=noise, update_every=1, seed=5
     )
     before = layers(model)
     assert_close(optimizer.row_std().values(), [reference.ggpo_std(reference.lora(*layer), 0.2) for layer in before])

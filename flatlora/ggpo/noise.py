@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -12,23 +14,23 @@ from ..kernels.draw import Draw
 from ..kernels.low_rank import exact
 from ..layers.adapter import Adapter
 from ..layers.base import corner
-from ..layers.stack import BaseNorms, Stack, stacks, weight_sq
+from ..layers.stack import BaseNorms, stacks, weight_sq
 from ..layers.tangent import project, projection_row_sq
 from ..layers.view import LoRALayer
 from ..perturbation.passes import would_perturb
 from ..perturbation.source import Source
 from ..streams import derived_seed
 
-# What a layer's standard deviations were computed from, they (m,), the `std` of its draw, and the gradient term (m,)
-# within them.
-Deviations = tuple[Any, Tensor, Tensor, Tensor]
+# What a layer's standard deviations hold for, the state of the weights that they were computed from, they (m,), the
+# `std` of its draw, and the gradient term (m,) within them.
+Deviations = tuple[Any, Any, Tensor, Tensor, Tensor]
 
 
 class RowNoise(Source):
     """The noise of all layers: its σ, β and step, and the rows it is scaled by. `always` is for measuring.
 
     Attributes:
-        grad_sq: squared row norms (m,) of each layer's last gradient, once there was one.
+        grad_sq: squared row norms (m,) of each layer's gradient that was read last, once there was one.
     """
 
     def __init__(
@@ -39,14 +41,16 @@ class RowNoise(Source):
         kind: Literal["gaussian", "low_rank"],
         rank: int,
         seed: int,
+        update_every: int = 1,
         always: bool = False,
     ):
         super().__init__(layers)
         self.sigma, self.beta, self.kind, self.rank, self.seed = sigma, beta, kind, rank, seed
-        self.always = always
+        self.update_every, self.always = update_every, always
         self.step = 0
         self.grad_sq: dict[str, Tensor] = {}
         self._stds: dict[str, Deviations] = {}
+        self._order = {name: i for i, name in enumerate(self.layers)}
         self._measured: tuple[Any, str] = None, ""  # the step and the number of layers, and what `measured` says then
         self._norms = BaseNorms()
         self._observed: list[tuple[list[str], Tensor]] = []
@@ -58,7 +62,7 @@ class RowNoise(Source):
         # every rank and a resumed run get the same ε, and nothing but these numbers has to be kept.
         # Two optimizers, each of an adapter of its own, don't draw the same.
         seed = derived_seed(self.seed, self.step, layer.name, *sorted(layer.names))
-        return Draw(self.kind, self._deviations(layer, adapters)[2], seed, self.rank)
+        return Draw(self.kind, self._deviations(layer, adapters)[3], seed, self.rank)
 
     def graph_kind(self, layer: LoRALayer) -> Any:
         m, n = layer.shape
@@ -84,24 +88,48 @@ class RowNoise(Source):
 
     def std(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Tensor:
         """Standard deviations (m,) of a layer's rows."""
-        return self._deviations(layer, adapters)[1]
+        return self._deviations(layer, adapters)[2]
 
     def _deviations(self, layer: LoRALayer, adapters: list[Adapter] | None = None) -> Deviations:
         """The layer's entry in `_stds`; the first layer asked in a step has others computed with it."""
-        known = self._stds.get(layer.name)
-        if known is None or known[0] != self._key(layer, layer.adapters() if adapters is None else adapters):
+        if not self._holds(layer, layer.adapters() if adapters is None else adapters):
             with exact(layer.base.device):
                 self._compute_stds(layer)
         return self._stds[layer.name]
+
+    def _holds(self, layer: LoRALayer, adapters: list[Adapter]) -> bool:
+        """Whether the layer's entry in `_stds` is that of now."""
+        known = self._stds.get(layer.name)
+        if known is None or known[0] != self._key(layer, adapters):
+            return False
+        return not self.is_due(layer.name, self.step) or known[1] == _states(layer, adapters)
+
+    def is_due(self, name: str, step: int) -> bool:
+        """Whether a layer's standard deviations are computed anew in this step: layers take turns."""
+        return (step + self._order.setdefault(name, len(self._order))) % self.update_every == 0
 
     def forget(self) -> None:
         """Has all standard deviations computed anew."""
         self._stds = {}
 
+    def kept(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """A layer's standard deviations and the gradient term in them, if the present step goes on with them."""
+        known = self._stds.get(name)
+        if known is None or self.is_due(name, self.step) or known[0][:3] != self._key(self.layers[name], [])[:3]:
+            return None
+        return known[2], known[4]
+
+    def keep(self, name: str, std: Tensor, term: Tensor) -> None:
+        """Goes on with what `kept` returned."""
+        layer = self.layers[name]
+        adapters, device = layer.adapters(), layer.base.device
+        std, term = (rows.to(device, copy=True) for rows in (std, term))
+        self._stds[name] = self._key(layer, adapters), None, std, self._as_drawn(std, adapters), term
+
     def _key(self, layer: LoRALayer, adapters: list[Adapter]) -> Any:
-        """What the standard deviations follow from."""
-        states = [(a.name, a.scaling, _state(a)) for a in adapters]
-        return self.step, self.sigma, self.beta, layer.merged, layer.base.version, states
+        """What the standard deviations hold for: another turn has others."""
+        turn = (self.step + self._order.setdefault(layer.name, len(self._order))) // self.update_every
+        return turn, self.sigma, self.beta, [(adapter.name, adapter.scaling) for adapter in adapters]
 
     def _compute_stds(self, asked: LoRALayer) -> None:
         # Of the others those that will be asked themselves and cost no gathering: never a key of a sharded layer, whose
@@ -109,22 +137,23 @@ class RowNoise(Source):
         device = asked.base.device
         adapters = {name: layer.adapters() for name, layer in self.layers.items()}
         ready = [a for a in self.layers.values() if a is asked or self._is_ready(a, adapters[a.name], device)]
-        keys = {layer.name: self._key(layer, adapters[layer.name]) for layer in ready}
-        stale = [layer for layer in ready if self._stds.get(layer.name, (None,))[0] != keys[layer.name]]
+        stale = [layer for layer in ready if not self._holds(layer, adapters[layer.name])]
         for stack in stacks(stale, adapters):
             names = [layer.name for layer in stack.layers]
             row_sq, _ = weight_sq(stack, self._norms)
             terms = self.beta * self._grad_sq(names, row_sq)
             variance = (row_sq + terms).mul_(self.sigma**2 / stack.layers[0].shape[1])  # LoRA-GGPO's Eq. 6-8
             stds = variance.nan_to_num(0.0, posinf=0.0).clamp_(min=0.0).sqrt_()
-            rows = zip(names, stds, self._as_drawn(stds, stack), terms, strict=True)
-            self._stds.update((name, (keys[name], *row)) for name, *row in rows)
+            drawn = self._as_drawn(stds, itertools.chain(*stack.adapters))
+            for layer, *row in zip(stack.layers, stds, drawn, terms, strict=True):
+                own = adapters[layer.name]
+                self._stds[layer.name] = self._key(layer, own), _states(layer, own), *row
 
-    def _as_drawn(self, stds: Tensor, stack: Stack) -> Tensor:
-        """`Draw.std` of a stack's layers: made for all together, and not by launches in every layer and pass."""
+    def _as_drawn(self, stds: Tensor, adapters: Iterable[Adapter]) -> Tensor:
+        """`Draw.std`: made for many layers together, and not by launches in every layer and pass."""
         if self.kind == "low_rank":
             stds = stds * self.rank**-0.5
-        wide = any(adapter.A.dtype == torch.float64 for adapters in stack.adapters for adapter in adapters)
+        wide = any(adapter.A.dtype == torch.float64 for adapter in adapters)
         return stds if stds.device.type == "cpu" or wide else stds.float()
 
     def _is_ready(self, layer: LoRALayer, adapters: list[Adapter], device: torch.device) -> bool:
@@ -154,7 +183,7 @@ class RowNoise(Source):
             return None
         noises: list[Tensor] = []
         both, grads = [], []
-        for name, ((_, sigma, *_), std, _, term) in self._stds.items():
+        for name, ((_, sigma, *_), _, std, _, term) in self._stds.items():
             if not (self.always or name in self.acted or name in self.passes):
                 continue
             noise = self.layers[name].shape[1] * std.square().sum()
@@ -167,9 +196,10 @@ class RowNoise(Source):
         return noise, total - grad, grad / total
 
     def read_gradients(self) -> bool:
-        """Notes the norms of the gradients at hand for the next step's noise; whether there are any."""
+        """Notes the norms of the gradients of layers that are due next; whether there are gradients of any layer."""
         self._observed = []
-        passes = self.with_gradients()
+        due = {name: layer for name, layer in self.layers.items() if self.is_due(name, self.step + 1)}
+        passes = self.with_gradients(due.values())
         with exact(next(iter(self.layers.values())).base.device):
             for adapters in passes.values():
                 for stack in stacks([self.layers[name] for name in adapters], adapters):
@@ -179,7 +209,12 @@ class RowNoise(Source):
                         )
             if len(passes) > 1:
                 self._observed = _added_up(self._observed)
-        return bool(self._observed)
+        found = bool(passes) or any(self.with_gradients([layer]) for layer in self.layers.values())
+        if found:  # though not of layers that this step's loss did not pass through
+            seen = {name for names, _ in self._observed for name in names}
+            left = [name for name in due if name in self.grad_sq and name not in seen]
+            self._observed += [([name], torch.zeros_like(self.grad_sq[name]).unsqueeze(0)) for name in left]
+        return found
 
     @torch.no_grad()
     def next_step(self) -> None:
@@ -191,13 +226,9 @@ class RowNoise(Source):
         # Decided on the device: asking the host whether all is finite would stall it at every step.
         sums = [new.sum() for _, new in self._observed]
         finite = torch.stack([total.to(sums[0].device) for total in sums]).isfinite().all()
-        unseen = set(self.grad_sq).difference(*(names for names, _ in self._observed))
         for names, new in self._observed:
             kept = torch.where(finite.to(new.device), new, self._grad_sq(names, new))
             self.grad_sq.update(zip(names, kept, strict=True))
-        for name in unseen:  # layers that this step's loss did not pass through
-            old = self.grad_sq[name]
-            self.grad_sq[name] = torch.where(finite.to(old.device), torch.zeros_like(old), old)
         self._observed = []
 
 
@@ -216,6 +247,11 @@ def _at_hand(layer: LoRALayer, adapters: list[Adapter], device: torch.device) ->
         return False
     weights = [base.module.weight, *(p for a in adapters for p in (a.A_param, a.B_param, a.magnitude) if p is not None)]
     return all(p.device == device and p.numel() and not hasattr(p, "full_tensor") for p in weights)
+
+
+def _states(layer: LoRALayer, adapters: list[Adapter]) -> Any:
+    """What tells a layer's weights from others."""
+    return layer.merged, layer.base.version, [_state(adapter) for adapter in adapters]
 
 
 def _state(adapter: Adapter) -> tuple[Any, ...]:

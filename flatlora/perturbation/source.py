@@ -91,14 +91,14 @@ class Source:
         """Whether a pass that trains has gone through the layer since the last step."""
         return layer.name in self.passes
 
-    def with_gradients(self) -> dict[Names, dict[str, list[Adapter]]]:
-        """By layer, the adapters that this step's passes added to it; of layers with gradients.
+    def with_gradients(self, layers: Iterable[LoRALayer] | None = None) -> dict[Names, dict[str, list[Adapter]]]:
+        """By layer, the adapters that this step's passes added to it; of layers with gradients, of these or all.
 
         Passes that added different adapters are kept apart, by these adapters' names, as each has its own gradient. A
         layer without a pass, whose gradients were set by hand, has all adapters with a gradient.
         """
         found: dict[Names, dict[str, list[Adapter]]] = {}
-        for layer in self.layers.values():
+        for layer in self.layers.values() if layers is None else layers:
             for names, scalings in self.passes.get(layer.name, {(): {}}).items():
                 adapters = layer.adapters_named(scalings) if names else [a for a in layer.all_adapters() if a.has_grads]
                 if any(a.has_grads and a.name in layer.names for a in adapters):

@@ -187,6 +187,8 @@ BAD_OPTIONS = [
     ({"noise": "uniform"}, ["'gaussian'", "'low_rank'", "'uniform'"]),
     ({"noise": "low_rank", "noise_rank": 0}, ["noise_rank", "0"]),
     ({"noise": "low_rank", "noise_rank": 2.5}, ["noise_rank", "2.5"]),
+    ({"update_every": 0}, ["update_every", "0"]),
+    ({"update_every": 2.5}, ["update_every", "2.5"]),
     ({"adapter": "other"}, ["'other'", "'default'"]),
 ]
 

@@ -316,6 +316,50 @@ def test_row_std_after_several_steps(form, base):
         assert_rows(only(optimizer.row_std()), expected_std(dense(fc(model))[0], 0.1, 0.5, grad))
 
 
+def test_layers_are_looked_at_in_turns_and_a_turns_deviations_are_exact():
+    model = tiny_llama(torch.float64)
+    optimizer = ggpo(model, 0.05, sigma=0.1, beta=0.5, update_every=3)
+    modules, stds = lora_modules(model), optimizer.row_std()
+    for count in range(1, 8):
+        ids = tokens(count)
+        grads = dense_gradients(model, optimizer, lambda model, ids=ids: lm_loss(model, ids))
+        grads = {name: projection(modules[name], grad) for name, grad in grads.items()}
+        lm_loss(model, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before, stds = stds, optimizer.row_std()
+        for i, (name, module) in enumerate(modules.items()):
+            if (count + i) % 3 == 0:
+                assert_rows(stds[name], expected_std(dense(module)[0], 0.1, 0.5, grads[name]))
+            assert torch.equal(stds[name], before[name]) == ((count + i) % 3 != 0)
+
+
+def test_between_turns_only_other_strengths_have_deviations_computed_anew(monkeypatch):
+    """And a checkpoint holds those that are gone on with; one of version 0.1.0 has none."""
+    models = [one_layer() for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    optimizer, resumed, old = (ggpo(model, 0.1, sigma=0.2, beta=1.0, update_every=4) for model in models)
+    x = torch.randn(5, 7, dtype=torch.float64)
+    first = only(optimizer.row_std())
+    for _ in range(2):
+        step(models[0], optimizer, x)
+    held = only(optimizer.row_std())
+    present = expected_std(dense(fc(models[0]))[0], 0.2)
+    assert torch.equal(held, first) and (held / present - 1).abs().max() > 1e-3
+    for model, other in ((models[1], resumed), (models[2], old)):
+        model.load_state_dict(models[0].state_dict())
+        state = optimizer.state_dict()
+        if other is old:
+            for layer in state["flatlora"]["GGPOOptimizer"]["layers"].values():
+                del layer["std"], layer["gradient_term"]
+        other.load_state_dict(state)
+    assert torch.equal(only(resumed.row_std()), held)
+    assert_rows(only(old.row_std()), present)
+    optimizer.beta = 0
+    assert_rows(only(optimizer.row_std()), present)
+
+
 @pytest.mark.parametrize("together", [1, 1 << 19])
 def test_layers_of_many_forms_each_have_their_own_rows(together, monkeypatch):
     """Ranks, scalings and shapes differ from layer to layer, and one layer's gradient may be missing."""
@@ -420,7 +464,7 @@ def test_float32_gradients_near_a_singular_b_give_finite_rows():
 def test_projection_ranks_rows_better_than_the_usual_stand_in():
     """Prints Spearman's rank correlation of either estimate's row norms with the true ones, over a short training."""
     model = tiny_llama(layers=2)
-    optimizer = GGPOOptimizer(torch.optim.AdamW(trainable(model), lr=1e-2), model, beta=1.0, seed=0)
+    optimizer = GGPOOptimizer(torch.optim.AdamW(trainable(model), lr=1e-2), model, beta=1.0, update_every=1, seed=0)
     transition = torch.randint(0, 64, (64,))  # a language in which each token says the next, nearly always
 
     def batch():

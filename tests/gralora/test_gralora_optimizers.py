@@ -81,7 +81,7 @@ def test_projected_gradient_of_a_hybrid_is_that_of_its_blocks():
 def test_ggpo_trains_at_the_perturbed_weight(kind, hybrid):
     model = nn.Sequential(layer(kind, m=64, n=64, hybrid_r=hybrid))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = GGPOOptimizer(torch.optim.SGD(parameters, lr=0.0), model, sigma=0.5, seed=1)
+    optimizer = GGPOOptimizer(torch.optim.SGD(parameters, lr=0.0), model, sigma=0.5, update_every=1, seed=1)
     x = torch.randn(3, 64, dtype=model[0].gralora_A.dtype)
     base = model[0].base
     dense = base.float_weight() if kind == "float64" else base.dense(torch.float32)

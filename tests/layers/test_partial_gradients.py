@@ -83,7 +83,7 @@ def test_what_frozen_factors_leave_of_the_projection(form, which):
     x, target = torch.randn(6, n, dtype=torch.float64), torch.randn(6, m, dtype=torch.float64)
     expected = expected_projection(layer, target.t() @ x)
     sam = LoRASAMOptimizer(torch.optim.SGD(trainable(model), lr=0.0), model, rho=0.3)
-    ggpo = GGPOOptimizer(torch.optim.SGD(trainable(model), lr=0.0), model, sigma=0.1, beta=1.0, seed=1)
+    ggpo = GGPOOptimizer(torch.optim.SGD(trainable(model), lr=0.0), model, sigma=0.1, beta=1.0, update_every=1, seed=1)
     (model(x) * target).sum().backward()
     sam.step()
     ggpo.step()
@@ -120,7 +120,7 @@ def test_a_shared_factor_is_as_a_frozen_one(share):
         expected.append(projected(G, 0 * B, A) if share == "lora_A" else projected(G, B, 0 * A))
     total = sum(part.square().sum() for part in expected).sqrt()
     sam = LoRASAMOptimizer(torch.optim.SGD(trainable(model), lr=0.0), model, rho=0.3)
-    ggpo = GGPOOptimizer(torch.optim.SGD(trainable(model), lr=0.0), model, sigma=0.0, beta=1.0, seed=1)
+    ggpo = GGPOOptimizer(torch.optim.SGD(trainable(model), lr=0.0), model, sigma=0.0, beta=1.0, update_every=1, seed=1)
     ggpo.sigma = 1e-9
     (model(x) * target).sum().backward()
     sam.step()
@@ -164,7 +164,7 @@ def test_a_scale_that_holds_for_the_pass_alone_is_that_of_its_gradients():
     x, target = torch.randn(6, 7, dtype=torch.float64), torch.randn(6, 10, dtype=torch.float64)
     expected = expected_projection(layer, target.t() @ x)
     sam = LoRASAMOptimizer(torch.optim.SGD(trainable(model), lr=0.0), model, rho=0.3)
-    ggpo = GGPOOptimizer(torch.optim.SGD(trainable(model), lr=0.0), model, sigma=0.1, beta=1.0, seed=1)
+    ggpo = GGPOOptimizer(torch.optim.SGD(trainable(model), lr=0.0), model, sigma=0.1, beta=1.0, update_every=1, seed=1)
     for _ in range(2):
         layer.module.scale_layer(0.5)
         out = model(x)
