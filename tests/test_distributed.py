@@ -105,6 +105,7 @@ def reads(model, optimizer, x):
         found.append(hasattr(self.module.weight, "full_tensor"))
         return original(self, *args)
 
+    optimizer._source.update_every = 1  # so that the step comes in which all are read
     state = optimizer.method_state()
     optimizer.load_method_state({**state, "step": state["step"] + 1})
     with pytest.MonkeyPatch.context() as patch:
