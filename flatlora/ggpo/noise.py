@@ -50,7 +50,7 @@ class RowNoise(Source):
         self.step = 0
         self.grad_sq: dict[str, Tensor] = {}
         self._stds: dict[str, Deviations] = {}
-        self._order = {name: i for i, name in enumerate(self.layers)}
+        self._order = {name: i for i, name in enumerate(self.layers)}  # in which they take turns
         self._measured: tuple[Any, str] = None, ""  # the step and the number of layers, and what `measured` says then
         self._norms = BaseNorms()
         self._observed: list[tuple[list[str], Tensor]] = []
@@ -102,11 +102,15 @@ class RowNoise(Source):
         known = self._stds.get(layer.name)
         if known is None or known[0] != self._key(layer, adapters):
             return False
-        return not self.is_due(layer.name, self.step) or known[1] == _states(layer, adapters)
+        return not self._is_due(layer.name, self.step) or known[1] == _states(layer, adapters)
 
-    def is_due(self, name: str, step: int) -> bool:
-        """Whether a layer's standard deviations are computed anew in this step: layers take turns."""
-        return (step + self._order.setdefault(name, len(self._order))) % self.update_every == 0
+    def _turn(self, name: str, step: int) -> tuple[int, int]:
+        """Which of a layer's turns a step belongs to, and how many steps it has gone on."""
+        return divmod(step + self._order.setdefault(name, len(self._order)), self.update_every)
+
+    def _is_due(self, name: str, step: int) -> bool:
+        """Whether a layer's standard deviations are computed anew in this step."""
+        return self._turn(name, step)[1] == 0
 
     def forget(self) -> None:
         """Has all standard deviations computed anew."""
@@ -115,7 +119,7 @@ class RowNoise(Source):
     def kept(self, name: str) -> tuple[Tensor, Tensor] | None:
         """A layer's standard deviations and the gradient term in them, if the present step goes on with them."""
         known = self._stds.get(name)
-        if known is None or self.is_due(name, self.step) or known[0][:3] != self._key(self.layers[name], [])[:3]:
+        if known is None or self._is_due(name, self.step) or known[0][:3] != self._key(self.layers[name], [])[:3]:
             return None
         return known[2], known[4]
 
@@ -128,7 +132,7 @@ class RowNoise(Source):
 
     def _key(self, layer: LoRALayer, adapters: list[Adapter]) -> Any:
         """What the standard deviations hold for: another turn has others."""
-        turn = (self.step + self._order.setdefault(layer.name, len(self._order))) // self.update_every
+        turn, _ = self._turn(layer.name, self.step)
         return turn, self.sigma, self.beta, [(adapter.name, adapter.scaling) for adapter in adapters]
 
     def _compute_stds(self, asked: LoRALayer) -> None:
@@ -198,7 +202,7 @@ class RowNoise(Source):
     def read_gradients(self) -> bool:
         """Notes the norms of the gradients of layers that are due next; whether there are gradients of any layer."""
         self._observed = []
-        due = {name: layer for name, layer in self.layers.items() if self.is_due(name, self.step + 1)}
+        due = {name: layer for name, layer in self.layers.items() if self._is_due(name, self.step + 1)}
         passes = self.with_gradients(due.values())
         with exact(next(iter(self.layers.values())).base.device):
             for adapters in passes.values():
@@ -210,7 +214,7 @@ class RowNoise(Source):
             if len(passes) > 1:
                 self._observed = _added_up(self._observed)
         found = bool(passes) or any(self.with_gradients([layer]) for layer in self.layers.values())
-        if found:  # though not of layers that this step's loss did not pass through
+        if found:  # layers that this step's loss did not pass through have none
             seen = {name for names, _ in self._observed for name in names}
             left = [name for name in due if name in self.grad_sq and name not in seen]
             self._observed += [([name], torch.zeros_like(self.grad_sq[name]).unsqueeze(0)) for name in left]
