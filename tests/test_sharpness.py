@@ -24,6 +24,13 @@ def loss_fn(model, batch):
     return 0.5 * (model(x) - target).square().sum()
 
 
+@pytest.mark.parametrize("measure", [noise_rise, worst_case_rise, hessian_top_eigenvalue, landscape])
+def test_model_and_loss_in_the_wrong_order_are_refused_by_name(measure):
+    model, batch = quadratic()
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got function"):
+        measure(loss_fn, model, [batch])
+
+
 def test_rise_of_a_quadratic_loss_is_half_the_trace():
     model, batch = quadratic()
     std = expected_std(dense(model.base_model.model.fc)[0], 0.1)

@@ -116,18 +116,18 @@ class RowNoise(Source):
         """Has all standard deviations computed anew."""
         self._stds = {}
 
-    def kept(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """A layer's standard deviations and the gradient term in them, if the present step goes on with them."""
+    def std_in_use(self, name: str) -> Tensor | None:
+        """A layer's standard deviations (m,), if the present step goes on with those of an earlier one."""
         known = self._stds.get(name)
         if known is None or self._is_due(name, self.step) or known[0][:3] != self._key(self.layers[name], [])[:3]:
             return None
-        return known[2], known[4]
+        return known[2]
 
-    def keep(self, name: str, std: Tensor, term: Tensor) -> None:
-        """Goes on with what `kept` returned."""
+    def go_on_with(self, name: str, std: Tensor) -> None:
+        """Uses what `std_in_use` returned until the layer's next turn; until then no gradients of it are read."""
         layer = self.layers[name]
-        adapters, device = layer.adapters(), layer.base.device
-        std, term = (rows.to(device, copy=True) for rows in (std, term))
+        adapters, std = layer.adapters(), std.to(layer.base.device, copy=True)
+        term = self.beta * self._grad_sq([name], std.unsqueeze(0))[0]
         self._stds[name] = self._key(layer, adapters), None, std, self._as_drawn(std, adapters), term
 
     def _key(self, layer: LoRALayer, adapters: list[Adapter]) -> Any:

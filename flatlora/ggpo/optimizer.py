@@ -168,9 +168,8 @@ class GGPOOptimizer(PerturbingOptimizer):
         noise = self._source
         layers: dict[str, Any] = self.layer_identities()
         for name, layer in layers.items():
-            rows = noise.grad_sq.get(name), *(noise.kept(name) or (None, None))
-            for field, row in zip(("grad_sq", "std", "gradient_term"), rows, strict=True):
-                layer[field] = None if row is None else row.clone()  # of a tensor of many layers
+            for field, rows in (("grad_sq", noise.grad_sq.get(name)), ("std", noise.std_in_use(name))):
+                layer[field] = None if rows is None else rows.clone()  # of a tensor of many layers
         numbers = {"seed": noise.seed, "step": noise.step, "sigma": noise.sigma, "beta": noise.beta}
         return {**numbers, "form": [noise.kind, noise.rank], "layers": layers, "rise": noise.rise.state()}
 
@@ -191,10 +190,12 @@ class GGPOOptimizer(PerturbingOptimizer):
             )
         self.check_layer_states("GGPO", state["layers"], "grad_sq")
         for name, layer in state["layers"].items():
-            for field in ("grad_sq", "std", "gradient_term"):  # the last two are not in those of version 0.1.0
+            for field in ("grad_sq", "std"):  # the second is not in those of version 0.1.0
                 found, m = layer.get(field), layer["shape"][0]
                 if found is not None and not (isinstance(found, Tensor) and tuple(found.shape) == (m,)):
                     raise ValueError(f"the state_dict's {field} of layer {name!r} must be None or a tensor ({m},)")
+            if layer.get("std") is not None and not (layer["std"].isfinite() & (layer["std"] >= 0)).all():
+                raise ValueError(f"the state_dict's std of layer {name!r} must be finite and >= 0")
 
     def load_method_state(self, state: dict[str, Any] | None) -> None:
         noise = self._source
@@ -213,5 +214,5 @@ class GGPOOptimizer(PerturbingOptimizer):
         for name, layer in state["layers"].items():
             if layer["grad_sq"] is not None:
                 noise.grad_sq[name] = layer["grad_sq"].to(noise.layers[name].base.device, copy=True)
-            if layer.get("std") is not None and layer.get("gradient_term") is not None:
-                noise.keep(name, layer["std"], layer["gradient_term"])
+            if layer.get("std") is not None:
+                noise.go_on_with(name, layer["std"])

@@ -103,7 +103,7 @@ def leading(a: Tensor, b: Tensor, c: Tensor, d: Tensor, eps: float) -> tuple[Fac
         return torch.empty(rows, columns, dtype=a.dtype, device=a.device).normal_(generator=generator)
 
     *_, r, n = a.shape
-    start = d @ root_a(normals(r, LEADING)) + b @ of_b(c @ normals(n, LEADING))
+    start = d @ (root_a @ normals(r, LEADING)) + b @ of_b(c @ normals(n, LEADING))
     probes = normals(n, _PROBES)
     W = _orthonormal(transposed(_orthonormal(start)))
     y, rest = product(torch.cat([W, probes - W @ (W.mT @ probes)], -1)).split([LEADING, _PROBES], -1)
@@ -149,8 +149,8 @@ def _whitening(gram: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     return torch.linalg.solve_triangular(lower, eye, upper=False), scale
 
 
-def _inverse(rows: Tensor, eps: float) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """What multiplies columns by ``(A·Aᵀ)⁺``, and by an R with ``R·Rᵀ = (A·Aᵀ + δ)⁻¹``, for the many rows of A.
+def _inverse(rows: Tensor, eps: float) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """What multiplies columns by ``(A·Aᵀ)⁺``, for the many rows of A, and an R with ``R·Rᵀ = (A·Aᵀ + δ)⁻¹``.
 
     As in `_roots`, whose products of r×r matrices would be most of the cost here, but with two terms of the series,
     ``(1 + δ·N)·N`` with ``N = (A·Aᵀ + δ)⁻¹``, and in the factors' precision. In float32 singular values of A below
@@ -165,7 +165,7 @@ def _inverse(rows: Tensor, eps: float) -> tuple[Callable[[Tensor], Tensor], Call
         once = root @ (root.mT @ columns)
         return once + ridge * (plain.mT @ (plain @ once))  # whose scale is 1, so that it stays finite
 
-    return inverse, lambda columns: root @ columns
+    return inverse, root
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..ggpo.noise import RowNoise
 from ..kernels.draw import Draw
 from ..layers.adapter import Adapter
@@ -62,7 +63,7 @@ def measuring(
     if not found:
         raise ValueError("need at least one batch, got none")
     bar = _progress_bar(passes * len(found), name) if progress else None
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in checks.module(model).modules()]
     layout = hold_training_layout(model)
     model.eval()
     try:

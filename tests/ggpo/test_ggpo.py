@@ -271,6 +271,18 @@ def test_a_state_of_another_model_is_refused_in_words(other, words):
         assert word in str(raised.value)
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -1.0])
+def test_a_state_whose_deviations_are_damaged_is_refused_and_changes_nothing(wrong):
+    model = one_layer()
+    optimizer = ggpo(model, sigma=0.2, update_every=4)
+    step(model, optimizer, batch())
+    state, before = optimizer.state_dict(), only(optimizer.row_std())
+    state["flatlora"]["GGPOOptimizer"]["layers"]["base_model.model.fc"]["std"][3] = wrong
+    with pytest.raises(ValueError, match="must be finite and >= 0"):
+        optimizer.load_state_dict(state)
+    assert torch.equal(only(optimizer.row_std()), before)
+
+
 # --- metrics ------------------------------------------------------------------------------------------------------
 
 
